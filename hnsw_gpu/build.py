@@ -1,0 +1,398 @@
+"""Building the graph: batches of points, no locks, the same bytes for any number of threads.
+
+Nodes are inserted in order of their ids, in batches that double from 1 to BATCH. For a batch:
+
+1. Every point searches the graph as it was before the batch (R3-R6 with `ef_construction`), on each
+   of its layers, and adds the other points of the batch, compared one by one: a batch is never
+   blind to itself, however clustered or sorted the data is. The `ef_construction` smallest keys are
+   the candidates; `_select` keeps at most M of them, nearest first, as the point's own links.
+2. The reverse links (target, source) are grouped by target, ordered by (distance, source).
+3. Every target takes its new links: appended where they fit, else selected again, at most M (M0 on
+   layer 0), among old and new.
+
+Each row is written by one iteration of one loop, so the threads need no locks and leave no trace.
+Selection is algorithm 4 of Malkov & Yashunin in its strict form: a candidate is kept only if it is
+nearer to the point than to every neighbour kept before it; a tie is rejected.
+Afterwards `repair` links every node that cannot be reached on layer 0.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from numba import njit
+
+from hnsw_gpu.beam import KEY_NONE, insert, key_node, make_key, size
+from hnsw_gpu.distance import as_query, distance
+from hnsw_gpu.graph import Graph, reach
+from hnsw_gpu.search import Task, search, walk
+from hnsw_gpu.vectors import METRICS, empty_queries, engine_view, rows_as_queries
+from hnsw_gpu.workers import run_chunks
+
+BATCH = 2048  # comparing a batch with itself then costs a few percent of its searches
+LINK_CHUNK = 64  # points or targets that a thread takes at a time
+BITS_OF_DISTANCE = np.uint64(0xFFFFFFFF00000000)
+
+
+class Growth(NamedTuple):
+    """The graph that grows, with room for every node, and what its links mean."""
+
+    graph: Graph
+    rows: np.ndarray  # (n, row) encoded
+    metric: int
+
+
+class Selection(NamedTuple):
+    """What one thread selects in."""
+
+    kept: np.ndarray  # (M0, ...) the kept nodes as queries
+    kept_keys: np.ndarray  # (M0,) uint64
+    own: np.ndarray  # (1, ...) the target as query
+    candidates: np.ndarray  # (1, M0 + sources of a target) uint64
+
+
+def empty_graph(M):
+    """The graph of no nodes."""
+    return Graph(
+        neighbors0=np.empty((0, 2 * M), np.int32),
+        layer_offsets=np.zeros(1, np.int64),
+        nodes=np.empty(0, np.int32),
+        neighbors=np.empty((0, M), np.int32),
+        below=np.empty(0, np.int32),
+    )
+
+
+def draw_levels(seed, start, stop, M):
+    """int32 levels of nodes start..stop: floor(-ln(u) / ln(M)), u from (seed, node) alone.
+
+    The counter-based generator is splitmix64 (Steele, Lea, Flood 2014).
+    """
+    with np.errstate(over="ignore"):
+        node = np.arange(start, stop, dtype=np.uint64)
+        x = _mix(np.uint64(seed)) + (node + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+        u = ((_mix(x) >> np.uint64(11)) + np.float64(0.5)) / np.float64(1 << 53)
+    return np.floor(-np.log(u) / np.log(M)).astype(np.int32)
+
+
+def _mix(x):
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def insert_nodes(graph, neighbors0, rows, metric, *, ef_construction, seed, threads):
+    """Insert rows[n:] into a graph of n nodes; yields the grown Graph after each batch.
+
+    `rows` (n + m, row) are encoded; `neighbors0` (n + m, M0) int32 begins with the graph's own rows
+    and is written in place. Each graph that is yielded is complete.
+    """
+    start, stop = len(graph.neighbors0), len(rows)
+    M = graph.neighbors.shape[1]
+    levels = draw_levels(seed, start, stop, M)
+    neighbors0[start:] = -1
+    whole = _with_room(graph, neighbors0, levels)
+    growth = Growth(whole, engine_view(rows), METRICS[metric])
+    while start < stop:
+        end = min(stop, start + min(max(start, 1), BATCH))
+        batch_levels = levels[: end - start]
+        levels = levels[end - start :]
+        _insert_batch(graph, growth, batch_levels, ef_construction, threads)
+        start = end
+        graph = _first_nodes(whole, start, max(graph.top, batch_levels.max()))
+        yield graph
+
+
+def _with_room(graph, neighbors0, levels):
+    """The graph with rows for the new nodes on all of their layers, their links still empty."""
+    first = len(graph.neighbors0)
+    M = graph.neighbors.shape[1]
+    nodes, neighbors, below = [], [], []
+    numbers_below = None
+    for layer in range(1, max(graph.top, levels.max(initial=0)) + 1):
+        old = slice(*graph.layer_offsets[layer - 1 : layer + 1]) if layer <= graph.top else slice(0)
+        new = (first + np.flatnonzero(levels >= layer)).astype(np.int32)
+        nodes.append(np.concatenate([graph.nodes[old], new]))
+        room = np.full((len(new), M), -1, np.int32)
+        neighbors.append(np.concatenate([graph.neighbors[old], room]))
+        is_first = numbers_below is None
+        below.append(nodes[-1] if is_first else np.searchsorted(numbers_below, nodes[-1]))
+        numbers_below = nodes[-1]
+    if not nodes:
+        return graph._replace(neighbors0=neighbors0)
+    return Graph(
+        neighbors0=neighbors0,
+        layer_offsets=np.cumsum([0] + [len(part) for part in nodes], dtype=np.int64),
+        nodes=np.concatenate(nodes),
+        neighbors=np.concatenate(neighbors),
+        below=np.concatenate(below).astype(np.int32),
+    )
+
+
+def _first_nodes(whole, count, top):
+    """The graph as its first `count` nodes, of which the highest level is `top`, left it.
+
+    Layers above are room for later nodes; so is the end of each layer, which nothing links to.
+    """
+    return whole._replace(
+        neighbors0=whole.neighbors0[:count], layer_offsets=whole.layer_offsets[: top + 1]
+    )
+
+
+def _insert_batch(graph, growth, levels, ef_construction, threads):
+    """Steps 1 to 3 for the nodes that follow `graph`'s, one level each."""
+    first, count = len(graph.neighbors0), len(levels)
+    M = graph.neighbors.shape[1]
+    ends = np.cumsum(levels + 1, dtype=np.int64)
+    task = Task(
+        metric=growth.metric,
+        queries=rows_as_queries(growth.rows[first : first + count]),
+        levels=levels,
+        own=np.empty(0, np.int32),
+        allowed=np.empty((0, 0), np.uint32),
+        ef=ef_construction,
+        ef_upper=1,
+        keys_start=ends - levels - 1,
+        keys=np.full((ends[-1], ef_construction), KEY_NONE, np.uint64),
+        counts=np.empty((count, 2), np.int32),
+    )
+    if first:
+        walk(graph, growth.rows, task, threads=threads)
+    # One row a point and layer. Targets are numbered through all layers: first the rows of
+    # `neighbors0`, then those of `neighbors`.
+    targets = np.full((ends[-1], M), -1, np.int64)
+    sources = np.empty((ends[-1], M), np.uint64)
+
+    def link(start, stop):
+        selection = _new_selection(growth, 0)
+        _link_points(growth, task, selection, first, start, stop, targets, sources)
+
+    run_chunks(link, count, LINK_CHUNK, threads)
+    targets, sources, group_start = _group(targets.ravel(), sources.ravel())
+    most = np.diff(group_start).max(initial=0)
+
+    def relink(start, stop):
+        selection = _new_selection(growth, most)
+        _relink_targets(growth, selection, targets, sources, group_start[start : stop + 1])
+
+    run_chunks(relink, len(group_start) - 1, LINK_CHUNK, threads)
+
+
+def _new_selection(growth, most_sources):
+    M0 = growth.graph.neighbors0.shape[1]
+    queries = empty_queries(M0 + 1, growth.rows)
+    return Selection(
+        kept=queries[:M0],
+        kept_keys=np.empty(M0, np.uint64),
+        own=queries[M0:],
+        candidates=np.empty((1, M0 + most_sources), np.uint64),
+    )
+
+
+def _group(targets, sources):
+    """The pairs that exist, by (target, source key), and where each target's begin and end."""
+    pairs = np.flatnonzero(targets >= 0)
+    order = pairs[np.lexsort((sources[pairs], targets[pairs]))]
+    targets, sources = targets[order], sources[order]
+    changes = np.flatnonzero(targets[1:] != targets[:-1]) + 1
+    ends = [len(targets)] if len(targets) else []
+    return targets, sources, np.concatenate([[0], changes, ends]).astype(np.int64)
+
+
+@njit(nogil=True, cache=True, _nrt=False)
+def _node(graph, layer, number):
+    """Id of a number on a layer."""
+    return np.int64(graph.nodes[graph.layer_offsets[layer - 1] + number]) if layer else number
+
+
+@njit(nogil=True, cache=True, _nrt=False)
+def _number(graph, layer, node):
+    """Number on a layer of the first node that is not smaller than `node`."""
+    if layer == 0:
+        return np.int64(node)
+    start, end = graph.layer_offsets[layer - 1], graph.layer_offsets[layer]
+    return np.int64(np.searchsorted(graph.nodes[start:end], node))
+
+
+@njit(nogil=True, cache=True, _nrt=False)
+def _link_points(growth, task, selection, first, start, stop, targets, sources):
+    """Step 1 after the search, for points start..stop of the batch that begins at id `first`."""
+    graph = growth.graph
+    for q in range(start, stop):
+        for layer in range(task.levels[q] + 1):
+            row = task.keys_start[q] + layer
+            own = _number(graph, layer, first + q)
+            _add_batch_mates(growth, task, first, q, layer)
+            candidates = size(task.keys, row)
+            count = _select(growth, layer, task.keys, row, candidates, targets.shape[1], selection)
+            layer_start = graph.layer_offsets[layer - 1] if layer else np.int64(0)
+            first_target = graph.neighbors0.shape[0] + layer_start if layer else np.int64(0)
+            for j in range(count):
+                key = selection.kept_keys[j]
+                number = key_node(key)
+                if layer:
+                    graph.neighbors[layer_start + own, j] = number
+                else:
+                    graph.neighbors0[own, j] = number
+                targets[row, j] = first_target + number
+                sources[row, j] = key & BITS_OF_DISTANCE | np.uint64(own) << np.uint64(1)
+
+
+@njit(nogil=True, cache=True, _nrt=False)
+def _add_batch_mates(growth, task, first, q, layer):
+    """Merge the other points of the batch that are on the layer into the candidates."""
+    keys, row = task.keys, task.keys_start[q] + layer
+    capacity, count = keys.shape[1], size(keys, row)
+    number = _number(growth.graph, layer, first)
+    for mate in range(len(task.levels)):
+        if task.levels[mate] < layer:
+            continue
+        if mate != q:
+            d = distance(task.metric, task.queries, q, growth.rows, first + mate)
+            key = make_key(d, number)
+            if key < keys[row, capacity - 1]:  # KEY_NONE until the row is full
+                insert(keys, row, count, capacity, key)
+                count = min(count + 1, capacity)
+        number += 1
+
+
+@njit(nogil=True, cache=True, _nrt=False)
+def _select(growth, layer, keys, row, candidates, limit, selection):
+    """Algorithm 4, strict: writes the kept keys, nearest first, at most `limit`; returns how many.
+
+    The candidates are keys[row, :candidates], ascending by distance to the point.
+    """
+    count = 0
+    for i in range(candidates):
+        key = keys[row, i]
+        node = _node(growth.graph, layer, key_node(key))
+        is_kept = True
+        for j in range(count):
+            between = distance(growth.metric, selection.kept, j, growth.rows, node)
+            if make_key(between, 0) <= key & BITS_OF_DISTANCE:
+                is_kept = False
+                break
+        if is_kept:
+            selection.kept_keys[count] = key
+            as_query(growth.rows, node, selection.kept, count)
+            count += 1
+            if count == limit:
+                break
+    return count
+
+
+@njit(nogil=True, cache=True, _nrt=False)
+def _relink_targets(growth, selection, targets, sources, group_start):
+    """Step 3 for a run of groups of pairs."""
+    graph = growth.graph
+    count = graph.neighbors0.shape[0]
+    for g in range(len(group_start) - 1):
+        target = targets[group_start[g]]
+        new = sources[group_start[g] : group_start[g + 1]]
+        if target < count:
+            _relink(growth, 0, graph.neighbors0, target, new, selection)
+        else:
+            row = target - count
+            layer = np.searchsorted(graph.layer_offsets, row, side="right")
+            _relink(growth, layer, graph.neighbors, row, new, selection)
+
+
+@njit(nogil=True, cache=True, _nrt=False)
+def _relink(growth, layer, neighbors, row, sources, selection):
+    """Give one target its new links: append them, or select among old and new."""
+    graph, candidates = growth.graph, selection.candidates
+    width = neighbors.shape[1]
+    count = 0
+    while count < width and neighbors[row, count] >= 0:
+        count += 1
+    new = 0
+    for i in range(len(sources)):
+        if not _has(neighbors, row, count, key_node(sources[i])):
+            candidates[0, new] = sources[i]
+            new += 1
+    if count + new <= width:
+        for i in range(new):
+            neighbors[row, count + i] = key_node(candidates[0, i])
+        return
+    number = row - graph.layer_offsets[layer - 1] if layer else row
+    as_query(growth.rows, _node(graph, layer, number), selection.own, 0)
+    for j in range(count):
+        link = np.int64(neighbors[row, j])
+        node = _node(graph, layer, link)
+        key = make_key(distance(growth.metric, selection.own, 0, growth.rows, node), link)
+        insert(candidates, 0, new + j, candidates.shape[1], key)
+    count = _select(growth, layer, candidates, 0, new + count, width, selection)
+    for j in range(width):
+        neighbors[row, j] = key_node(selection.kept_keys[j]) if j < count else -1
+
+
+@njit(nogil=True, cache=True, _nrt=False)
+def _has(neighbors, row, count, number):
+    for j in range(count):
+        if neighbors[row, j] == number:
+            return True
+    return False
+
+
+def repair(graph, rows, metric, *, ef_construction, threads):
+    """Make every node reachable on layer 0 from the entry point; returns how many were not.
+
+    Writes `graph.neighbors0`. Such a node gets a link from the nearest reachable one whose row has room, or a link that no
+    path found by the breadth-first search needs.
+    """
+    parents = np.full(len(graph.neighbors0), -1, np.int32)
+    if not len(parents) or reach(graph.neighbors0, parents, graph.entry_point) == len(parents):
+        return 0
+    missing = np.flatnonzero(parents < 0)
+    queries = rows_as_queries(rows[missing])
+    found = search(
+        graph, rows, queries, metric, k=ef_construction, ef=ef_construction, threads=threads
+    )
+    rows = engine_view(rows)
+    _repair(graph.neighbors0, parents, missing, found.keys, rows, queries, METRICS[metric])
+    return len(missing)
+
+
+@njit(nogil=True, cache=True)
+def _repair(neighbors0, parents, missing, keys, rows, queries, metric):
+    for i in range(len(missing)):
+        node = missing[i]
+        if parents[node] >= 0:  # a node repaired before leads to it
+            continue
+        giver, slot = np.int64(-1), np.int64(-1)
+        for j in range(size(keys, i)):
+            giver = key_node(keys[i, j])
+            slot = _free_slot(neighbors0, parents, giver)
+            if slot >= 0:
+                break
+        if slot < 0:
+            giver, slot = _nearest_giver(neighbors0, parents, rows, queries, i, metric)
+        neighbors0[giver, slot] = node
+        reach(neighbors0, parents, node)
+        parents[node] = giver
+
+
+@njit(nogil=True, cache=True)
+def _free_slot(neighbors0, parents, giver):
+    """The first empty slot of a reachable node, else its last link that no path needs, else -1."""
+    if parents[giver] < 0:
+        return np.int64(-1)
+    width = neighbors0.shape[1]
+    for slot in range(width):
+        if neighbors0[giver, slot] < 0:
+            return np.int64(slot)
+    for slot in range(width - 1, -1, -1):
+        if parents[neighbors0[giver, slot]] != giver:
+            return np.int64(slot)
+    return np.int64(-1)
+
+
+@njit(nogil=True, cache=True)
+def _nearest_giver(neighbors0, parents, rows, queries, q, metric):
+    """The nearest of all reachable nodes that has a free slot; the last of a search tree has."""
+    best, best_giver, best_slot = KEY_NONE, np.int64(-1), np.int64(-1)
+    for giver in range(neighbors0.shape[0]):
+        slot = _free_slot(neighbors0, parents, giver)
+        if slot >= 0:
+            key = make_key(distance(metric, queries, q, rows, giver), giver)
+            if key < best:
+                best, best_giver, best_slot = key, np.int64(giver), slot
+    return best_giver, best_slot

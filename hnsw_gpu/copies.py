@@ -1,0 +1,88 @@
+"""Finding equal rows: they share one node."""
+
+import numpy as np
+from numba import njit
+
+
+class NodeTable:
+    """Hash table of the nodes' rows. A row is compared byte for byte, as uint64 words."""
+
+    def __init__(self):
+        self._slots = np.full(16, -1, np.int32)
+        self._count = 0
+
+    @property
+    def nbytes(self):
+        """Bytes held."""
+        return self._slots.nbytes
+
+    def assign(self, rows, first, stop):
+        """int64 nodes (stop - first,) of rows first..stop, and the rows that are new nodes.
+
+        The rows before `first` are nodes already. New ones are numbered first, first + 1, ... in
+        order of appearance. Row length in bytes: a multiple of 8.
+        """
+        words = rows.view(np.uint64)
+        needed = 2 * stop
+        if self._count != first or len(self._slots) < needed:
+            self._slots = np.full(1 << int(needed - 1).bit_length(), -1, np.int32)
+            _fill(self._slots, words, first)
+        nodes = np.empty(stop - first, np.int64)
+        sources = np.empty(stop - first, np.int64)
+        count = _assign(self._slots, words, first, nodes, sources)
+        self._count = first + count
+        return nodes, sources[:count]
+
+    def clear(self):
+        """Forget all nodes; the next `assign` reads them again."""
+        self._count = -1
+
+
+@njit(nogil=True, cache=True, _nrt=False)
+def _slot(slots, words, row):
+    """Where the search for a row begins (multiply-and-shift hash of all of its words)."""
+    h = np.uint64(0x9E3779B97F4A7C15)
+    for j in range(words.shape[1]):
+        h = (h ^ words[row, j]) * np.uint64(0xFF51AFD7ED558CCD)
+        h ^= h >> np.uint64(32)
+    return np.int64(h & np.uint64(len(slots) - 1))
+
+
+@njit(nogil=True, cache=True, _nrt=False)
+def _fill(slots, words, count):
+    """Enter nodes 0..count, all different."""
+    for node in range(count):
+        slot = _slot(slots, words, node)
+        while slots[slot] >= 0:
+            slot = (slot + 1) & (len(slots) - 1)
+        slots[slot] = node
+
+
+@njit(nogil=True, cache=True, _nrt=False)
+def _is_equal(words, a, b):
+    for j in range(words.shape[1]):
+        if words[a, j] != words[b, j]:
+            return False
+    return True
+
+
+@njit(nogil=True, cache=True, _nrt=False)
+def _assign(slots, words, first, nodes, sources):
+    """Nodes of rows first..; `sources[i]` is the row of new node first + i."""
+    count = 0
+    for i in range(len(nodes)):
+        row = first + i
+        slot = _slot(slots, words, row)
+        while True:
+            node = np.int64(slots[slot])
+            if node < 0:
+                slots[slot] = first + count
+                nodes[i] = first + count
+                sources[count] = row
+                count += 1
+                break
+            if _is_equal(words, row, node if node < first else sources[node - first]):
+                nodes[i] = node
+                break
+            slot = (slot + 1) & (len(slots) - 1)
+    return count

@@ -1,0 +1,87 @@
+"""What this machine offers the engine: versions, threads, SIMD, the compile cache, GPUs."""
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import hnsw_gpu
+
+PACKAGES = ("numpy", "numba", "llvmlite", "safetensors")
+# the processor's features that the distance kernels gain from, widest first
+SIMD = ("avx512vnni", "avx512bf16", "avx512f", "avxvnni", "avx2", "fma", "f16c", "sve", "neon")
+
+
+def examine() -> dict[str, Any]:
+    """All facts by name; values are texts, numbers or lists of texts."""
+    from hnsw_gpu.workers import thread_count
+
+    return {
+        "hnsw-gpu": hnsw_gpu.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        **{name: installed(name) for name in PACKAGES},
+        "processors": os.cpu_count(),
+        "threads": thread_count(None),
+        "simd": simd(),
+        "compile_cache": compile_cache(),
+        "gpus": gpus(),
+    }
+
+
+def installed(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def simd() -> str:
+    """The features of `SIMD` that LLVM finds on this processor."""
+    import llvmlite.binding as llvm
+
+    features = llvm.get_host_cpu_features()
+    found = " ".join(name for name in SIMD if features.get(name))
+    return f"{found or 'none known'} ({llvm.get_host_cpu_name()})"
+
+
+def compile_cache() -> str:
+    """Where numba keeps compiled code, and whether it can: without, every process compiles."""
+    chosen = os.environ.get("NUMBA_CACHE_DIR")
+    folder = Path(chosen) if chosen else Path(__file__).parent / "__pycache__"
+    if _is_writable(folder):
+        return f"{folder} (writable)"
+    if chosen:
+        return f"{folder} (not writable: every process compiles again)"
+    return f"{folder} is not writable; the user's cache folder is used"
+
+
+def _is_writable(folder: Path) -> bool:
+    while not folder.exists():
+        folder = folder.parent
+    return os.access(folder, os.W_OK)
+
+
+def gpus() -> list[str]:
+    """One line a GPU, or one that says why none is seen. This version searches on the CPU."""
+    try:
+        import pynvml
+    except ImportError:
+        return ["unknown: pip install nvidia-ml-py shows them"]
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError as error:
+        return [f"none: {error}"]
+    try:
+        driver = pynvml.nvmlSystemGetDriverVersion()
+        handles = map(pynvml.nvmlDeviceGetHandleByIndex, range(pynvml.nvmlDeviceGetCount()))
+        return [f"{_describe(pynvml, handle)}, driver {driver}" for handle in handles] or ["none"]
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _describe(nvml: Any, handle: Any) -> str:
+    major, minor = nvml.nvmlDeviceGetCudaComputeCapability(handle)
+    memory = nvml.nvmlDeviceGetMemoryInfo(handle).total / 2**30
+    return f"{nvml.nvmlDeviceGetName(handle)}, {memory:.0f} GiB, sm_{major}{minor}"

@@ -1,0 +1,652 @@
+"""The index: vectors, graph and labels behind one object, and the choice of engine."""
+
+import logging
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from hnsw_gpu import beam, build, copies, exact, graph, inputs, storage, vectors
+from hnsw_gpu.labels import Labels
+from hnsw_gpu.search import search as walk_search
+from hnsw_gpu.workers import SharedLock, run_to_a_stop, thread_count
+
+logger = logging.getLogger("hnsw_gpu")
+
+ENCODE_ROWS = 16384  # vectors checked and encoded at a time
+SELF_ROWS = 16384  # nodes of a neighbour graph searched at a time
+REPAIR_SHARE = 64  # reachability is repaired once 1 / REPAIR_SHARE of the nodes are new
+REFINE = {False: None, None: None, True: "fp32", "fp32": "fp32", "fp16": "fp16"}
+
+
+class SearchResult(NamedTuple):
+    """Nearest first. Too few: label -1, distance +inf."""
+
+    labels: np.ndarray  # (q, k) int64
+    distances: np.ndarray  # (q, k) float32
+
+
+class RadiusResult(NamedTuple):
+    """All within a radius, nearest first: query i has results offsets[i]:offsets[i + 1]."""
+
+    offsets: np.ndarray  # (q + 1,) int64
+    labels: np.ndarray  # (results,) int64
+    distances: np.ndarray  # (results,) float32
+
+
+class Index:
+    """An HNSW graph over vectors (Malkov & Yashunin 2016) with deterministic answers.
+
+    dim: numbers a vector, 1 to 65,536.
+    metric: "cosine" ("cos", "angular"), "l2" ("sqeuclidean"), "euclidean" (its root), or "ip"
+        ("inner_product", "dot"). Distances are 1 - cosine, squared l2, l2, and 1 - dot.
+    dtype: how vectors are stored: "fp32", "fp16" or "int8".
+    M: most links of a node on the layers above; twice as many on layer 0. 2 to 128.
+    ef_construction: beam capacity while building.
+    refine: with "fp16" or "int8", also keep rows as "fp32" (True) or "fp16": they re-rank the beam.
+    seed: of the levels. Same seed and same calls give the same bytes.
+    device: "cpu"; "auto" takes a GPU if there is one.
+
+    Equal vectors share a node, so copies cost nothing. Searches may run from many threads; `add`,
+    `delete` and `compact` wait for them and hold others back meanwhile.
+    """
+
+    def __init__(
+        self,
+        dim,
+        metric="cosine",
+        dtype="fp32",
+        *,
+        M=16,
+        ef_construction=200,
+        refine=False,
+        seed=0,
+        device="cpu",
+    ):
+        self.dim = inputs.integer("dim", dim, 1, 65536)
+        self.metric = inputs.one_of("metric", metric, inputs.METRIC_NAMES)
+        self.dtype = inputs.one_of("dtype", dtype, vectors.STORAGE)
+        self.M = inputs.integer("M", M, 2, 128)
+        self.ef_construction = inputs.integer("ef_construction", ef_construction, 1, 65536)
+        self.seed = inputs.integer("seed", seed, 0, 2**64 - 1)
+        self.refine = _refine(refine, dtype)
+        self.device = _device(device)
+        self._metric = inputs.METRIC_NAMES[self.metric]
+        self._lock = SharedLock()
+        self._next_label = 0
+        self._start_empty()
+
+    def _start_empty(self):
+        self._graph = build.empty_graph(self.M)
+        self._neighbors0 = self._graph.neighbors0  # with room for nodes to come; as the next two
+        self._rows = vectors.empty_rows(0, self.dim, self.dtype)
+        self._refine_rows = vectors.empty_rows(0, self.dim, self.refine) if self.refine else None
+        self._labels = Labels()
+        self._table = copies.NodeTable()
+        self._unrepaired = 0
+
+    # ---------------------------------------------------------------- what is in it
+
+    def __len__(self):
+        return len(self._labels)
+
+    def __contains__(self, label):
+        return bool(self._labels.find(inputs.labels("label", [label]))[0] >= 0)
+
+    def __repr__(self):
+        refine = f", refine={self.refine!r}" if self.refine else ""
+        return (
+            f"Index(dim={self.dim}, metric={self.metric!r}, dtype={self.dtype!r}, M={self.M}, "
+            f"ef_construction={self.ef_construction}{refine}, seed={self.seed}, "
+            f"device={self.device!r}): {len(self):,} vectors"
+        )
+
+    @property
+    def labels(self):
+        """int64 (n,): the labels in the index, ascending."""
+        return self._labels.sorted.copy()
+
+    @property
+    def nbytes(self):
+        """Bytes of memory that the index's arrays hold."""
+        count = self._node_count
+        rows = [self._rows] if self._refine_rows is None else [self._rows, self._refine_rows]
+        arrays = [array[:count] for array in rows] + list(self._graph)
+        return sum(array.nbytes for array in arrays) + self._labels.nbytes + self._table.nbytes
+
+    def vectors(self, labels):
+        """float32 (m, dim) vectors of labels (m,), as stored: unit length under cosine.
+
+        From the refine rows where there are some. KeyError names the first unknown label.
+        """
+        labels = inputs.labels("labels", labels)
+        with self._lock.shared():
+            nodes = self._labels.nodes(self._known_entries(labels))
+            if self._refine_rows is not None:
+                return vectors.decode(self._refine_rows[nodes], self.dim, self.refine)
+            return vectors.decode(self._rows[nodes], self.dim, self.dtype)
+
+    @property
+    def _node_count(self):
+        return len(self._graph.neighbors0)
+
+    def _known_entries(self, labels):
+        entries = self._labels.find(labels)
+        if (entries < 0).any():
+            missing = labels[entries < 0]
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise KeyError(f"label {missing[0]}{more}: not in the index")
+        return entries
+
+    # ---------------------------------------------------------------- changing it
+
+    def add(self, vectors, labels=None, *, threads=None, progress=False):
+        """Add vectors (m, dim), any array-like of real numbers; returns their int64 labels (m,).
+
+        labels: integers >= 0, each once and not in the index; None continues after the largest
+        label ever given. Bad input raises ValueError or TypeError and adds nothing. After
+        KeyboardInterrupt the vectors of the batches that were finished are in, in order.
+        """
+        given = inputs.vectors("vectors", vectors, self.dim)
+        threads = _threads(threads)
+        with self._lock.exclusive():
+            labels = self._new_labels(labels, len(given))
+            first = self._node_count
+            self._make_room(first + len(given))
+            self._encode(given, first)
+            nodes = self._join_copies(first, first + len(given))
+            new = int(nodes.max(initial=first - 1)) + 1 - first
+
+            def insert(stop):
+                with _bar(progress, new, "build", "vectors") as bar:
+                    for grown in self._insertion(first + new, threads):
+                        bar.update(len(grown.neighbors0) - self._node_count)
+                        self._unrepaired += len(grown.neighbors0) - self._node_count
+                        self._graph = grown
+                        if stop.is_set():
+                            break
+                self._repair(threads, self._node_count // REPAIR_SHARE)
+                is_in = np.cumsum(nodes >= self._node_count) == 0
+                count = self._node_count
+                self._labels = self._labels.with_added(labels[is_in], nodes[is_in], count)
+                self._next_label = max(self._next_label, int(labels.max(initial=-1)) + 1)
+                if not is_in.all():
+                    self._table.clear()
+
+            run_to_a_stop(insert)
+        return labels
+
+    def _new_labels(self, labels, count):
+        if labels is None:
+            return np.arange(self._next_label, self._next_label + count, dtype=np.int64)
+        labels = inputs.unique_labels("labels", labels)
+        if len(labels) != count:
+            raise ValueError(f"labels: {len(labels)} for {count} vectors")
+        known = self._labels.find(labels) >= 0
+        if known.any():
+            raise ValueError(
+                f"labels: label {labels[known][0]} is already in the index ({known.sum()} are)"
+            )
+        return labels
+
+    def _make_room(self, count):
+        used = self._node_count
+        self._rows = _grown(self._rows, used, count, self.dim, self.dtype)
+        if self._refine_rows is not None:
+            self._refine_rows = _grown(self._refine_rows, used, count, self.dim, self.refine)
+        if len(self._neighbors0) < count:
+            room = np.empty((len(self._rows), 2 * self.M), np.int32)
+            room[:used] = self._graph.neighbors0
+            self._neighbors0 = room
+            self._graph = self._graph._replace(neighbors0=room[:used])
+
+    def _encode(self, given, first):
+        """Check and write the given vectors behind the nodes, a block at a time."""
+        for start in range(0, len(given), ENCODE_ROWS):
+            part = given[start : start + ENCODE_ROWS]
+            part = inputs.float_vectors("vectors", part, self._metric, self._stored_as, start)
+            place = slice(first + start, first + start + len(part))
+            self._rows[place] = vectors.encode(part, self._metric, self.dtype)
+            if self._refine_rows is not None:
+                self._refine_rows[place] = vectors.encode(part, self._metric, self.refine)
+
+    @property
+    def _stored_as(self):
+        return "fp16" if "fp16" in (self.dtype, self.refine) else self.dtype
+
+    def _join_copies(self, first, stop):
+        """Nodes of the encoded rows first..stop; those that are new move together."""
+        finest = self._rows if self._refine_rows is None else self._refine_rows
+        nodes, sources = self._table.assign(finest, first, stop)
+        if len(sources) < stop - first:
+            for rows in (self._rows, self._refine_rows):
+                if rows is not None:
+                    rows[first : first + len(sources)] = rows[sources]
+        return nodes
+
+    def _insertion(self, count, threads):
+        return build.insert_nodes(
+            self._graph,
+            self._neighbors0[:count],
+            self._rows[:count],
+            self._metric,
+            ef_construction=self.ef_construction,
+            seed=self.seed,
+            threads=threads,
+        )
+
+    def _repair(self, threads, tolerated):
+        """Link unreachable nodes, if more than `tolerated` nodes are new since the last time."""
+        if self._unrepaired > tolerated:
+            build.repair(
+                self._graph,
+                self._rows[: self._node_count],
+                self._metric,
+                ef_construction=self.ef_construction,
+                threads=threads,
+            )
+            self._unrepaired = 0
+
+    def delete(self, labels):
+        """Remove labels (m,). Their nodes are still walked through, until `compact`.
+
+        KeyError names the first label that is not in the index; nothing is removed then.
+        """
+        labels = inputs.unique_labels("labels", labels)
+        with self._lock.exclusive():
+            self._labels = self._labels.without(self._known_entries(labels))
+
+    def compact(self, *, threads=None, progress=False):
+        """Rebuild without deleted nodes. KeyboardInterrupt leaves the index as it was."""
+        threads = _threads(threads)
+        with self._lock.exclusive():
+            live = np.flatnonzero(self._labels.live_nodes())
+            fresh = Index(
+                self.dim,
+                self.metric,
+                self.dtype,
+                M=self.M,
+                ef_construction=self.ef_construction,
+                refine=self.refine,
+                seed=self.seed,
+            )
+            fresh._rows = self._rows[live]
+            if self._refine_rows is not None:
+                fresh._refine_rows = self._refine_rows[live]
+            fresh._neighbors0 = np.empty((len(live), 2 * self.M), np.int32)
+            with _bar(progress, len(live), "compact", "vectors") as bar:
+                for grown in fresh._insertion(len(live), threads):
+                    bar.update(len(grown.neighbors0) - fresh._node_count)
+                    fresh._graph = grown
+            fresh._unrepaired = len(live)
+            fresh._repair(threads, 0)
+            counts = np.diff(self._labels.offsets)[live]
+            offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+            fresh._labels = Labels(offsets, self._labels.labels)
+            for name in ("_graph", "_neighbors0", "_rows", "_refine_rows", "_labels", "_table"):
+                setattr(self, name, getattr(fresh, name))
+            self._unrepaired = 0
+
+    # ---------------------------------------------------------------- searching it
+
+    def search(self, queries, k=10, *, ef=64, allow=None, expand=1, ef_upper=1, threads=None):
+        """The k nearest labels of each query (q, dim), or of one query (dim,): a SearchResult.
+
+        ef: beam capacity, raised recall for time; a beam holds max(ef, k).
+        allow: what may be returned: bool (n,) or (q, n) indexed by label; the same packed, uint8
+            (`np.packbits(mask, axis=-1, bitorder="little")`); or int labels (m,).
+        expand: nodes expanded in one step. ef_upper: beam capacity on the layers above.
+        Where few nodes are allowed (see `_is_few`) all of them are compared, which is exact.
+        """
+        queries = self._queries(queries)
+        k, ef = inputs.integer("k", k, 1), inputs.integer("ef", ef, 1)
+        walk = {
+            "expand": inputs.integer("expand", expand, 1, 64),
+            "ef_upper": inputs.integer("ef_upper", ef_upper, 1, 65536),
+            "threads": _threads(threads),
+        }
+        with self._lock.shared():
+            entries, nodes = self._filter(allow, len(queries))
+            keys = self._nearest(queries, k, ef, nodes, **walk)
+            return self._result(*self._labels.spread(keys, k, entries))
+
+    def search_radius(self, queries, radius, *, ef=64, allow=None, threads=None):
+        """All labels within `radius` of each query (q, dim) that the graph leads to: RadiusResult.
+
+        A query whose beam was full of hits is searched again with twice the ef, until it is not.
+        """
+        queries = self._queries(queries)
+        ef, threads = inputs.integer("ef", ef, 1), _threads(threads)
+        radius = _radius(radius, self.metric)
+        with self._lock.shared():
+            entries, nodes = self._filter(allow, len(queries))
+            keys = self._within(queries, radius, ef, nodes, threads)
+            longest = max((self._label_count(row) for row in keys), default=0)
+            found = [
+                self._labels.spread(row[None], longest, _row_of(entries, i))
+                for i, row in enumerate(keys)
+            ]
+        counts = [int((labels >= 0).sum()) for labels, _ in found]
+        offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        parts = [
+            (labels[0, :count], distances[0, :count])
+            for (labels, distances), count in zip(found, counts, strict=True)
+        ]
+        labels = np.concatenate([np.empty(0, np.int64)] + [part[0] for part in parts])
+        distances = np.concatenate([np.empty(0, np.float32)] + [part[1] for part in parts])
+        return RadiusResult(offsets, *self._result(labels, distances))
+
+    def neighbor_graph(self, k=15, *, ef=64, threads=None, progress=False):
+        """The k nearest other labels of every label: row i belongs to `labels[i]`.
+
+        Each search starts from the vector's own node (R10). Copies are neighbours of each other.
+        """
+        k, ef, threads = inputs.integer("k", k, 1), inputs.integer("ef", ef, 1), _threads(threads)
+        with self._lock.shared():
+            entries = self._labels.find(self._labels.sorted)
+            labels = np.empty((len(entries), k), np.int64)
+            distances = np.empty((len(entries), k), np.float32)
+            with _bar(progress, len(entries), "neighbor graph", "vectors") as bar:
+                for start in range(0, len(entries), SELF_ROWS):
+                    part = entries[start : start + SELF_ROWS]
+                    place = slice(start, start + len(part))
+                    keys = self._nearest_others(self._labels.nodes(part), k, ef, threads)
+                    labels[place], distances[place] = self._labels.spread(keys, k, skipped=part)
+                    bar.update(len(part))
+            return self._result(labels, distances)
+
+    def _queries(self, queries):
+        given = inputs.vectors("queries", queries, self.dim)
+        return inputs.float_vectors("queries", given, self._metric, "fp32")
+
+    def _result(self, labels, distances):
+        if self.metric == "euclidean":
+            distances = np.sqrt(distances)
+        return SearchResult(labels, distances)
+
+    def _filter(self, allow, queries):
+        """Packed bits of allowed entries, and bool mask of allowed nodes; None where all are."""
+        if allow is not None:
+            mask = inputs.entry_mask(allow, self._labels.labels, queries)
+            return np.atleast_2d(inputs.packed(mask)), self._labels.any_of_node(mask)
+        live = self._labels.live_nodes()
+        return None, None if live.all() else live
+
+    def _nearest(self, queries, k, ef, mask, **walk):
+        """Keys (q, k) or fewer columns; `mask` is None or bool, (n,) or (q, n)."""
+        k = min(k, self._node_count)
+        if mask is None or mask.ndim == 1:
+            if mask is not None and _is_few(mask.sum(), mask.size, k, ef):
+                return self._exact(queries, np.flatnonzero(mask), k, walk["threads"])
+            return self._walk(queries, k, ef, mask, **walk)
+        keys = np.full((len(queries), k), beam.KEY_NONE, np.uint64)
+        few = _is_few(mask.sum(axis=1), mask.shape[1], k, ef)
+        for q in np.flatnonzero(few):
+            allowed = np.flatnonzero(mask[q])
+            keys[q] = self._exact(queries[q : q + 1], allowed, k, walk["threads"])[0]
+        if not few.all():
+            keys[~few] = self._walk(queries[~few], k, ef, mask[~few], **walk)
+        return keys
+
+    def _walk(self, queries, k, ef, mask, **walk):
+        """Search the graph, and re-rank the final beam by the refine rows."""
+        ef = min(max(ef, k), max(self._node_count, 1))
+        found = walk_search(
+            self._graph,
+            self._rows[: self._node_count],
+            vectors.encode_queries(queries, self._metric, self.dtype),
+            self._metric,
+            k=k if self._refine_rows is None else ef,
+            ef=ef,
+            allowed=None if mask is None else inputs.packed(mask),
+            **walk,
+        )
+        if self._refine_rows is None:
+            return found.keys
+        encoded = vectors.encode_queries(queries, self._metric, self.refine)
+        return self._rerank(found.keys, encoded, k, walk["threads"])
+
+    def _rerank(self, keys, encoded, k, threads):
+        return exact.rerank(keys, self._refine_rows, encoded, self._metric, k=k, threads=threads)
+
+    def _exact(self, queries, ids, k, threads):
+        """Compare the listed nodes, by the refine rows where there are some."""
+        has_refine = self._refine_rows is not None
+        rows = self._refine_rows if has_refine else self._rows
+        dtype = self.refine if has_refine else self.dtype
+        encoded = vectors.encode_queries(queries, self._metric, dtype)
+        return exact.exact_ids(rows, ids, encoded, self._metric, k=k, threads=threads)
+
+    def _within(self, queries, radius, ef, mask, threads):
+        """A list of keys (hits,) uint64, one a query, of the nodes within the radius."""
+        hits = [np.empty(0, np.uint64)] * len(queries)
+        open_queries = np.arange(len(queries) if self._node_count else 0)
+        while len(open_queries):
+            part = mask[open_queries] if mask is not None and mask.ndim == 2 else mask
+            keys = self._nearest(
+                queries[open_queries], ef, ef, part, expand=1, ef_upper=1, threads=threads
+            )
+            is_hit = (keys != beam.KEY_NONE) & (beam.distances(keys) <= radius)
+            is_full = is_hit.all(axis=1) & (ef < self._node_count)
+            for i in np.flatnonzero(~is_full):
+                hits[open_queries[i]] = keys[i][is_hit[i]]
+            open_queries = open_queries[is_full]
+            ef *= 2
+        return hits
+
+    def _label_count(self, keys):
+        nodes = beam.nodes(keys)
+        return int((self._labels.offsets[nodes + 1] - self._labels.offsets[nodes]).sum())
+
+    def _nearest_others(self, nodes, k, ef, threads):
+        """Keys (m, k + 1) for stored nodes (m,): the others, and a node itself if it has copies."""
+        count = self._node_count
+        others = min(k, max(count - 1, 1))
+        live = self._labels.live_nodes()
+        ef = min(max(ef, others), count)
+        found = walk_search(
+            self._graph,
+            self._rows[:count],
+            vectors.rows_as_queries(self._rows[nodes]),
+            self._metric,
+            k=others if self._refine_rows is None else ef,
+            ef=ef,
+            allowed=None if live.all() else inputs.packed(live),
+            own=nodes.astype(np.int32),
+            threads=threads,
+        )
+        keys, rows = found.keys, self._rows
+        if self._refine_rows is not None:
+            rows = self._refine_rows
+            keys = self._rerank(keys, vectors.rows_as_queries(rows[nodes]), others, threads)
+        own = exact.own_keys(rows, nodes, self._metric)
+        has_copies = np.diff(self._labels.offsets)[nodes] > 1
+        own[~has_copies] = beam.KEY_NONE
+        return np.sort(np.concatenate([keys, own[:, None]], axis=1), axis=1)
+
+    # ---------------------------------------------------------------- keeping it
+
+    def check(self):
+        """Raise ValueError naming what is wrong with the graph or the labels; else nothing."""
+        with self._lock.exclusive():
+            self._repair(_threads(None), 0)
+            problems = self._problems()
+        if problems:
+            raise ValueError("; ".join(problems))
+
+    def _problems(self):
+        problems = graph.check(self._graph)
+        offsets, labels = self._labels.offsets, self._labels.labels
+        if len(offsets) != self._node_count + 1 or offsets[0] != 0 or (np.diff(offsets) < 0).any():
+            problems.append("label_offsets do not divide the labels among the nodes")
+        elif offsets[-1] != len(labels):
+            problems.append("label_offsets do not cover the labels")
+        ordered = np.sort(labels)
+        if len(labels) and (ordered[0] < 0 or (np.diff(ordered) == 0).any()):
+            problems.append("labels are negative or repeated")
+        return problems
+
+    def save(self, path):
+        """Write one .safetensors file. The old file stays whole until the new one is complete."""
+        with self._lock.exclusive():
+            self._repair(_threads(None), 0)
+            count = self._node_count
+            arrays = {"vectors": self._rows[:count], **self._graph._asdict()}
+            if self._refine_rows is not None:
+                arrays["refine_vectors"] = self._refine_rows[:count]
+            arrays["label_offsets"] = self._labels.offsets
+            arrays["labels"] = self._labels.labels
+            about = {name: getattr(self, name) for name in PARAMETERS}
+            about["next_label"] = self._next_label
+            about["entry_point"] = self._graph.entry_point
+            storage.write(path, arrays, about)
+
+    def to(self, device):
+        """The index on a device: itself, for "cpu"."""
+        self.device = _device(device)
+        return self
+
+
+PARAMETERS = ("dim", "metric", "dtype", "M", "ef_construction", "refine", "seed")
+
+
+def load(path, *, mmap=False, device="auto"):
+    """The Index saved at `path`. CorruptIndexError if the file is damaged or not an index.
+
+    mmap: map the vectors instead of reading them; their checksum is not read then.
+    """
+    device = _device(device)
+    mapped = ("vectors", "refine_vectors") if mmap else ()
+    arrays, about = storage.read(path, mapped)
+    try:
+        return _from_arrays(arrays, about, device)
+    except (KeyError, TypeError, ValueError) as error:
+        raise storage.CorruptIndexError(f"{path}: {error}") from None
+
+
+def _from_arrays(arrays, about, device):
+    parameters = {name: about[name] for name in PARAMETERS}
+    index = Index(parameters.pop("dim"), **parameters, device=device)
+    count = len(arrays["neighbors0"])
+    _expect("vectors", arrays["vectors"], index._rows, count)
+    if index.refine:
+        _expect("refine_vectors", arrays["refine_vectors"], index._refine_rows, count)
+    _expect("neighbors0", arrays["neighbors0"], index._neighbors0, count)
+    _expect("neighbors", arrays["neighbors"], index._graph.neighbors, len(arrays["nodes"]))
+    _expect("label_offsets", arrays["label_offsets"], index._labels.offsets, count + 1)
+    _expect("labels", arrays["labels"], index._labels.labels, len(arrays["labels"]))
+    index._rows, index._refine_rows = arrays["vectors"], arrays.get("refine_vectors")
+    index._graph = graph.Graph(*(arrays[name] for name in graph.Graph._fields))
+    index._neighbors0 = index._graph.neighbors0
+    index._labels = Labels(arrays["label_offsets"], arrays["labels"])
+    index._next_label = inputs.integer("next_label", about["next_label"], 0)
+    index._table.clear()
+    problems = index._problems()
+    if problems:
+        raise ValueError("; ".join(problems))
+    return index
+
+
+def _expect(name, array, like, count):
+    """The array must have the dtype and row shape of an empty index's."""
+    expected = (count, *like.shape[1:])
+    if array.dtype != like.dtype or array.shape != expected:
+        raise ValueError(f"{name}: {array.dtype} {array.shape}, expected {like.dtype} {expected}")
+
+
+def exact_search(given, queries, k=10, metric="cosine", *, threads=None, progress=False):
+    """The k nearest rows of `given` (n, dim) for each query (q, dim), by comparing all.
+
+    Returns a SearchResult whose labels are row numbers; ties go to the smaller. Distances are
+    fp32, as an fp32 Index returns them. Memory beyond the input: about 40 MB, and the result.
+    """
+    inputs.one_of("metric", metric, inputs.METRIC_NAMES)
+    name = inputs.METRIC_NAMES[metric]
+    given = inputs.vectors("vectors", given)
+    queries = inputs.vectors("queries", queries, given.shape[1])
+    k, threads = inputs.integer("k", k, 1), _threads(threads)
+    encoded = vectors.encode_queries(inputs.float_vectors("queries", queries, name), name, "fp32")
+    keys = np.full((len(encoded), min(k, len(given))), beam.KEY_NONE, np.uint64)
+    with _bar(progress, len(given), "exact search", "vectors") as bar:
+        for start in range(0, len(given), exact.BLOCK):
+            part = given[start : start + exact.BLOCK]
+            part = inputs.float_vectors("vectors", part, name, first=start)
+            rows = vectors.encode(part, name, "fp32")
+            exact.exact_block(keys, rows, start, encoded, name, threads=threads)
+            bar.update(len(rows))
+    labels = np.full((len(encoded), k), -1, np.int64)
+    distances = np.full((len(encoded), k), np.inf, np.float32)
+    labels[:, : keys.shape[1]] = beam.nodes(keys)
+    distances[:, : keys.shape[1]] = beam.distances(keys)
+    return SearchResult(labels, np.sqrt(distances) if metric == "euclidean" else distances)
+
+
+def _is_few(allowed, nodes, k, ef):
+    """Whether to compare all allowed nodes instead of walking the graph (R8).
+
+    Few in number (comparing them costs no more than a walk), or so thin among the nodes that a
+    beam of max(ef, k) would not meet k of them often enough.
+    """
+    capacity = np.maximum(ef, k)
+    return (allowed <= 16 * capacity) | (
+        allowed * capacity < 4 * k * nodes * (allowed < nodes // 2)
+    )
+
+
+def _refine(refine, dtype):
+    if refine not in REFINE:
+        raise ValueError(f"refine={refine!r}: expected True, False, 'fp32' or 'fp16'")
+    kept = REFINE[refine]
+    if kept and vectors.STORAGE[kept]().itemsize <= vectors.STORAGE[dtype]().itemsize:
+        raise ValueError(f"refine={refine!r}: {kept} rows are no finer than dtype={dtype!r}")
+    return kept or False
+
+
+def _device(device):
+    if inputs.one_of("device", device, ("cpu", "auto", "cuda")) == "cuda":
+        raise RuntimeError(
+            "device='cuda': this release of hnsw_gpu has no GPU engine; use device='cpu'"
+        )
+    if device == "auto":
+        logger.info("device='auto': searching on the CPU (this release has no GPU engine)")
+    return "cpu"
+
+
+def _threads(threads):
+    if threads is not None:
+        inputs.integer("threads", threads, 1)
+    return thread_count(threads)
+
+
+def _radius(radius, metric):
+    """The radius as an engine's distance."""
+    radius = float(radius)
+    if np.isnan(radius):
+        raise ValueError("radius: NaN")
+    if metric == "euclidean":
+        return np.float32(radius * radius) if radius >= 0 else np.float32(-1)
+    return np.float32(radius)
+
+
+def _row_of(entries, i):
+    if entries is None or len(entries) == 1:
+        return entries
+    return entries[i : i + 1]
+
+
+def _grown(rows, used, count, dim, dtype):
+    """`rows` with room for at least `count`: exactly at first, by a quarter more afterwards."""
+    if len(rows) >= count:
+        return rows
+    grown = vectors.empty_rows(max(count, used + used // 4), dim, dtype)
+    grown[:used] = rows[:used]
+    return grown
+
+
+@contextmanager
+def _bar(progress, total, text, unit):
+    """A tqdm bar on a terminal's stderr, if progress is asked for."""
+    hidden = None if progress else True  # None: hidden where there is no terminal
+    with tqdm(total=total, desc=text, unit=f" {unit}", unit_scale=True, disable=hidden) as bar:
+        yield bar

@@ -1,0 +1,157 @@
+"""What callers give, checked once: clear errors here, no checks inside."""
+
+import operator
+
+import numpy as np
+
+from hnsw_gpu.vectors import squared_lengths
+
+METRIC_NAMES = {
+    "l2": "l2",
+    "sqeuclidean": "l2",
+    "euclidean": "l2",
+    "ip": "ip",
+    "inner_product": "ip",
+    "dot": "ip",
+    "cosine": "cosine",
+    "cos": "cosine",
+    "angular": "cosine",
+}
+LONGEST_SQUARED = float(np.finfo(np.float32).max) / 4  # then no distance overflows float32
+
+
+def one_of(name, value, known):
+    """`value`, if it is a known name."""
+    if not isinstance(value, str) or value not in known:
+        raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, known))}")
+    return value
+
+
+def integer(name, value, least, most=None):
+    """`value` as int, if it is one within bounds."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}={value!r}: expected an integer") from None
+    if isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name}={value!r}: expected an integer")
+    if number < least or (most is not None and number > most):
+        bounds = f"at least {least}" if most is None else f"{least} to {most}"
+        raise ValueError(f"{name}={number}: expected {bounds}")
+    return number
+
+
+def array(name, value):
+    """Any array-like as a numpy array, without copying where that is possible."""
+    if not isinstance(value, np.ndarray) and not hasattr(value, "__array__"):
+        if hasattr(value, "__dlpack__"):
+            return np.from_dlpack(value)
+        try:
+            return np.asarray(value)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    return np.asarray(value)
+
+
+def vectors(name, value, dim=None):
+    """An array of vectors (n, dim) of real numbers, not yet converted; one vector gives (1, dim)."""
+    result = array(name, value)
+    if result.dtype.kind not in "fiub":
+        raise TypeError(f"{name}: dtype {result.dtype}, expected real numbers")
+    if result.ndim == 1 and (dim is not None and len(result) == dim):
+        result = result[None]
+    if result.ndim == 1 and result.size == 0 and dim is not None:
+        result = result.reshape(0, dim)
+    if result.ndim != 2 or (dim is not None and result.shape[1] != dim):
+        expected = f"(n, {dim})" if dim is not None else "(n, dim)"
+        raise ValueError(f"{name}: shape {result.shape}, expected {expected}")
+    return result
+
+
+def float_vectors(name, part, metric, dtype="fp32", first=0):
+    """float32 copy, C order, of a part of `vectors` that begins at row `first`, values checked."""
+    with np.errstate(over="ignore"):  # a float64 too large becomes inf and is refused below
+        result = np.ascontiguousarray(part, np.float32)
+    squared = squared_lengths(result)
+    refuse(name, ~np.isfinite(squared), "NaN or infinite values", first)
+    refuse(name, squared > LONGEST_SQUARED, "values too large for float32 distances", first)
+    if metric == "cosine":
+        refuse(name, squared == 0, "zero vectors, which have no cosine distance", first)
+    elif dtype == "fp16":
+        largest = np.abs(result).max(axis=1, initial=0)
+        refuse(name, largest > np.finfo(np.float16).max, "values too large for fp16", first)
+    return result
+
+
+def refuse(name, is_bad, what, first=0):
+    """ValueError that names the first rows where `is_bad`."""
+    if is_bad.any():
+        rows = np.flatnonzero(is_bad)
+        listed = ", ".join(str(first + row) for row in rows[:5])
+        more = f" and {len(rows) - 5} more" if len(rows) > 5 else ""
+        raise ValueError(f"{name}: {what} in row{'s' * (len(rows) > 1)} {listed}{more}")
+
+
+def labels(name, value):
+    """int64 labels (m,)."""
+    result = array(name, value)
+    if result.size == 0:
+        return np.empty(0, np.int64)
+    if result.dtype.kind not in "iu":
+        raise TypeError(f"{name}: dtype {result.dtype}, expected integers")
+    if result.ndim == 0:
+        result = result[None]
+    if result.ndim != 1:
+        raise ValueError(f"{name}: shape {result.shape}, expected (m,)")
+    if result.dtype == np.uint64 and (result > np.iinfo(np.int64).max).any():
+        raise ValueError(f"{name}: labels beyond int64")
+    return np.ascontiguousarray(result, np.int64)
+
+
+def unique_labels(name, value):
+    """int64 labels (m,), none twice."""
+    result = labels(name, value)
+    ordered = np.sort(result)
+    repeated = ordered[1:][ordered[1:] == ordered[:-1]]
+    if len(repeated):
+        raise ValueError(f"{name}: label {repeated[0]} is given more than once")
+    return result
+
+
+def entry_mask(value, entry_labels, queries):
+    """bool mask (entries,) or (queries, entries) of `allow=` over the entries' labels.
+
+    `value`: bool (n,) or (queries, n) indexed by label; the same as uint8 bits packed little-endian
+    (`np.packbits(mask, axis=-1, bitorder="little")`); or signed-integer labels (m,).
+    """
+    allow = array("allow", value)
+    if allow.size == 0 and allow.ndim == 1 and allow.dtype != bool:
+        return np.zeros(len(entry_labels), bool)
+    if allow.dtype.kind == "i" and allow.ndim == 1:
+        return np.isin(entry_labels, allow)
+    if allow.dtype not in (np.dtype(bool), np.dtype(np.uint8)):
+        raise TypeError(
+            f"allow: dtype {allow.dtype}, {allow.ndim}-d, expected a bool mask, "
+            "uint8 packed bits, or a 1-d array of int labels"
+        )
+    if allow.ndim not in (1, 2) or (allow.ndim == 2 and len(allow) != queries):
+        raise ValueError(f"allow: shape {allow.shape}, expected (n,) or ({queries}, n)")
+    covered = allow.shape[-1] * (8 if allow.dtype == np.uint8 else 1)
+    if len(entry_labels) and (entry_labels.min() < 0 or entry_labels.max() >= covered):
+        outside = entry_labels.min() if entry_labels.min() < 0 else entry_labels.max()
+        raise ValueError(
+            f"allow: a mask of {covered} is indexed by label, and label {outside} is outside; "
+            "give the allowed labels instead"
+        )
+    if allow.dtype == bool:
+        return allow[..., entry_labels]
+    bits = allow[..., entry_labels >> 3] >> (entry_labels & 7).astype(np.uint8)
+    return (bits & 1).astype(bool)
+
+
+def packed(mask):
+    """uint32 words (..., words) of a bool mask (..., n): bit i & 31 of word i >> 5."""
+    count = mask.shape[-1]
+    words = np.zeros((*mask.shape[:-1], -(-count // 32) * 4), np.uint8)
+    words[..., : -(-count // 8)] = np.packbits(mask, axis=-1, bitorder="little")
+    return words.view("<u4").astype(np.uint32, copy=False)

@@ -1,0 +1,89 @@
+"""Recall@k: how much of the truth a search finds; and its plot against speed.
+
+A result counts when its true distance is at most the true k-th distance plus a small epsilon:
+ties are not errors. All distances are taken here, in float64, so that neither a storage dtype nor
+an order of summation decides.
+"""
+
+import io
+from pathlib import Path
+
+import numpy as np
+
+from hnsw_gpu.storage import atomic_file
+
+EPSILON = 1e-6  # relative to the k-th distance, and absolute
+BLOCK_VALUES = 1 << 22  # float64 values gathered at a time
+
+
+def recall(
+    vectors: np.ndarray, queries: np.ndarray, metric: str, found: np.ndarray, truth: np.ndarray
+) -> float:
+    """Share of the results that are as near as the true ones; 1.0 when nothing can be found.
+
+    vectors (n, dim), queries (q, dim); `found` and `truth` (q, k) are row numbers of `vectors`,
+    -1 where there was no result; `truth` from exact search.
+    """
+    queries = np.asarray(queries)
+    block = max(1, BLOCK_VALUES // max(1, truth.shape[1] * vectors.shape[1]))
+    hits = 0
+    for start in range(0, len(truth), block):
+        part = slice(start, start + block)
+        wanted = _distances(vectors, queries[part], metric, truth[part])
+        limit = wanted.max(axis=1, initial=-np.inf, where=truth[part] >= 0)
+        limit = limit + EPSILON * np.maximum(1.0, np.abs(limit))
+        reached = _distances(vectors, queries[part], metric, found[part])
+        hits += int(np.sum((found[part] >= 0) & (reached <= limit[:, None])))
+    possible = np.count_nonzero(truth >= 0)
+    return hits / possible if possible else 1.0
+
+
+def _distances(
+    vectors: np.ndarray, queries: np.ndarray, metric: str, rows: np.ndarray
+) -> np.ndarray:
+    """float64 (q, k): from each query to the rows numbered in its row of `rows`; R1's meaning."""
+    near = vectors[np.maximum(rows, 0)].astype(np.float64)
+    queries = queries.astype(np.float64)[:, None, :]
+    if metric in ("l2", "euclidean"):  # both order alike
+        return np.square(near - queries).sum(axis=2)
+    if metric == "cosine":
+        near = near / np.linalg.norm(near, axis=2, keepdims=True)
+        queries = queries / np.linalg.norm(queries, axis=2, keepdims=True)
+    return 1.0 - (near * queries).sum(axis=2)
+
+
+def require_plotting() -> None:
+    """Raises ImportError, saying what to install, where `plot` could not draw."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise ImportError("a plot needs matplotlib: pip install matplotlib") from None
+
+
+def plot(points: list[dict[str, float]], k: int, path: str | Path) -> None:
+    """Draw recall against queries/s, a dot for every ef: `points` have ef, recall, queries_per_s.
+
+    `path` ends in .png, .pdf or .svg. Needs matplotlib; no window is opened.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(
+        [point["recall"] for point in points],
+        [point["queries_per_s"] for point in points],
+        marker="o",
+    )
+    for point in points:
+        axes.annotate(
+            f"ef {point['ef']}",
+            (point["recall"], point["queries_per_s"]),
+            textcoords="offset points",
+            xytext=(6, 4),
+        )
+    axes.set(xlabel=f"recall@{k}", ylabel="queries/s", yscale="log")
+    axes.grid(alpha=0.3, which="both")
+    drawing = io.BytesIO()
+    figure.savefig(drawing, dpi=150, format=Path(path).suffix[1:].lower())
+    with atomic_file(path) as file:
+        file.write(drawing.getbuffer())

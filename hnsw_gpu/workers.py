@@ -1,0 +1,100 @@
+"""Work on threads. The compiled engines release the GIL, and a chunk of work is milliseconds."""
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+
+def thread_count(threads: int | None) -> int:
+    """The number of threads to use: as asked for, or one for each processor we may run on."""
+    return len(os.sched_getaffinity(0)) if threads is None else threads
+
+
+def run_chunks(run: Callable[[int, int], None], count: int, chunk: int, threads: int) -> None:
+    """Call run(start, stop) for each chunk of range(count), on up to `threads` threads.
+
+    An exception in one chunk, or KeyboardInterrupt here, stops the rest before it is raised: no
+    thread works on behind the caller's back.
+    """
+    starts = iter(range(0, count, chunk))
+    is_stopped = threading.Event()
+
+    def work() -> None:
+        for start in starts:  # next() of a range's iterator is atomic under the GIL
+            if is_stopped.is_set():
+                return
+            run(start, min(start + chunk, count))
+
+    workers = min(threads, -(-count // chunk))
+    if workers <= 1:
+        work()
+        return
+    with ThreadPoolExecutor(workers) as pool:
+        futures = [pool.submit(work) for _ in range(workers)]
+        try:
+            for future in futures:
+                future.result()
+        finally:
+            is_stopped.set()
+
+
+def run_to_a_stop(work: Callable[[threading.Event], None]) -> None:
+    """Call work(stop) on a thread and wait. KeyboardInterrupt sets `stop`, then waits on.
+
+    Python raises KeyboardInterrupt in the main thread alone, so `work` is never torn apart: it
+    looks at `stop` where its data is whole.
+    """
+    stop = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(work, stop)
+        try:
+            future.result()
+        except KeyboardInterrupt:
+            stop.set()
+            future.result()
+            raise
+
+
+class SharedLock:
+    """Many readers or one writer. A waiting writer goes before readers that come after it."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._readers = 0
+        self._writers = 0  # at work or waiting
+        self._is_writing = False
+
+    @contextmanager
+    def shared(self) -> Iterator[None]:
+        """Hold as one of many."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._writers)
+            self._readers += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._readers -= 1
+                self._changed.notify_all()
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Hold alone."""
+        with self._changed:
+            self._writers += 1
+            try:
+                self._changed.wait_for(lambda: not self._readers and not self._is_writing)
+            except BaseException:
+                self._writers -= 1
+                self._changed.notify_all()
+                raise
+            self._is_writing = True
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._writers -= 1
+                self._is_writing = False
+                self._changed.notify_all()

@@ -1,0 +1,334 @@
+"""The rules of `hnsw_gpu/search.py` in slow, obvious Python: what every engine must equal.
+
+Numbers like R5 name the rule a line follows. Vectors are plain float32 arrays, not encoded rows, so
+an engine's encoding is held against the oracle too. Keys are Python integers.
+
+On fp32 and fp16 the sums are taken in float64 and rounded once: an engine gives the same float only
+where every summation order is exact, which `integer_vectors` sees to. The int8 distance is a fixed
+chain of float32 operations and is the same on any data.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+
+from hnsw_gpu.graph import Graph
+
+KEY_NONE = 2**64 - 1  # an empty slot
+
+KeyTable = list[list[int]]  # [query][id], expanded bit clear
+
+
+# --- R1: distance ---------------------------------------------------------------------------------
+
+
+class Codes(NamedTuple):
+    """An int8 vector: value = scale * code."""
+
+    codes: list[int]
+    scale: np.float32
+    norm: np.float32  # squared length
+
+
+def unit(vector: np.ndarray) -> np.ndarray:
+    """`vector` scaled to length 1, its length taken in float64."""
+    values = [float(x) for x in vector]
+    length = math.sqrt(sum(x * x for x in values))
+    return np.array([x / length for x in values], dtype=np.float32)
+
+
+def quantise(vector: np.ndarray) -> Codes:
+    """Symmetric int8 codes; a zero vector has scale 0 and codes 0."""
+    largest = max(abs(np.float32(x)) for x in vector)
+    scale = np.float32(largest) / np.float32(127)
+    if scale == 0:
+        codes = [0] * len(vector)
+    else:
+        codes = [max(-127, min(127, int(np.rint(np.float32(x) / scale)))) for x in vector]
+    return Codes(codes, scale, (scale * scale) * np.float32(sum(c * c for c in codes)))
+
+
+def stored(vector: np.ndarray, metric: str, dtype: str) -> Codes | list[float]:
+    """What an index keeps of `vector`."""
+    if metric == "cosine":
+        vector = unit(vector)
+    if dtype == "int8":
+        return quantise(vector)
+    return [float(x) for x in vector.astype({"fp32": np.float32, "fp16": np.float16}[dtype])]
+
+
+def asked(query: np.ndarray, metric: str, dtype: str) -> Codes | list[float]:
+    """What a search makes of `query`: int8 is quantised like a row, fp16 stays float32."""
+    return stored(query, metric, "fp32" if dtype == "fp16" else dtype)
+
+
+def distance(query: Codes | list[float], row: Codes | list[float], metric: str) -> np.float32:
+    """R1: float32, smaller is nearer."""
+    if isinstance(query, Codes) and isinstance(row, Codes):
+        return int8_distance(query, row, metric)
+    assert not isinstance(query, Codes)
+    assert not isinstance(row, Codes)
+    if metric == "l2":
+        return np.float32(sum((q - x) ** 2 for q, x in zip(query, row, strict=True)))
+    return np.float32(1 - sum(q * x for q, x in zip(query, row, strict=True)))
+
+
+def int8_distance(query: Codes, row: Codes, metric: str) -> np.float32:
+    """R1 for int8: each line rounds to float32, in this order."""
+    dot = np.float32(sum(q * x for q, x in zip(query.codes, row.codes, strict=True)))
+    product = query.scale * row.scale
+    product = product * dot
+    if metric != "l2":
+        return np.float32(1) - product
+    return max(np.float32(0), (query.norm + row.norm) - np.float32(2) * product)
+
+
+# --- R2: keys -------------------------------------------------------------------------------------
+
+
+def ordered(distance: np.float32) -> int:
+    """A uint32 that sorts as the float32 does (-0.0 before 0.0)."""
+    bits = int(np.float32(distance).view(np.uint32))
+    return bits ^ (0xFFFFFFFF if bits >> 31 else 0x80000000)
+
+
+def key(distance: np.float32, node: int) -> int:
+    return ordered(distance) << 32 | node << 1
+
+
+def node_of(key: int) -> int:
+    return (key & 0xFFFFFFFF) >> 1
+
+
+def key_table(vectors: np.ndarray, queries: np.ndarray, metric: str, dtype: str) -> KeyTable:
+    """The key of every node for every query: computed once, looked up by many searches."""
+    rows = [stored(vector, metric, dtype) for vector in vectors]
+    return [
+        [key(distance(query, row, metric), node) for node, row in enumerate(rows)]
+        for query in (asked(query, metric, dtype) for query in queries)
+    ]
+
+
+# --- R3-R10: search -------------------------------------------------------------------------------
+
+
+class Layer(NamedTuple):
+    """What a beam search of one layer leaves."""
+
+    beam: list[int]  # ascending keys, every one expanded
+    seen: set[int]  # every key that was computed, the seeds' included
+    hops: int
+
+
+def links(graph: Graph, layer: int) -> dict[int, list[int]]:
+    """The neighbours of every node of a layer, all as ids."""
+    if layer == 0:
+        nodes, rows = range(len(graph.neighbors0)), graph.neighbors0
+    else:
+        part = slice(graph.layer_offsets[layer - 1], graph.layer_offsets[layer])
+        nodes = graph.nodes[part].tolist()
+        rows = graph.neighbors[part]
+    return {
+        node: [nodes[local] for local in row if local >= 0]
+        for node, row in zip(nodes, rows.tolist(), strict=True)
+    }
+
+
+def all_links(graph: Graph) -> list[dict[int, list[int]]]:
+    return [links(graph, layer) for layer in range(len(graph.layer_offsets))]
+
+
+def search_layer(
+    links: dict[int, list[int]], keys: list[int], seeds: Iterable[int], capacity: int, expand: int
+) -> Layer:
+    """R4-R6 on one layer, from the keys `seeds`; `keys[id]` is the key of a node."""
+    seen = set(seeds)
+    beam = sorted(seen)[:capacity]  # R4
+    expanded: set[int] = set()
+    hops = 0
+    while True:
+        step = [key for key in beam if key not in expanded][:expand]  # R5
+        if not step:
+            return Layer(beam, seen, hops)  # R6
+        expanded.update(step)
+        hops += len(step)
+        reached = {keys[neighbor] for key in step for neighbor in links[node_of(key)]}
+        # R7: the oracle forgets nothing.
+        beam = sorted(set(beam) | (reached - seen))[:capacity]
+        seen |= reached
+
+
+class Found(NamedTuple):
+    """The answer to one query, and what it cost."""
+
+    keys: list[int]  # at most k, ascending
+    hops: int
+    distances: int  # distances computed, where nothing is forgotten (R7)
+
+
+def search_query(
+    links: Sequence[dict[int, list[int]]],
+    keys: list[int],
+    k: int,
+    ef: int,
+    expand: int,
+    ef_upper: int,
+    is_allowed: Callable[[int], bool] | None,
+    own: int | None,
+) -> Found:
+    """`links[layer]` is made by `links()`."""
+    hops, distances = 0, 1
+    if own is not None:
+        seeds = [keys[own]]  # R10
+    else:
+        seeds = [keys[min(links[-1])]]  # the entry point: the smallest id of the top layer
+        for layer in reversed(links[1:]):  # R3
+            walked = search_layer(layer, keys, seeds, ef_upper, expand)
+            hops += walked.hops
+            distances += len(walked.seen) - len(seeds)
+            seeds = walked.beam
+    walked = search_layer(links[0], keys, seeds, max(ef, k), expand)
+    hops += walked.hops
+    distances += len(walked.seen) - len(seeds)
+    if is_allowed is None and own is None:
+        return Found(walked.beam[:k], hops, distances)  # R9
+    allowed = [  # R8: whatever was seen counts, also what never entered the beam
+        key
+        for key in walked.seen
+        if node_of(key) != own and (is_allowed is None or is_allowed(node_of(key)))
+    ]
+    return Found(sorted(allowed)[:k], hops, distances)
+
+
+class Result(NamedTuple):
+    """As `hnsw_gpu.search.Result`."""
+
+    keys: np.ndarray  # (q, k) uint64
+    hops: np.ndarray  # (q,) int32
+    distances: np.ndarray  # (q,) int32
+
+
+def search(
+    graph: Graph,
+    table: KeyTable,
+    *,
+    k: int,
+    ef: int,
+    expand: int = 1,
+    ef_upper: int = 1,
+    allowed: np.ndarray | None = None,
+    own: Sequence[int] | None = None,
+) -> Result:
+    """What `hnsw_gpu.search.search` returns. `allowed` is bool (n,) or (q, n), not packed."""
+    layers = all_links(graph)
+    count = len(table)
+    result = Result(
+        np.full((count, k), KEY_NONE, dtype=np.uint64),
+        np.zeros(count, dtype=np.int32),
+        np.zeros(count, dtype=np.int32),
+    )
+    for i, keys in enumerate(table):
+        mask = None if allowed is None else allowed if allowed.ndim == 1 else allowed[i]
+        found = search_query(
+            layers,
+            keys,
+            k,
+            ef,
+            expand,
+            ef_upper,
+            None if mask is None else mask.__getitem__,
+            None if own is None else int(own[i]),
+        )
+        result.keys[i, : len(found.keys)] = found.keys
+        result.hops[i], result.distances[i] = found.hops, found.distances
+    return result
+
+
+# --- algorithm 4: selection -----------------------------------------------------------------------
+
+
+def select(
+    candidates: Iterable[tuple[np.float32, int]],
+    between: Callable[[int, int], np.float32],
+    limit: int,
+) -> list[int]:
+    """The paper's algorithm 4, strict: ids of the neighbours kept, nearest first.
+
+    candidates: (distance to the point, id) pairs. One is kept only if it is strictly nearer to the
+    point than to every neighbour kept before it; `between(a, b)` is the distance of two nodes.
+    """
+    kept: list[int] = []
+    for to_point, node in sorted(candidates, key=lambda pair: key(*pair)):
+        if len(kept) == limit:
+            break
+        if all(to_point < between(node, other) for other in kept):
+            kept.append(node)
+    return kept
+
+
+# --- data on which every summation order is exact -------------------------------------------------
+
+
+def integer_vectors(
+    n: int, dim: int, metric: str, rng: np.random.Generator, largest: int = 3
+) -> np.ndarray:
+    """n distinct float32 (n, dim) vectors whose distances are exact floats, with many ties.
+
+    Values are at most `largest`; under cosine a row is +-1 in 4**j places and 0 elsewhere, so that
+    its length is a power of two.
+    """
+    rows: dict[bytes, np.ndarray] = {}
+    while len(rows) < n:
+        if metric == "cosine":
+            row = np.zeros(dim, dtype=np.float32)
+            places = rng.choice([4**j for j in range(6) if 4**j <= dim])
+            row[rng.choice(dim, places, replace=False)] = rng.choice([-1, 1], places)
+        else:
+            row = rng.integers(-largest, largest + 1, dim).astype(np.float32)
+        rows[row.tobytes()] = row
+    return np.array(list(rows.values()))
+
+
+def random_graph(vectors: np.ndarray, M: int, seed: int) -> Graph:
+    """A sound graph that no builder made: a few near and a few random links a node, rows not full.
+
+    A ring through each layer makes every node reachable.
+    """
+    rng = np.random.default_rng(seed)
+    n = len(vectors)
+    levels = np.floor(-np.log(1 - rng.random(n)) / math.log(M)).astype(np.int64)
+    layers = [np.flatnonzero(levels >= layer) for layer in range(int(levels.max()) + 1)]
+    rows = [
+        random_links(vectors[nodes], 2 * M if layer == 0 else M, rng)
+        for layer, nodes in enumerate(layers)
+    ]
+    below = [np.searchsorted(lower, nodes) for lower, nodes in pairwise(layers)]
+    empty = np.zeros(0, dtype=np.int32)
+    return Graph(
+        neighbors0=rows[0],
+        layer_offsets=np.cumsum([0] + [len(nodes) for nodes in layers[1:]], dtype=np.int64),
+        nodes=np.concatenate([empty, *layers[1:]]).astype(np.int32),
+        neighbors=np.concatenate([np.zeros((0, M), dtype=np.int32), *rows[1:]]),
+        below=np.concatenate([empty, *below]).astype(np.int32),
+    )
+
+
+def random_links(vectors: np.ndarray, width: int, rng: np.random.Generator) -> np.ndarray:
+    """int32 (n, width) rows of up to `width` numbers: the next of a ring, near and random ones."""
+    n = len(vectors)
+    links = np.full((n, width), -1, dtype=np.int32)
+    ring = rng.permutation(n)
+    follower = np.empty(n, dtype=np.int64)
+    follower[ring] = np.roll(ring, -1)
+    for node in range(n):
+        near = np.argsort(((vectors - vectors[node]) ** 2).sum(axis=1), kind="stable")
+        wanted = [follower[node], *near[1 : 1 + width // 2], *rng.integers(0, n, width)]
+        chosen = [other for other in dict.fromkeys(map(int, wanted)) if other != node]
+        degree = int(rng.integers(width // 2, width + 1))
+        chosen = chosen[:degree]
+        rng.shuffle(chosen)
+        links[node, : len(chosen)] = chosen
+    return links

@@ -1,0 +1,96 @@
+"""The benchmarks tell the truth: their recall, exact answers and interpolation, recomputed."""
+
+import json
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+import hnsw_gpu
+from benchmarks import anatomy, datasets, race
+from benchmarks.run import SETTING, main
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("HNSW_GPU_CACHE", str(tmp_path / "cache"))
+
+
+def plain_recall(base, queries, labels, k):
+    """Share of the k answers within the true k-th distance, by looking at every row."""
+    hits = 0
+    for query, found in zip(queries.astype(np.float64), labels, strict=True):
+        distances = 1 - base.astype(np.float64) @ query
+        limit = np.sort(distances)[k - 1] + 1e-6
+        hits += sum(distances[label] <= limit for label in {*found[:k].tolist()} - {-1})
+    return hits / (len(queries) * k)
+
+
+def test_quick_run_reports_the_recall_of_the_same_index(tmp_path):
+    out = tmp_path / "cpu.json"
+    done = CliRunner().invoke(main, ["cpu", "--quick", "--only", "race", "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    reported = json.loads(out.read_text())["race"]["results"]["tiny"]
+    base, queries = datasets.tiny()
+    assert (reported["rows"], reported["dim"], reported["queries"]) == (2000, 32, 200)
+    index = hnsw_gpu.Index(32, "cosine", **SETTING._asdict())
+    index.add(base)
+    recalls = {
+        ef: plain_recall(base, queries, index.search(queries, 10, ef=int(ef)).labels, 10)
+        for ef in reported["recall_at_ef"]["ours-fp32"]
+    }
+    assert recalls["16"] < recalls["256"]  # the sweep tells ef apart
+    assert reported["recall_at_ef"]["ours-fp32"] == pytest.approx(recalls, abs=1e-9)
+
+
+def test_recall_of_ties_repeats_and_gaps():
+    rng = np.random.default_rng(1)
+    base = datasets.unit(rng.integers(-1, 2, (60, 4)) + np.float32(0.5))  # many equal rows
+    queries = datasets.unit(rng.integers(-1, 2, (20, 4)) + np.float32(0.5))
+    ids, _ = datasets.nearest(base, queries, 8)
+    dataset = datasets.Dataset("ties", base, queries, ids)
+    for labels in (ids, rng.integers(-1, 60, ids.shape), np.repeat(ids[:, ::2], 2, axis=1)):
+        expected = plain_recall(base, queries, labels, 8)
+        assert datasets.recall(dataset, labels, 8) == pytest.approx(expected, abs=1e-12)
+
+
+def test_exact_answers():
+    rng = np.random.default_rng(2)
+    base = datasets.unit(np.repeat(rng.standard_normal((150, 9)), 2, axis=0))
+    queries = datasets.unit(rng.standard_normal((70, 9)))
+    ids, distances = datasets.nearest(base, queries, 20)
+    every = 1 - queries.astype(np.float64) @ base.astype(np.float64).T
+    # equal rows stand side by side; a product of matrices may not round them alike
+    order = np.argsort(np.repeat(every[:, ::2], 2, axis=1), axis=1, kind="stable")[:, :20]
+    np.testing.assert_array_equal(ids, order)
+    np.testing.assert_allclose(distances, np.take_along_axis(every, order, 1), atol=1e-12)
+
+
+def test_a_cached_truth_is_not_used_for_other_rows(monkeypatch):
+    first = datasets.load("tiny")
+    changed = (first.base[::-1].copy(), first.queries)
+    monkeypatch.setitem(datasets.SOURCES, "tiny", lambda: changed)
+    np.testing.assert_array_equal(
+        datasets.load("tiny").truth, datasets.nearest(*changed, datasets.TRUTH_K)[0]
+    )
+
+
+def test_interpolation_is_logarithmic():
+    assert race.interpolate(0.925, [0.90, 0.95], [4000.0, 1000.0]) == pytest.approx(2000.0)
+    assert race.interpolate(0.90, [0.90, 0.95], [4000.0, 1000.0]) == pytest.approx(4000.0)
+
+
+def test_ratios_are_of_the_same_turn():
+    seconds = {"ours-fp32": [1.0, 8.0, 3.0], "hnswlib": [2.0, 8.0, 4.0]}
+    assert race.ratios(seconds) == {"ours-fp32/hnswlib": {"median": 0.75, "low": 0.5, "high": 1.0}}
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "int8"])
+def test_the_recorded_walk_is_the_engines(dtype):
+    """`shares` raises unless hops and distances agree; the replay must sum up all of them."""
+    base, queries = datasets.tiny()
+    index = hnsw_gpu.Index(32, "cosine", dtype, **SETTING._asdict())
+    index.add(base)
+    found = anatomy.shares(index._graph, index._rows, queries[:20], dtype, ef=32, rounds=1)
+    assert sum(found["shares"].values()) == pytest.approx(1)
+    assert found["hops_per_query"] >= 32

@@ -23,9 +23,10 @@ def measure(
 ) -> dict:
     """Microseconds, hops and distances a query, one thread, at a fixed ef and a fixed recall.
 
-    An index for each of `sizes`; they are timed in turn.
+    An index for each of `sizes`, as far as there are rows; they are timed in turn.
     """
-    sides = [build(dataset_name, size, setting) for size in sizes]
+    rows = len(datasets.load(dataset_name).base)
+    sides = [build(dataset_name, n, setting) for n in sorted({min(n, rows) for n in sizes})]
     count, turns = time_in_turn({side: (ef,) for side in sides}, 1, rounds, least_seconds)
     fixed_ef = []
     for side in sides:

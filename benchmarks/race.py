@@ -105,6 +105,9 @@ def race_searches(
         "queries": count,
         "ef": {side.name: list(bracket) for side, bracket in brackets.items()},
         "queries_per_s": {name: median(values) for name, values in rates.items()},
+        "queries_per_processor_s": {
+            name: median(values) for name, values in processor_rates.items()
+        },
         "ratios": ratios(rates),
         "processor_ratios": ratios(processor_rates),
     }

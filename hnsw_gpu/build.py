@@ -335,8 +335,8 @@ def _has(neighbors, row, count, number):
 def repair(graph, rows, metric, *, ef_construction, threads):
     """Make every node reachable on layer 0 from the entry point; returns how many were not.
 
-    Writes `graph.neighbors0`. Such a node gets a link from the nearest reachable one whose row has room, or a link that no
-    path found by the breadth-first search needs.
+    Writes `graph.neighbors0`. Such a node gets a link from the nearest reachable one whose row has
+    room, or that has a link which no path found by the breadth-first search needs.
     """
     parents = np.full(len(graph.neighbors0), -1, np.int32)
     if not len(parents) or reach(graph.neighbors0, parents, graph.entry_point) == len(parents):

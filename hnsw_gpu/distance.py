@@ -11,7 +11,7 @@ Twin of `kernels/distance.cuh`. The slow version is `tests/reference.py`.
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
 

@@ -1,23 +1,36 @@
 """The index: vectors, graph and labels behind one object, and the choice of engine."""
 
 import logging
+import os
+import threading
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 from tqdm import tqdm
 
-from hnsw_gpu import beam, build, copies, exact, graph, inputs, storage, vectors
+from hnsw_gpu import beam, build, copies, exact, graph, inputs, storage
 from hnsw_gpu.labels import Labels
 from hnsw_gpu.search import search as walk_search
+from hnsw_gpu.vectors import (
+    STORAGE,
+    decode,
+    empty_rows,
+    encode,
+    encode_queries,
+    rows_as_queries,
+)
 from hnsw_gpu.workers import SharedLock, run_to_a_stop, thread_count
 
 logger = logging.getLogger("hnsw_gpu")
 
 ENCODE_ROWS = 16384  # vectors checked and encoded at a time
 SELF_ROWS = 16384  # nodes of a neighbour graph searched at a time
+FEW = 64  # see `_beam_capacity`: a step of the walk costs as much as comparing 64 rows in a scan
 REPAIR_SHARE = 64  # reachability is repaired once 1 / REPAIR_SHARE of the nodes are new
-REFINE = {False: None, None: None, True: "fp32", "fp32": "fp32", "fp16": "fp16"}
+REFINE = {False: "", "": "", True: "fp32", "fp32": "fp32", "fp16": "fp16"}
 
 
 class SearchResult(NamedTuple):
@@ -54,47 +67,47 @@ class Index:
 
     def __init__(
         self,
-        dim,
-        metric="cosine",
-        dtype="fp32",
+        dim: int,
+        metric: str = "cosine",
+        dtype: str = "fp32",
         *,
-        M=16,
-        ef_construction=200,
-        refine=False,
-        seed=0,
-        device="cpu",
-    ):
+        M: int = 16,
+        ef_construction: int = 200,
+        refine: bool | str = False,
+        seed: int = 0,
+        device: str = "cpu",
+    ) -> None:
         self.dim = inputs.integer("dim", dim, 1, 65536)
         self.metric = inputs.one_of("metric", metric, inputs.METRIC_NAMES)
-        self.dtype = inputs.one_of("dtype", dtype, vectors.STORAGE)
+        self.dtype = inputs.one_of("dtype", dtype, STORAGE)
         self.M = inputs.integer("M", M, 2, 128)
         self.ef_construction = inputs.integer("ef_construction", ef_construction, 1, 65536)
         self.seed = inputs.integer("seed", seed, 0, 2**64 - 1)
-        self.refine = _refine(refine, dtype)
+        self.refine = _refine(refine, dtype)  # "", "fp32" or "fp16"
         self.device = _device(device)
         self._metric = inputs.METRIC_NAMES[self.metric]
         self._lock = SharedLock()
         self._next_label = 0
         self._start_empty()
 
-    def _start_empty(self):
+    def _start_empty(self) -> None:
         self._graph = build.empty_graph(self.M)
         self._neighbors0 = self._graph.neighbors0  # with room for nodes to come; as the next two
-        self._rows = vectors.empty_rows(0, self.dim, self.dtype)
-        self._refine_rows = vectors.empty_rows(0, self.dim, self.refine) if self.refine else None
+        self._rows = empty_rows(0, self.dim, self.dtype)
+        self._refine_rows = empty_rows(0, self.dim, self.refine) if self.refine else None
         self._labels = Labels()
         self._table = copies.NodeTable()
         self._unrepaired = 0
 
     # ---------------------------------------------------------------- what is in it
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self._labels)
 
-    def __contains__(self, label):
+    def __contains__(self, label: int) -> bool:
         return bool(self._labels.find(inputs.labels("label", [label]))[0] >= 0)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         refine = f", refine={self.refine!r}" if self.refine else ""
         return (
             f"Index(dim={self.dim}, metric={self.metric!r}, dtype={self.dtype!r}, M={self.M}, "
@@ -103,35 +116,35 @@ class Index:
         )
 
     @property
-    def labels(self):
+    def labels(self) -> np.ndarray:
         """int64 (n,): the labels in the index, ascending."""
         return self._labels.sorted.copy()
 
     @property
-    def nbytes(self):
+    def nbytes(self) -> int:
         """Bytes of memory that the index's arrays hold."""
         count = self._node_count
         rows = [self._rows] if self._refine_rows is None else [self._rows, self._refine_rows]
         arrays = [array[:count] for array in rows] + list(self._graph)
         return sum(array.nbytes for array in arrays) + self._labels.nbytes + self._table.nbytes
 
-    def vectors(self, labels):
+    def vectors(self, labels: ArrayLike) -> np.ndarray:
         """float32 (m, dim) vectors of labels (m,), as stored: unit length under cosine.
 
         From the refine rows where there are some. KeyError names the first unknown label.
         """
-        labels = inputs.labels("labels", labels)
+        given = inputs.labels("labels", labels)
         with self._lock.shared():
-            nodes = self._labels.nodes(self._known_entries(labels))
+            nodes = self._labels.nodes(self._known_entries(given))
             if self._refine_rows is not None:
-                return vectors.decode(self._refine_rows[nodes], self.dim, self.refine)
-            return vectors.decode(self._rows[nodes], self.dim, self.dtype)
+                return decode(self._refine_rows[nodes], self.dim, self.refine)
+            return decode(self._rows[nodes], self.dim, self.dtype)
 
     @property
-    def _node_count(self):
+    def _node_count(self) -> int:
         return len(self._graph.neighbors0)
 
-    def _known_entries(self, labels):
+    def _known_entries(self, labels: np.ndarray) -> np.ndarray:
         entries = self._labels.find(labels)
         if (entries < 0).any():
             missing = labels[entries < 0]
@@ -141,7 +154,14 @@ class Index:
 
     # ---------------------------------------------------------------- changing it
 
-    def add(self, vectors, labels=None, *, threads=None, progress=False):
+    def add(
+        self,
+        vectors: ArrayLike,
+        labels: ArrayLike | None = None,
+        *,
+        threads: int | None = None,
+        progress: bool = False,
+    ) -> np.ndarray:
         """Add vectors (m, dim), any array-like of real numbers; returns their int64 labels (m,).
 
         labels: integers >= 0, each once and not in the index; None continues after the largest
@@ -151,14 +171,14 @@ class Index:
         given = inputs.vectors("vectors", vectors, self.dim)
         threads = _threads(threads)
         with self._lock.exclusive():
-            labels = self._new_labels(labels, len(given))
+            new_labels = self._new_labels(labels, len(given))
             first = self._node_count
             self._make_room(first + len(given))
             self._encode(given, first)
             nodes = self._join_copies(first, first + len(given))
             new = int(nodes.max(initial=first - 1)) + 1 - first
 
-            def insert(stop):
+            def insert(stop: threading.Event) -> None:
                 with _bar(progress, new, "build", "vectors") as bar:
                     for grown in self._insertion(first + new, threads):
                         bar.update(len(grown.neighbors0) - self._node_count)
@@ -169,28 +189,28 @@ class Index:
                 self._repair(threads, self._node_count // REPAIR_SHARE)
                 is_in = np.cumsum(nodes >= self._node_count) == 0
                 count = self._node_count
-                self._labels = self._labels.with_added(labels[is_in], nodes[is_in], count)
-                self._next_label = max(self._next_label, int(labels.max(initial=-1)) + 1)
+                self._labels = self._labels.with_added(new_labels[is_in], nodes[is_in], count)
+                self._next_label = max(self._next_label, int(new_labels.max(initial=-1)) + 1)
                 if not is_in.all():
                     self._table.clear()
 
             run_to_a_stop(insert)
-        return labels
+        return new_labels
 
-    def _new_labels(self, labels, count):
+    def _new_labels(self, labels: ArrayLike | None, count: int) -> np.ndarray:
         if labels is None:
             return np.arange(self._next_label, self._next_label + count, dtype=np.int64)
-        labels = inputs.unique_labels("labels", labels)
-        if len(labels) != count:
-            raise ValueError(f"labels: {len(labels)} for {count} vectors")
-        known = self._labels.find(labels) >= 0
+        given = inputs.unique_labels("labels", labels)
+        if len(given) != count:
+            raise ValueError(f"labels: {len(given)} for {count} vectors")
+        known = self._labels.find(given) >= 0
         if known.any():
             raise ValueError(
-                f"labels: label {labels[known][0]} is already in the index ({known.sum()} are)"
+                f"labels: label {given[known][0]} is already in the index ({known.sum()} are)"
             )
-        return labels
+        return given
 
-    def _make_room(self, count):
+    def _make_room(self, count: int) -> None:
         used = self._node_count
         self._rows = _grown(self._rows, used, count, self.dim, self.dtype)
         if self._refine_rows is not None:
@@ -201,21 +221,21 @@ class Index:
             self._neighbors0 = room
             self._graph = self._graph._replace(neighbors0=room[:used])
 
-    def _encode(self, given, first):
+    def _encode(self, given: np.ndarray, first: int) -> None:
         """Check and write the given vectors behind the nodes, a block at a time."""
         for start in range(0, len(given), ENCODE_ROWS):
             part = given[start : start + ENCODE_ROWS]
             part = inputs.float_vectors("vectors", part, self._metric, self._stored_as, start)
             place = slice(first + start, first + start + len(part))
-            self._rows[place] = vectors.encode(part, self._metric, self.dtype)
+            self._rows[place] = encode(part, self._metric, self.dtype)
             if self._refine_rows is not None:
-                self._refine_rows[place] = vectors.encode(part, self._metric, self.refine)
+                self._refine_rows[place] = encode(part, self._metric, self.refine)
 
     @property
-    def _stored_as(self):
+    def _stored_as(self) -> str:
         return "fp16" if "fp16" in (self.dtype, self.refine) else self.dtype
 
-    def _join_copies(self, first, stop):
+    def _join_copies(self, first: int, stop: int) -> np.ndarray:
         """Nodes of the encoded rows first..stop; those that are new move together."""
         finest = self._rows if self._refine_rows is None else self._refine_rows
         nodes, sources = self._table.assign(finest, first, stop)
@@ -225,7 +245,7 @@ class Index:
                     rows[first : first + len(sources)] = rows[sources]
         return nodes
 
-    def _insertion(self, count, threads):
+    def _insertion(self, count: int, threads: int) -> Iterator[graph.Graph]:
         return build.insert_nodes(
             self._graph,
             self._neighbors0[:count],
@@ -236,7 +256,7 @@ class Index:
             threads=threads,
         )
 
-    def _repair(self, threads, tolerated):
+    def _repair(self, threads: int, tolerated: int) -> None:
         """Link unreachable nodes, if more than `tolerated` nodes are new since the last time."""
         if self._unrepaired > tolerated:
             build.repair(
@@ -248,16 +268,16 @@ class Index:
             )
             self._unrepaired = 0
 
-    def delete(self, labels):
+    def delete(self, labels: ArrayLike) -> None:
         """Remove labels (m,). Their nodes are still walked through, until `compact`.
 
         KeyError names the first label that is not in the index; nothing is removed then.
         """
-        labels = inputs.unique_labels("labels", labels)
+        given = inputs.unique_labels("labels", labels)
         with self._lock.exclusive():
-            self._labels = self._labels.without(self._known_entries(labels))
+            self._labels = self._labels.without(self._known_entries(given))
 
-    def compact(self, *, threads=None, progress=False):
+    def compact(self, *, threads: int | None = None, progress: bool = False) -> None:
         """Rebuild without deleted nodes. KeyboardInterrupt leaves the index as it was."""
         threads = _threads(threads)
         with self._lock.exclusive():
@@ -290,16 +310,28 @@ class Index:
 
     # ---------------------------------------------------------------- searching it
 
-    def search(self, queries, k=10, *, ef=64, allow=None, expand=1, ef_upper=1, threads=None):
+    def search(
+        self,
+        queries: ArrayLike,
+        k: int = 10,
+        *,
+        ef: int = 64,
+        allow: ArrayLike | None = None,
+        expand: int = 1,
+        ef_upper: int = 1,
+        threads: int | None = None,
+    ) -> SearchResult:
         """The k nearest labels of each query (q, dim), or of one query (dim,): a SearchResult.
 
         ef: beam capacity, raised recall for time; a beam holds max(ef, k).
         allow: what may be returned: bool (n,) or (q, n) indexed by label; the same packed, uint8
             (`np.packbits(mask, axis=-1, bitorder="little")`); or int labels (m,).
         expand: nodes expanded in one step. ef_upper: beam capacity on the layers above.
-        Where few nodes are allowed (see `_is_few`) all of them are compared, which is exact.
+        With a filter, or after deletes, ef counts allowed nodes: the beam is larger by their share.
+        Where they are few (allowed nodes squared <= 64 max(ef, k) nodes), or a walk meets fewer
+        than k, all of them are compared, which is exact.
         """
-        queries = self._queries(queries)
+        given = self._queries(queries)
         k, ef = inputs.integer("k", k, 1), inputs.integer("ef", ef, 1)
         walk = {
             "expand": inputs.integer("expand", expand, 1, 64),
@@ -307,21 +339,28 @@ class Index:
             "threads": _threads(threads),
         }
         with self._lock.shared():
-            entries, nodes = self._filter(allow, len(queries))
-            keys = self._nearest(queries, k, ef, nodes, **walk)
+            entries, nodes = self._filter(allow, len(given))
+            keys = self._nearest(given, k, ef, nodes, **walk)
             return self._result(*self._labels.spread(keys, k, entries))
 
-    def search_radius(self, queries, radius, *, ef=64, allow=None, threads=None):
+    def search_radius(
+        self,
+        queries: ArrayLike,
+        radius: float,
+        *,
+        ef: int = 64,
+        allow: ArrayLike | None = None,
+        threads: int | None = None,
+    ) -> RadiusResult:
         """All labels within `radius` of each query (q, dim) that the graph leads to: RadiusResult.
 
         A query whose beam was full of hits is searched again with twice the ef, until it is not.
         """
-        queries = self._queries(queries)
+        given = self._queries(queries)
         ef, threads = inputs.integer("ef", ef, 1), _threads(threads)
-        radius = _radius(radius, self.metric)
         with self._lock.shared():
-            entries, nodes = self._filter(allow, len(queries))
-            keys = self._within(queries, radius, ef, nodes, threads)
+            entries, nodes = self._filter(allow, len(given))
+            keys = self._within(given, _radius(radius, self.metric), ef, nodes, threads)
             longest = max((self._label_count(row) for row in keys), default=0)
             found = [
                 self._labels.spread(row[None], longest, _row_of(entries, i))
@@ -337,7 +376,9 @@ class Index:
         distances = np.concatenate([np.empty(0, np.float32)] + [part[1] for part in parts])
         return RadiusResult(offsets, *self._result(labels, distances))
 
-    def neighbor_graph(self, k=15, *, ef=64, threads=None, progress=False):
+    def neighbor_graph(
+        self, k: int = 15, *, ef: int = 64, threads: int | None = None, progress: bool = False
+    ) -> SearchResult:
         """The k nearest other labels of every label: row i belongs to `labels[i]`.
 
         Each search starts from the vector's own node (R10). Copies are neighbours of each other.
@@ -356,16 +397,18 @@ class Index:
                     bar.update(len(part))
             return self._result(labels, distances)
 
-    def _queries(self, queries):
+    def _queries(self, queries: ArrayLike) -> np.ndarray:
         given = inputs.vectors("queries", queries, self.dim)
         return inputs.float_vectors("queries", given, self._metric, "fp32")
 
-    def _result(self, labels, distances):
+    def _result(self, labels: np.ndarray, distances: np.ndarray) -> SearchResult:
         if self.metric == "euclidean":
             distances = np.sqrt(distances)
         return SearchResult(labels, distances)
 
-    def _filter(self, allow, queries):
+    def _filter(
+        self, allow: ArrayLike | None, queries: int
+    ) -> tuple[np.ndarray | None, np.ndarray | None]:
         """Packed bits of allowed entries, and bool mask of allowed nodes; None where all are."""
         if allow is not None:
             mask = inputs.entry_mask(allow, self._labels.labels, queries)
@@ -373,52 +416,75 @@ class Index:
         live = self._labels.live_nodes()
         return None, None if live.all() else live
 
-    def _nearest(self, queries, k, ef, mask, **walk):
-        """Keys (q, k) or fewer columns; `mask` is None or bool, (n,) or (q, n)."""
-        k = min(k, self._node_count)
-        if mask is None or mask.ndim == 1:
-            if mask is not None and _is_few(mask.sum(), mask.size, k, ef):
-                return self._exact(queries, np.flatnonzero(mask), k, walk["threads"])
-            return self._walk(queries, k, ef, mask, **walk)
+    def _nearest(
+        self, queries: np.ndarray, k: int, ef: int, mask: np.ndarray | None, **walk: int
+    ) -> np.ndarray:
+        """Keys (q, min(k, nodes)); `mask` of allowed nodes is None or bool, (n,) or (q, n)."""
+        nodes = self._node_count
+        k = min(k, nodes)
+        if mask is None or mask.all():
+            return self._walk(queries, k, max(ef, k), None, **walk)
+        allowed = np.broadcast_to(mask.sum(axis=-1), len(queries))
+        plan = _beam_capacity(allowed, nodes, max(ef, k))
         keys = np.full((len(queries), k), beam.KEY_NONE, np.uint64)
-        few = _is_few(mask.sum(axis=1), mask.shape[1], k, ef)
-        for q in np.flatnonzero(few):
-            allowed = np.flatnonzero(mask[q])
-            keys[q] = self._exact(queries[q : q + 1], allowed, k, walk["threads"])[0]
-        if not few.all():
-            keys[~few] = self._walk(queries[~few], k, ef, mask[~few], **walk)
+        for capacity in np.unique(plan[plan > 0]):
+            part = np.flatnonzero(plan == capacity)
+            part_mask = mask if mask.ndim == 1 else mask[part]
+            keys[part] = self._walk(
+                queries[part], k, max(ef, k), part_mask, capacity=capacity, **walk
+            )
+        met = (keys != beam.KEY_NONE).sum(axis=1)
+        for part, ids in _same_ids(np.flatnonzero(met < np.minimum(k, allowed)), mask):
+            keys[part] = self._exact(queries[part], ids, k, walk["threads"])
         return keys
 
-    def _walk(self, queries, k, ef, mask, **walk):
-        """Search the graph, and re-rank the final beam by the refine rows."""
-        ef = min(max(ef, k), max(self._node_count, 1))
+    def _walk(
+        self,
+        queries: np.ndarray,
+        k: int,
+        ef: int,
+        mask: np.ndarray | None,
+        *,
+        capacity: int | None = None,
+        **walk: int,
+    ) -> np.ndarray:
+        """Search the graph, and re-rank the `ef` best by the refine rows."""
+        nodes = self._node_count
+        ef = min(ef, max(nodes, 1))
         found = walk_search(
             self._graph,
-            self._rows[: self._node_count],
-            vectors.encode_queries(queries, self._metric, self.dtype),
+            self._rows[:nodes],
+            encode_queries(queries, self._metric, self.dtype),
             self._metric,
             k=k if self._refine_rows is None else ef,
-            ef=ef,
+            ef=ef if capacity is None else min(int(capacity), nodes),
             allowed=None if mask is None else inputs.packed(mask),
             **walk,
         )
         if self._refine_rows is None:
             return found.keys
-        encoded = vectors.encode_queries(queries, self._metric, self.refine)
+        encoded = encode_queries(queries, self._metric, self.refine)
         return self._rerank(found.keys, encoded, k, walk["threads"])
 
-    def _rerank(self, keys, encoded, k, threads):
+    def _rerank(self, keys: np.ndarray, encoded: np.ndarray, k: int, threads: int) -> np.ndarray:
         return exact.rerank(keys, self._refine_rows, encoded, self._metric, k=k, threads=threads)
 
-    def _exact(self, queries, ids, k, threads):
+    def _exact(self, queries: np.ndarray, ids: np.ndarray, k: int, threads: int) -> np.ndarray:
         """Compare the listed nodes, by the refine rows where there are some."""
         has_refine = self._refine_rows is not None
         rows = self._refine_rows if has_refine else self._rows
         dtype = self.refine if has_refine else self.dtype
-        encoded = vectors.encode_queries(queries, self._metric, dtype)
+        encoded = encode_queries(queries, self._metric, dtype)
         return exact.exact_ids(rows, ids, encoded, self._metric, k=k, threads=threads)
 
-    def _within(self, queries, radius, ef, mask, threads):
+    def _within(
+        self,
+        queries: np.ndarray,
+        radius: np.float32,
+        ef: int,
+        mask: np.ndarray | None,
+        threads: int,
+    ) -> list[np.ndarray]:
         """A list of keys (hits,) uint64, one a query, of the nodes within the radius."""
         hits = [np.empty(0, np.uint64)] * len(queries)
         open_queries = np.arange(len(queries) if self._node_count else 0)
@@ -435,23 +501,24 @@ class Index:
             ef *= 2
         return hits
 
-    def _label_count(self, keys):
+    def _label_count(self, keys: np.ndarray) -> int:
         nodes = beam.nodes(keys)
         return int((self._labels.offsets[nodes + 1] - self._labels.offsets[nodes]).sum())
 
-    def _nearest_others(self, nodes, k, ef, threads):
+    def _nearest_others(self, nodes: np.ndarray, k: int, ef: int, threads: int) -> np.ndarray:
         """Keys (m, k + 1) for stored nodes (m,): the others, and a node itself if it has copies."""
         count = self._node_count
         others = min(k, max(count - 1, 1))
         live = self._labels.live_nodes()
         ef = min(max(ef, others), count)
+        capacity = int(_beam_capacity(live.sum(), count, ef)) or count
         found = walk_search(
             self._graph,
             self._rows[:count],
-            vectors.rows_as_queries(self._rows[nodes]),
+            rows_as_queries(self._rows[nodes]),
             self._metric,
             k=others if self._refine_rows is None else ef,
-            ef=ef,
+            ef=min(capacity, count),
             allowed=None if live.all() else inputs.packed(live),
             own=nodes.astype(np.int32),
             threads=threads,
@@ -459,7 +526,7 @@ class Index:
         keys, rows = found.keys, self._rows
         if self._refine_rows is not None:
             rows = self._refine_rows
-            keys = self._rerank(keys, vectors.rows_as_queries(rows[nodes]), others, threads)
+            keys = self._rerank(keys, rows_as_queries(rows[nodes]), others, threads)
         own = exact.own_keys(rows, nodes, self._metric)
         has_copies = np.diff(self._labels.offsets)[nodes] > 1
         own[~has_copies] = beam.KEY_NONE
@@ -467,7 +534,7 @@ class Index:
 
     # ---------------------------------------------------------------- keeping it
 
-    def check(self):
+    def check(self) -> None:
         """Raise ValueError naming what is wrong with the graph or the labels; else nothing."""
         with self._lock.exclusive():
             self._repair(_threads(None), 0)
@@ -475,7 +542,7 @@ class Index:
         if problems:
             raise ValueError("; ".join(problems))
 
-    def _problems(self):
+    def _problems(self) -> list[str]:
         problems = graph.check(self._graph)
         offsets, labels = self._labels.offsets, self._labels.labels
         if len(offsets) != self._node_count + 1 or offsets[0] != 0 or (np.diff(offsets) < 0).any():
@@ -487,7 +554,7 @@ class Index:
             problems.append("labels are negative or repeated")
         return problems
 
-    def save(self, path):
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Write one .safetensors file. The old file stays whole until the new one is complete."""
         with self._lock.exclusive():
             self._repair(_threads(None), 0)
@@ -502,7 +569,7 @@ class Index:
             about["entry_point"] = self._graph.entry_point
             storage.write(path, arrays, about)
 
-    def to(self, device):
+    def to(self, device: str) -> "Index":
         """The index on a device: itself, for "cpu"."""
         self.device = _device(device)
         return self
@@ -511,7 +578,7 @@ class Index:
 PARAMETERS = ("dim", "metric", "dtype", "M", "ef_construction", "refine", "seed")
 
 
-def load(path, *, mmap=False, device="auto"):
+def load(path: str | os.PathLike[str], *, mmap: bool = False, device: str = "auto") -> Index:
     """The Index saved at `path`. CorruptIndexError if the file is damaged or not an index.
 
     mmap: map the vectors instead of reading them; their checksum is not read then.
@@ -525,12 +592,12 @@ def load(path, *, mmap=False, device="auto"):
         raise storage.CorruptIndexError(f"{path}: {error}") from None
 
 
-def _from_arrays(arrays, about, device):
+def _from_arrays(arrays: dict[str, np.ndarray], about: dict[str, Any], device: str) -> Index:
     parameters = {name: about[name] for name in PARAMETERS}
     index = Index(parameters.pop("dim"), **parameters, device=device)
     count = len(arrays["neighbors0"])
     _expect("vectors", arrays["vectors"], index._rows, count)
-    if index.refine:
+    if index._refine_rows is not None:
         _expect("refine_vectors", arrays["refine_vectors"], index._refine_rows, count)
     _expect("neighbors0", arrays["neighbors0"], index._neighbors0, count)
     _expect("neighbors", arrays["neighbors"], index._graph.neighbors, len(arrays["nodes"]))
@@ -548,62 +615,76 @@ def _from_arrays(arrays, about, device):
     return index
 
 
-def _expect(name, array, like, count):
+def _expect(name: str, array: np.ndarray, like: np.ndarray, count: int) -> None:
     """The array must have the dtype and row shape of an empty index's."""
     expected = (count, *like.shape[1:])
     if array.dtype != like.dtype or array.shape != expected:
         raise ValueError(f"{name}: {array.dtype} {array.shape}, expected {like.dtype} {expected}")
 
 
-def exact_search(given, queries, k=10, metric="cosine", *, threads=None, progress=False):
-    """The k nearest rows of `given` (n, dim) for each query (q, dim), by comparing all.
+def exact_search(
+    vectors: ArrayLike,
+    queries: ArrayLike,
+    k: int = 10,
+    metric: str = "cosine",
+    *,
+    threads: int | None = None,
+    progress: bool = False,
+) -> SearchResult:
+    """The k nearest of `vectors` (n, dim) to each query (q, dim), by comparing all.
 
     Returns a SearchResult whose labels are row numbers; ties go to the smaller. Distances are
     fp32, as an fp32 Index returns them. Memory beyond the input: about 40 MB, and the result.
+    The matrix products use as many threads as numpy's BLAS likes.
     """
-    inputs.one_of("metric", metric, inputs.METRIC_NAMES)
-    name = inputs.METRIC_NAMES[metric]
-    given = inputs.vectors("vectors", given)
-    queries = inputs.vectors("queries", queries, given.shape[1])
+    name = inputs.METRIC_NAMES[inputs.one_of("metric", metric, inputs.METRIC_NAMES)]
+    given = inputs.vectors("vectors", vectors)
+    asked = inputs.vectors("queries", queries, given.shape[1])
     k, threads = inputs.integer("k", k, 1), _threads(threads)
-    encoded = vectors.encode_queries(inputs.float_vectors("queries", queries, name), name, "fp32")
-    keys = np.full((len(encoded), min(k, len(given))), beam.KEY_NONE, np.uint64)
+    encoded = encode_queries(inputs.float_vectors("queries", asked, name), name, "fp32")
+    keys = np.full((len(asked), min(k, len(given))), beam.KEY_NONE, np.uint64)
     with _bar(progress, len(given), "exact search", "vectors") as bar:
         for start in range(0, len(given), exact.BLOCK):
             part = given[start : start + exact.BLOCK]
             part = inputs.float_vectors("vectors", part, name, first=start)
-            rows = vectors.encode(part, name, "fp32")
-            exact.exact_block(keys, rows, start, encoded, name, threads=threads)
-            bar.update(len(rows))
-    labels = np.full((len(encoded), k), -1, np.int64)
-    distances = np.full((len(encoded), k), np.inf, np.float32)
+            exact.exact_block(
+                keys, encode(part, name, "fp32"), start, encoded, name, threads=threads
+            )
+            bar.update(len(part))
+    labels = np.full((len(asked), k), -1, np.int64)
+    distances = np.full((len(asked), k), np.inf, np.float32)
     labels[:, : keys.shape[1]] = beam.nodes(keys)
     distances[:, : keys.shape[1]] = beam.distances(keys)
     return SearchResult(labels, np.sqrt(distances) if metric == "euclidean" else distances)
 
 
-def _is_few(allowed, nodes, k, ef):
-    """Whether to compare all allowed nodes instead of walking the graph (R8).
+def _beam_capacity(allowed: np.ndarray, nodes: int, ef: int) -> np.ndarray:
+    """Capacities (q,) of beams that meet about `ef` allowed nodes; 0: compare all allowed (R8).
 
-    Few in number (comparing them costs no more than a walk), or so thin among the nodes that a
-    beam of max(ef, k) would not meet k of them often enough.
+    A beam is as much larger than ef as nodes are more than allowed ones, in steps of a quarter.
+    Where that walk would cost more than comparing every allowed node, they are few.
     """
-    capacity = np.maximum(ef, k)
-    return (allowed <= 16 * capacity) | (
-        allowed * capacity < 4 * k * nodes * (allowed < nodes // 2)
-    )
+    quarters = -(-4 * nodes // np.maximum(allowed, 1))
+    return np.where(allowed**2 <= FEW * ef * nodes, 0, -(-ef * quarters // 4))
 
 
-def _refine(refine, dtype):
+def _same_ids(queries: np.ndarray, mask: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Queries (m,) and the ids that each may return, those with one mask together."""
+    if mask.ndim == 1:
+        return [(queries, np.flatnonzero(mask))] if len(queries) else []
+    return [(queries[i : i + 1], np.flatnonzero(mask[q])) for i, q in enumerate(queries)]
+
+
+def _refine(refine: bool | str, dtype: str) -> str:
     if refine not in REFINE:
         raise ValueError(f"refine={refine!r}: expected True, False, 'fp32' or 'fp16'")
     kept = REFINE[refine]
-    if kept and vectors.STORAGE[kept]().itemsize <= vectors.STORAGE[dtype]().itemsize:
+    if kept and np.dtype(STORAGE[kept]).itemsize <= np.dtype(STORAGE[dtype]).itemsize:
         raise ValueError(f"refine={refine!r}: {kept} rows are no finer than dtype={dtype!r}")
-    return kept or False
+    return kept
 
 
-def _device(device):
+def _device(device: str) -> str:
     if inputs.one_of("device", device, ("cpu", "auto", "cuda")) == "cuda":
         raise RuntimeError(
             "device='cuda': this release of hnsw_gpu has no GPU engine; use device='cpu'"
@@ -613,13 +694,13 @@ def _device(device):
     return "cpu"
 
 
-def _threads(threads):
+def _threads(threads: int | None) -> int:
     if threads is not None:
         inputs.integer("threads", threads, 1)
     return thread_count(threads)
 
 
-def _radius(radius, metric):
+def _radius(radius: float, metric: str) -> np.float32:
     """The radius as an engine's distance."""
     radius = float(radius)
     if np.isnan(radius):
@@ -629,23 +710,23 @@ def _radius(radius, metric):
     return np.float32(radius)
 
 
-def _row_of(entries, i):
+def _row_of(entries: np.ndarray | None, i: int) -> np.ndarray | None:
     if entries is None or len(entries) == 1:
         return entries
     return entries[i : i + 1]
 
 
-def _grown(rows, used, count, dim, dtype):
+def _grown(rows: np.ndarray, used: int, count: int, dim: int, dtype: str) -> np.ndarray:
     """`rows` with room for at least `count`: exactly at first, by a quarter more afterwards."""
     if len(rows) >= count:
         return rows
-    grown = vectors.empty_rows(max(count, used + used // 4), dim, dtype)
+    grown = empty_rows(max(count, used + used // 4), dim, dtype)
     grown[:used] = rows[:used]
     return grown
 
 
 @contextmanager
-def _bar(progress, total, text, unit):
+def _bar(progress: bool, total: int, text: str, unit: str) -> Iterator[tqdm]:
     """A tqdm bar on a terminal's stderr, if progress is asked for."""
     hidden = None if progress else True  # None: hidden where there is no terminal
     with tqdm(total=total, desc=text, unit=f" {unit}", unit_scale=True, disable=hidden) as bar:

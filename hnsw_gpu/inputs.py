@@ -1,8 +1,11 @@
 """What callers give, checked once: clear errors here, no checks inside."""
 
 import operator
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from hnsw_gpu.vectors import squared_lengths
 
@@ -20,14 +23,14 @@ METRIC_NAMES = {
 LONGEST_SQUARED = float(np.finfo(np.float32).max) / 4  # then no distance overflows float32
 
 
-def one_of(name, value, known):
+def one_of(name: str, value: Any, known: Iterable[str]) -> str:
     """`value`, if it is a known name."""
     if not isinstance(value, str) or value not in known:
         raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, known))}")
     return value
 
 
-def integer(name, value, least, most=None):
+def integer(name: str, value: Any, least: int, most: int | None = None) -> int:
     """`value` as int, if it is one within bounds."""
     try:
         number = operator.index(value)
@@ -41,7 +44,7 @@ def integer(name, value, least, most=None):
     return number
 
 
-def array(name, value):
+def array(name: str, value: Any) -> np.ndarray:
     """Any array-like as a numpy array, without copying where that is possible."""
     if not isinstance(value, np.ndarray) and not hasattr(value, "__array__"):
         if hasattr(value, "__dlpack__"):
@@ -53,8 +56,8 @@ def array(name, value):
     return np.asarray(value)
 
 
-def vectors(name, value, dim=None):
-    """An array of vectors (n, dim) of real numbers, not yet converted; one vector gives (1, dim)."""
+def vectors(name: str, value: ArrayLike, dim: int | None = None) -> np.ndarray:
+    """Vectors (n, dim) of real numbers, not yet converted; one vector (dim,) gives (1, dim)."""
     result = array(name, value)
     if result.dtype.kind not in "fiub":
         raise TypeError(f"{name}: dtype {result.dtype}, expected real numbers")
@@ -68,7 +71,9 @@ def vectors(name, value, dim=None):
     return result
 
 
-def float_vectors(name, part, metric, dtype="fp32", first=0):
+def float_vectors(
+    name: str, part: np.ndarray, metric: str, dtype: str = "fp32", first: int = 0
+) -> np.ndarray:
     """float32 copy, C order, of a part of `vectors` that begins at row `first`, values checked."""
     with np.errstate(over="ignore"):  # a float64 too large becomes inf and is refused below
         result = np.ascontiguousarray(part, np.float32)
@@ -83,7 +88,7 @@ def float_vectors(name, part, metric, dtype="fp32", first=0):
     return result
 
 
-def refuse(name, is_bad, what, first=0):
+def refuse(name: str, is_bad: np.ndarray, what: str, first: int = 0) -> None:
     """ValueError that names the first rows where `is_bad`."""
     if is_bad.any():
         rows = np.flatnonzero(is_bad)
@@ -92,7 +97,7 @@ def refuse(name, is_bad, what, first=0):
         raise ValueError(f"{name}: {what} in row{'s' * (len(rows) > 1)} {listed}{more}")
 
 
-def labels(name, value):
+def labels(name: str, value: ArrayLike) -> np.ndarray:
     """int64 labels (m,)."""
     result = array(name, value)
     if result.size == 0:
@@ -105,10 +110,12 @@ def labels(name, value):
         raise ValueError(f"{name}: shape {result.shape}, expected (m,)")
     if result.dtype == np.uint64 and (result > np.iinfo(np.int64).max).any():
         raise ValueError(f"{name}: labels beyond int64")
+    if result.min() < 0:
+        raise ValueError(f"{name}: label {result.min()}, expected 0 or more (-1 means none)")
     return np.ascontiguousarray(result, np.int64)
 
 
-def unique_labels(name, value):
+def unique_labels(name: str, value: ArrayLike) -> np.ndarray:
     """int64 labels (m,), none twice."""
     result = labels(name, value)
     ordered = np.sort(result)
@@ -118,7 +125,7 @@ def unique_labels(name, value):
     return result
 
 
-def entry_mask(value, entry_labels, queries):
+def entry_mask(value: ArrayLike, entry_labels: np.ndarray, queries: int) -> np.ndarray:
     """bool mask (entries,) or (queries, entries) of `allow=` over the entries' labels.
 
     `value`: bool (n,) or (queries, n) indexed by label; the same as uint8 bits packed little-endian
@@ -127,7 +134,7 @@ def entry_mask(value, entry_labels, queries):
     allow = array("allow", value)
     if allow.size == 0 and allow.ndim == 1 and allow.dtype != bool:
         return np.zeros(len(entry_labels), bool)
-    if allow.dtype.kind == "i" and allow.ndim == 1:
+    if allow.dtype.kind == "i" and allow.ndim == 1:  # labels that are not here allow nothing
         return np.isin(entry_labels, allow)
     if allow.dtype not in (np.dtype(bool), np.dtype(np.uint8)):
         raise TypeError(
@@ -149,7 +156,7 @@ def entry_mask(value, entry_labels, queries):
     return (bits & 1).astype(bool)
 
 
-def packed(mask):
+def packed(mask: np.ndarray) -> np.ndarray:
     """uint32 words (..., words) of a bool mask (..., n): bit i & 31 of word i >> 5."""
     count = mask.shape[-1]
     words = np.zeros((*mask.shape[:-1], -(-count // 32) * 4), np.uint8)

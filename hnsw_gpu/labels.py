@@ -83,9 +83,14 @@ class Labels:
 
     def any_of_node(self, entries):
         """bool (..., n): nodes with at least one True among their entries, bool (..., entries)."""
-        before = np.zeros((*entries.shape[:-1], entries.shape[-1] + 1), np.int64)
-        np.cumsum(entries, axis=-1, out=before[..., 1:])
-        return before[..., self.offsets[1:]] > before[..., self.offsets[:-1]]
+        starts, ends = self.offsets[:-1], self.offsets[1:]
+        if len(starts) == len(self.labels) and (ends > starts).all():
+            return entries  # one entry a node
+        result = np.empty((*entries.shape[:-1], len(starts)), bool)
+        for row in np.ndindex(entries.shape[:-1]):
+            before = np.concatenate([[0], np.cumsum(entries[row])])
+            result[row] = before[ends] > before[starts]
+        return result
 
     def spread(self, keys, k, allowed=None, skipped=None):
         """Labels and distances (q, k) of keys (q, m): each node's labels, ascending.

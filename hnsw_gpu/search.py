@@ -36,7 +36,6 @@ from numba import njit
 
 from hnsw_gpu.beam import EXPANDED, KEY_NONE, insert, key_node, make_key
 from hnsw_gpu.distance import distance, prefetch_row
-from hnsw_gpu.graph import Graph
 from hnsw_gpu.vectors import METRICS, engine_view
 from hnsw_gpu.workers import run_chunks
 
@@ -236,10 +235,10 @@ def _offer(task, scratch, s, key):
         slots[s, FIRST] = min(slots[s, FIRST], position)
     if slots[s, LAYER] == 0 and _has_found_list(task):
         found, k = slots[s, FOUND], scratch.found.shape[1]
-        if found < k or key < scratch.found[s, k - 1]:
-            if _is_allowed(task, slots[s, QUERY], key_node(key)):
-                insert(scratch.found, s, found, k, key)
-                slots[s, FOUND] = min(found + 1, k)
+        is_near = found < k or key < scratch.found[s, k - 1]
+        if is_near and _is_allowed(task, slots[s, QUERY], key_node(key)):
+            insert(scratch.found, s, found, k, key)
+            slots[s, FOUND] = min(found + 1, k)
 
 
 @njit(nogil=True, cache=True, _nrt=False)

@@ -128,7 +128,7 @@ def _read_npz(path: str, name: str | None) -> np.ndarray:
                 _check_size(shape, dtype, info.file_size - member.tell())
             with archive.open(info) as member:
                 return np.lib.format.read_array(member, allow_pickle=False)
-    except (zipfile.BadZipFile, zlib.error, struct.error, EOFError, RuntimeError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
         raise ValueError(f"truncated, or no .npz file: {error}") from error
     except OSError as error:
         if error.errno != errno.EINVAL:

@@ -86,10 +86,9 @@ def decode(rows, dim, dtype):
 
 
 def encode_queries(vectors, metric, dtype):
-    """Encoded queries of float32 vectors (q, dim): float32 beside float rows, codes beside codes."""
+    """Encoded queries of float32 vectors (q, dim): float32 for float rows, codes for codes."""
     if dtype == "int8":
-        rows = encode(vectors, metric, dtype)
-        return rows_as_queries(rows)
+        return rows_as_queries(encode(vectors, metric, dtype))
     if metric == "cosine":
         vectors = _unit(vectors)
     queries = _aligned((len(vectors), row_length(vectors.shape[1], dtype)), np.float32)

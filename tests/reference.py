@@ -247,26 +247,190 @@ def search(
     return result
 
 
-# --- algorithm 4: selection -----------------------------------------------------------------------
+# --- building -------------------------------------------------------------------------------------
 
 
-def select(
-    candidates: Iterable[tuple[np.float32, int]],
-    between: Callable[[int, int], np.float32],
-    limit: int,
-) -> list[int]:
+def select(candidates: Iterable[int], table: KeyTable, limit: int) -> list[int]:
     """The paper's algorithm 4, strict: ids of the neighbours kept, nearest first.
 
-    candidates: (distance to the point, id) pairs. One is kept only if it is strictly nearer to the
-    point than to every neighbour kept before it; `between(a, b)` is the distance of two nodes.
+    candidates: keys of nodes by their distance to the point; `table[a][b]` is the key of b for a.
+    One is kept only if it is strictly nearer to the point than to every neighbour kept before it.
     """
     kept: list[int] = []
-    for to_point, node in sorted(candidates, key=lambda pair: key(*pair)):
+    for candidate in sorted(candidates):
         if len(kept) == limit:
             break
-        if all(to_point < between(node, other) for other in kept):
+        node = node_of(candidate)
+        if all(candidate >> 32 < table[other][node] >> 32 for other in kept):
             kept.append(node)
     return kept
+
+
+def node_table(vectors: np.ndarray, metric: str, dtype: str) -> KeyTable:
+    """`table[a][b]` is the key of node b for stored vector a."""
+    rows = [stored(vector, metric, dtype) for vector in vectors]
+    return [
+        [key(distance(own, row, metric), node) for node, row in enumerate(rows)] for own in rows
+    ]
+
+
+def draw_level(seed: int, node: int, M: int) -> int:
+    """floor(-ln(u) / ln(M)), u in (0, 1) from splitmix64 of (seed, node)."""
+    u = ((mix(mix(seed) + (node + 1) * 0x9E3779B97F4A7C15) >> 11) + 0.5) / 2**53
+    return math.floor(-math.log(u) / math.log(M))
+
+
+def mix(x: int) -> int:
+    """The output function of splitmix64 (Steele, Lea, Flood 2014)."""
+    x %= 2**64
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
+    return x ^ x >> 31
+
+
+def insert_nodes(
+    graph: Graph,
+    table: KeyTable,
+    stop: int,
+    *,
+    ef_construction: int,
+    seed: int,
+    largest_batch: int = 2048,
+) -> Graph:
+    """The graph of nodes ..stop, grown from a graph of fewer, in batches as large as the graph."""
+    M = graph.neighbors.shape[1]
+    layers = all_links(graph)
+    start = len(graph.neighbors0)
+    while start < stop:
+        batch = range(start, min(stop, start + min(max(start, 1), largest_batch)))
+        levels = {point: draw_level(seed, point, M) for point in batch}
+        insert_batch(layers, table, levels, M, ef_construction)
+        start = batch.stop
+    return graph_of(layers, M)
+
+
+def insert_batch(
+    layers: list[dict[int, list[int]]],
+    table: KeyTable,
+    levels: dict[int, int],
+    M: int,
+    ef_construction: int,
+) -> None:
+    """Insert the points `levels` names, one level each, into `layers`."""
+    own_links: dict[tuple[int, int], list[int]] = {}
+    for point, level in levels.items():  # all see the graph as it was
+        beams = point_beams(layers, table[point], level, ef_construction)
+        for layer in range(level + 1):
+            mates = [mate for mate in levels if mate != point and levels[mate] >= layer]
+            candidates = beams.get(layer, []) + [table[point][mate] for mate in mates]
+            nearest = sorted(candidates)[:ef_construction]
+            own_links[layer, point] = select(nearest, table, M)
+
+    layers += [{} for _ in range(len(layers), max(levels.values()) + 1)]
+    sources: dict[tuple[int, int], list[int]] = {}
+    for (layer, point), targets in own_links.items():
+        layers[layer][point] = list(targets)
+        for target in targets:
+            sources.setdefault((layer, target), []).append(point)
+    for (layer, target), points in sources.items():
+        relink(layers[layer], target, points, table, M if layer else 2 * M)
+
+
+def point_beams(
+    layers: list[dict[int, list[int]]], keys: list[int], level: int, ef_construction: int
+) -> dict[int, list[int]]:
+    """R3-R6: the beam of each layer that a point of this level is on, those that exist."""
+    beams: dict[int, list[int]] = {}
+    if not layers[0]:
+        return beams
+    seeds = [keys[min(layers[-1])]]
+    for layer in reversed(range(len(layers))):
+        capacity = ef_construction if layer <= level else 1
+        seeds = beams[layer] = search_layer(layers[layer], keys, seeds, capacity, expand=1).beam
+    return beams
+
+
+def relink(
+    links: dict[int, list[int]], target: int, sources: list[int], table: KeyTable, width: int
+) -> None:
+    """Give a target its reverse links: nearest first where they fit, else selected with the old."""
+    old = links[target]
+    new = sorted(table[target][source] for source in sources if source not in old)
+    if len(old) + len(new) <= width:
+        links[target] = old + [node_of(key) for key in new]
+    else:
+        links[target] = select([table[target][node] for node in old] + new, table, width)
+
+
+def empty_graph(M: int) -> Graph:
+    return graph_of([{}], M)
+
+
+def graph_of(layers: list[dict[int, list[int]]], M: int) -> Graph:
+    """The arrays of a graph; layer 0 first, each layer's links as ids."""
+    numbers = [{node: i for i, node in enumerate(sorted(layer))} for layer in layers]
+    rows = []
+    for layer, links in enumerate(layers):
+        part = np.full((len(links), M if layer else 2 * M), -1, dtype=np.int32)
+        for node, neighbors in links.items():
+            part[numbers[layer][node], : len(neighbors)] = [numbers[layer][i] for i in neighbors]
+        rows.append(part)
+    nodes = [node for upper in numbers[1:] for node in upper]
+    below = [lower[node] for lower, upper in pairwise(numbers) for node in upper]
+    return Graph(
+        neighbors0=rows[0],
+        layer_offsets=np.cumsum([0] + [len(part) for part in rows[1:]], dtype=np.int64),
+        nodes=np.array(nodes, dtype=np.int32),
+        neighbors=np.concatenate([np.zeros((0, M), dtype=np.int32), *rows[1:]]),
+        below=np.array(below, dtype=np.int32),
+    )
+
+
+def repair(graph: Graph, table: KeyTable, ef_construction: int) -> np.ndarray:
+    """`neighbors0` with a way from the entry point to every node.
+
+    A node that has none, smallest id first, gets a link from the nearest reachable node with an
+    empty slot or a link that the tree of shortest paths does not use (the last such). The nearest
+    are looked for by a search of the graph as it was, and only then among all.
+    """
+    layers = all_links(graph)
+    links = {node: list(neighbors) for node, neighbors in layers[0].items()}
+    width = graph.neighbors0.shape[1]
+    entry_point = min(layers[-1])
+    parents = {entry_point: entry_point}
+    reach(links, parents, entry_point)
+    for node in [node for node in links if node not in parents]:
+        if node in parents:  # a node repaired before leads to it
+            continue
+        found = search_query(
+            layers, table[node], ef_construction, ef_construction, 1, 1, None, None
+        )
+        nearest = [node_of(key) for key in found.keys + sorted(table[node])]
+        giver = next(giver for giver in nearest if can_give(links, parents, giver, width))
+        if len(links[giver]) == width:
+            spare = [i for i, link in enumerate(links[giver]) if parents[link] != giver]
+            links[giver][spare[-1]] = node
+        else:
+            links[giver].append(node)
+        parents[node] = giver
+        reach(links, parents, node)
+    return graph_of([links], width // 2).neighbors0
+
+
+def can_give(links: dict[int, list[int]], parents: dict[int, int], giver: int, width: int) -> bool:
+    if giver not in parents:
+        return False
+    return len(links[giver]) < width or any(parents[link] != giver for link in links[giver])
+
+
+def reach(links: dict[int, list[int]], parents: dict[int, int], start: int) -> None:
+    """Breadth-first from `start`, writing the parents of nodes that have none."""
+    queue = [start]
+    for node in queue:
+        for link in links[node]:
+            if link not in parents:
+                parents[link] = node
+                queue.append(link)
 
 
 # --- data on which every summation order is exact -------------------------------------------------
@@ -299,36 +463,26 @@ def random_graph(vectors: np.ndarray, M: int, seed: int) -> Graph:
     """
     rng = np.random.default_rng(seed)
     n = len(vectors)
-    levels = np.floor(-np.log(1 - rng.random(n)) / math.log(M)).astype(np.int64)
-    layers = [np.flatnonzero(levels >= layer) for layer in range(int(levels.max()) + 1)]
-    rows = [
-        random_links(vectors[nodes], 2 * M if layer == 0 else M, rng)
-        for layer, nodes in enumerate(layers)
-    ]
-    below = [np.searchsorted(lower, nodes) for lower, nodes in pairwise(layers)]
-    empty = np.zeros(0, dtype=np.int32)
-    return Graph(
-        neighbors0=rows[0],
-        layer_offsets=np.cumsum([0] + [len(nodes) for nodes in layers[1:]], dtype=np.int64),
-        nodes=np.concatenate([empty, *layers[1:]]).astype(np.int32),
-        neighbors=np.concatenate([np.zeros((0, M), dtype=np.int32), *rows[1:]]),
-        below=np.concatenate([empty, *below]).astype(np.int32),
-    )
+    levels = np.floor(-np.log(1 - rng.random(n)) / math.log(M))
+    layers = []
+    for layer in range(int(levels.max()) + 1):
+        nodes = np.flatnonzero(levels >= layer)
+        links = random_links(vectors[nodes], M if layer else 2 * M, rng)
+        layers.append({int(nodes[i]): nodes[links[i]].tolist() for i in range(len(nodes))})
+    return graph_of(layers, M)
 
 
-def random_links(vectors: np.ndarray, width: int, rng: np.random.Generator) -> np.ndarray:
-    """int32 (n, width) rows of up to `width` numbers: the next of a ring, near and random ones."""
+def random_links(vectors: np.ndarray, width: int, rng: np.random.Generator) -> list[list[int]]:
+    """Up to `width` links of each vector: the next of a ring, near ones and random ones."""
     n = len(vectors)
-    links = np.full((n, width), -1, dtype=np.int32)
     ring = rng.permutation(n)
     follower = np.empty(n, dtype=np.int64)
     follower[ring] = np.roll(ring, -1)
+    links = []
     for node in range(n):
         near = np.argsort(((vectors - vectors[node]) ** 2).sum(axis=1), kind="stable")
         wanted = [follower[node], *near[1 : 1 + width // 2], *rng.integers(0, n, width)]
         chosen = [other for other in dict.fromkeys(map(int, wanted)) if other != node]
         degree = int(rng.integers(width // 2, width + 1))
-        chosen = chosen[:degree]
-        rng.shuffle(chosen)
-        links[node, : len(chosen)] = chosen
+        links.append(rng.permutation(chosen[:degree]).astype(np.int64).tolist())
     return links

@@ -259,12 +259,14 @@ def test_version_is_the_package_version():
 
 @pytest.fixture
 def long_build(files, tmp_path):
-    """A build of a minute or more over an index that exists, its error output on a terminal."""
+    """A build of half a minute over an existing index, its error output on a terminal."""
     vectors = np.random.default_rng(1).normal(size=(150_000, 64)).astype(np.float32)
     np.save(tmp_path / "many.npy", vectors)
     output = tmp_path / "docs.hnsw"
     output.write_bytes((files / "docs.hnsw").read_bytes())
+    termios = pytest.importorskip("termios", reason="there are no pseudo-terminals here")
     terminal, other_end = os.openpty()
+    termios.tcsetwinsize(other_end, (24, 80))  # a bar needs a width
     process = start(
         *("build", tmp_path / "many.npy", "-o", output, "--ef-construction", 500),
         stderr=other_end,
@@ -277,7 +279,6 @@ def long_build(files, tmp_path):
     os.close(terminal)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
 def test_interrupt_leaves_the_old_index(files, long_build):
     process, terminal, output = long_build
     seen = b""

@@ -20,6 +20,7 @@ LAYERS = {
     "programs": ["__main__", "cli", "demo"],
     "jobs": ["server", "batching", "dedup", "sharding", "verses", "recall", "doctor", "terminal"],
     "public": ["__init__", "index"],
+    "its parts": ["inputs", "labels", "copies"],
     "files": ["storage", "hnswlib_format", "vector_files"],
     "engines": ["build", "search", "gpu", "kernel_source", "exact"],
     "data": ["beam", "distance", "vectors", "graph"],

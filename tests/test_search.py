@@ -251,7 +251,7 @@ def wide_tree(visited: int, width: int) -> Graph:
     )
 
 
-@pytest.mark.parametrize("visited", [TOUCHED - 1, TOUCHED, TOUCHED + 1, TOUCHED + 5000])
+@pytest.mark.parametrize("visited", [TOUCHED, TOUCHED + 1])
 def test_forgetting_around_the_undo_list(visited: int) -> None:
     # The first queries visit everything from node 0, alone in its word of the visited set. Those
     # that follow in the same scratch come to node 0 by a link: it must be new to them.

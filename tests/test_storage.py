@@ -493,11 +493,14 @@ def test_hostile_header(tmp_path, header):
 
 def test_facts_nested_to_the_limit_of_the_parser(tmp_path):
     """What can just be parsed may be too deep to be written again."""
-    for depth in range(700, 1010):
+    left = 1000 - sys.getrecursionlimit()
+    for depth in range(880 - left, 1005 - left, 2):
         nested = '{"a":' * depth + "1" + "}" * depth
         text = '{"format_version":1,"arrays":{},"checksum":"0","about":' + nested + "}"
         header = json.dumps({"__metadata__": {"hnsw_gpu": text}}).encode()
-        assert_corrupt(tmp_path / "x", with_header(header), "header")
+        (tmp_path / "x").write_bytes(with_header(header))
+        with pytest.raises(CorruptIndexError, match="header"):
+            read(tmp_path / "x")
 
 
 def test_duplicate_keys(tmp_path, sound):

@@ -110,11 +110,14 @@ def test_garbage(tmp_path_factory, suffix, data):
         assert file_bytes(suffix, found) == data
 
 
-@pytest.mark.parametrize("suffix", [".npy", ".npz"])
-def test_flipped_bits(tmp_path, suffix):
+@pytest.mark.parametrize(
+    ("suffix", "save"), [(".npy", np.save), (".npz", np.savez), (".npz", np.savez_compressed)]
+)
+def test_flipped_bits(tmp_path, suffix, save):
     """numpy's own formats: a flip gives an error with the path, or an array of the file's bytes."""
-    whole = file_bytes(suffix, sample(suffix))
     path = tmp_path / f"x{suffix}"
+    save(path, sample(suffix))
+    whole = path.read_bytes()
     refused = 0
     for bit in range(8 * len(whole)):
         data = bytearray(whole)
@@ -226,6 +229,7 @@ def zipped(members):
         ("(2305843009213693952, 8)", "truncated"),
         ("(100000000000, 1)", "truncated"),
         ("(-1, -7)", "shape"),
+        ("(-1, 7)", r"not \(n, dim\)"),
         ("(0, -7)", "shape"),
         ("(0, 0)", "shape"),
         ("(1.0, 7)", "shape"),
@@ -235,6 +239,9 @@ def zipped(members):
         ("(" * 5000, "no .npy array"),
         ("'" * 3, "no .npy array"),
         ("__import__('os')", "no .npy array"),
+        ("-" * 4000 + "1", "no .npy array"),
+        ("-" * 9000 + "1", "no .npy array"),
+        ("{[]: 1}", "no .npy array"),
     ],
 )
 def test_hostile_npy_header(tmp_path, shape, words, is_zipped):

@@ -159,14 +159,14 @@ def recall(dataset: Dataset, labels: np.ndarray, k: int = 10, epsilon: float = 1
     """
     labels = np.sort(np.asarray(labels, np.int64)[:, :k], axis=1)
     counts = labels >= 0
-    pass
+    counts[:, 1:] &= labels[:, 1:] != labels[:, :-1]
     right = 0
     for start in range(0, len(labels), 1000):
         part = slice(start, start + 1000)
         queries = dataset.queries[part].astype(np.float64)
         rows = dataset.base[labels[part]].astype(np.float64)
         last = dataset.base[dataset.truth[part, k - 1]].astype(np.float64)
-        similarity = np.einsum("qd,qkd->qk", queries, rows)
-        limit = np.einsum("qd,qd->q", queries, last) - epsilon
-        right += int(np.count_nonzero((similarity >= limit[:, None]) & counts[part]))
+        distances = 1 - np.einsum("qd,qkd->qk", queries, rows)
+        limit = 1 - np.einsum("qd,qd->q", queries, last) + epsilon
+        right += int(np.count_nonzero((distances <= limit[:, None]) & counts[part]))
     return right / (len(labels) * k)

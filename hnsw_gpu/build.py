@@ -83,7 +83,7 @@ def insert_nodes(graph, neighbors0, rows, metric, *, ef_construction, seed, thre
     """Insert rows[n:] into a graph of n nodes; yields the grown Graph after each batch.
 
     `rows` (n + m, row) are encoded; `neighbors0` (n + m, M0) int32 begins with the graph's own rows
-    and is written in place. Each graph that is yielded is complete.
+    and is written in place. Who stops early calls `without_room` on the last graph.
     """
     start, stop = len(graph.neighbors0), len(rows)
     M = graph.neighbors.shape[1]
@@ -106,16 +106,13 @@ def _with_room(graph, neighbors0, levels):
     first = len(graph.neighbors0)
     M = graph.neighbors.shape[1]
     nodes, neighbors, below = [], [], []
-    numbers_below = None
     for layer in range(1, max(graph.top, levels.max(initial=0)) + 1):
         old = slice(*graph.layer_offsets[layer - 1 : layer + 1]) if layer <= graph.top else slice(0)
         new = (first + np.flatnonzero(levels >= layer)).astype(np.int32)
         nodes.append(np.concatenate([graph.nodes[old], new]))
         room = np.full((len(new), M), -1, np.int32)
         neighbors.append(np.concatenate([graph.neighbors[old], room]))
-        is_first = numbers_below is None
-        below.append(nodes[-1] if is_first else np.searchsorted(numbers_below, nodes[-1]))
-        numbers_below = nodes[-1]
+        below.append(nodes[0] if layer == 1 else np.searchsorted(nodes[-2], nodes[-1]))
     if not nodes:
         return graph._replace(neighbors0=neighbors0)
     return Graph(
@@ -134,6 +131,24 @@ def _first_nodes(whole, count, top):
     """
     return whole._replace(
         neighbors0=whole.neighbors0[:count], layer_offsets=whole.layer_offsets[: top + 1]
+    )
+
+
+def without_room(graph):
+    """A graph that `insert_nodes` yielded, without the room for nodes that did not follow."""
+    count = len(graph.neighbors0)
+    layers = [slice(*graph.layer_offsets[i : i + 2]) for i in range(graph.top)]
+    is_in = np.zeros(len(graph.nodes), bool)
+    for layer in layers:
+        is_in[layer] = graph.nodes[layer] < count
+    if is_in.all():
+        return graph
+    return Graph(
+        neighbors0=graph.neighbors0,
+        layer_offsets=np.cumsum([0] + [is_in[layer].sum() for layer in layers], dtype=np.int64),
+        nodes=graph.nodes[is_in],
+        neighbors=graph.neighbors[is_in],
+        below=graph.below[is_in],
     )
 
 

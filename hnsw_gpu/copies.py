@@ -23,9 +23,9 @@ class NodeTable:
         order of appearance. Row length in bytes: a multiple of 8.
         """
         words = rows.view(np.uint64)
-        needed = 2 * stop
+        needed = stop + stop // 2
         if self._count != first or len(self._slots) < needed:
-            self._slots = np.full(1 << int(needed - 1).bit_length(), -1, np.int32)
+            self._slots = np.full(1 << max(needed, 16).bit_length(), -1, np.int32)
             _fill(self._slots, words, first)
         nodes = np.empty(stop - first, np.int64)
         sources = np.empty(stop - first, np.int64)

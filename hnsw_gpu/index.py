@@ -185,6 +185,7 @@ class Index:
                         self._unrepaired += len(grown.neighbors0) - self._node_count
                         self._graph = grown
                         if stop.is_set():
+                            self._graph = build.without_room(grown)
                             break
                 self._repair(threads, self._node_count // REPAIR_SHARE)
                 is_in = np.cumsum(nodes >= self._node_count) == 0

@@ -124,7 +124,7 @@ def walk(graph, rows, task, expand=1, threads=1):
     """Run a task over all of its queries."""
     rows = engine_view(rows)
     chunk = min(CHUNK, max(1, -(-len(task.queries) // threads)))
-    spare = []  # scratch of chunks that have ended
+    spare: list[Scratch] = []  # of chunks that have ended
 
     def run(start, stop):
         scratch = spare.pop() if spare else _new_scratch(graph, task, expand, chunk)

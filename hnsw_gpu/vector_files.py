@@ -123,6 +123,8 @@ def _read_npz(path: str, name: str | None) -> np.ndarray:
                 problem = f"holds {len(names)} arrays" if name is None else f"has no array {name!r}"
                 raise ValueError(f"{problem}; name one as FILE.npz:NAME, out of {names}")
             info = archive.getinfo(f"{name}.npy")
+            if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise ValueError(f"array {name!r} is compressed as numpy does not")
             with archive.open(info) as member:
                 shape, _, dtype = _npy_header(member)
                 _check_size(shape, dtype, info.file_size - member.tell())

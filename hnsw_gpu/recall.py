@@ -66,23 +66,25 @@ def plot(points: list[dict[str, float]], k: int, path: str | Path) -> None:
     `path` ends in .png, .pdf or .svg. Needs matplotlib; no window is opened.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, StrMethodFormatter
 
+    points = sorted(points, key=lambda point: point["recall"])
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()
-    axes.plot(
-        [point["recall"] for point in points],
-        [point["queries_per_s"] for point in points],
-        marker="o",
-    )
-    for point in points:
-        axes.annotate(
-            f"ef {point['ef']}",
-            (point["recall"], point["queries_per_s"]),
-            textcoords="offset points",
-            xytext=(6, 4),
-        )
+    recalls = [point["recall"] for point in points]
+    rates = [point["queries_per_s"] for point in points]
+    axes.plot(recalls, rates, marker="o")
+    for point, place in zip(points, zip(recalls, rates, strict=True), strict=True):
+        text = f"ef {point['ef']}"
+        axes.annotate(text, place, textcoords="offset points", xytext=(6, 6))
     axes.set(xlabel=f"recall@{k}", ylabel="queries/s", yscale="log")
-    axes.grid(alpha=0.3, which="both")
+    axes.set_title("up and to the right is better", fontsize=9, color="0.4", loc="right")
+    axes.margins(x=0.12, y=0.12)  # room for the labels of the outer points
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
     drawing = io.BytesIO()
     figure.savefig(drawing, dpi=150, format=Path(path).suffix[1:].lower())
     with atomic_file(path) as file:

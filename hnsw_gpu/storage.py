@@ -20,7 +20,7 @@ Checksum: CRC-32 of each block of 4 MiB, then CRC-32 of those. It finds every si
 and misses other accidents once in 2**32; it is no defence against a forger. Measured on two cores
 (GB/s, 1 / 2 threads): crc32 3.8 / 7.4, adler32 3.5 / 6.8, sha1 2.0 / 2.2, sha256 1.7 / 3.4,
 blake2b 0.9 / 1.7. Blocks let threads share one array (zlib releases the GIL) and are summed while
-still in cache: reading and summing together take 3.5 GB/s with one thread, up to 6.2 with two.
+still in cache.
 """
 
 from __future__ import annotations

@@ -140,11 +140,14 @@ def assert_same(one, other):
 
 
 def gaussian(n, dim, seed, clusters=0, spread=0.1):
-    """float32 (n, dim) from a seed: one Gaussian, or `clusters` tight ones, drawn at random."""
+    """float32 (n, dim) from a seed: one Gaussian, or `clusters` tight ones, drawn at random.
+
+    The centres depend on `clusters` and `dim` alone, so rows and queries can share them.
+    """
     random = np.random.default_rng(seed)
     rows = random.standard_normal((n, dim))
     if clusters:
-        centres = random.standard_normal((clusters, dim))
+        centres = np.random.default_rng([clusters, dim]).standard_normal((clusters, dim))
         rows = centres[random.integers(clusters, size=n)] + spread * rows
     return rows.astype(np.float32)
 

@@ -76,14 +76,18 @@ def distance(query: Codes | list[float], row: Codes | list[float], metric: str) 
     return np.float32(1 - sum(q * x for q, x in zip(query, row, strict=True)))
 
 
-def int8_distance(query: Codes, row: Codes, metric: str) -> np.float32:
-    """R1 for int8: each line rounds to float32, in this order."""
+def int8_dot(query: Codes, row: Codes) -> np.float32:
+    """Each operation rounds to float32, in this order."""
     dot = np.float32(sum(q * x for q, x in zip(query.codes, row.codes, strict=True)))
-    product = query.scale * row.scale
-    product = product * dot
+    return (query.scale * row.scale) * dot
+
+
+def int8_distance(query: Codes, row: Codes, metric: str) -> np.float32:
+    """R1 for int8: each operation rounds to float32, in this order."""
     if metric != "l2":
-        return np.float32(1) - product
-    return max(np.float32(0), (query.norm + row.norm) - np.float32(2) * product)
+        return np.float32(1) - int8_dot(query, row)
+    squared = (query.norm + row.norm) - np.float32(2) * int8_dot(query, row)
+    return max(np.float32(0), squared)
 
 
 # --- R2: keys -------------------------------------------------------------------------------------

@@ -1,7 +1,11 @@
 """Keys and the beam, held against plain Python on numbers that hypothesis picks."""
 
 import numpy as np
+import pytest
 import reference
+
+pytest.importorskip("hypothesis", reason="properties are tested with the extra `test`")
+
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+pytest.importorskip("matplotlib", reason="the benchmarks draw, which comes with the extra `bench`")
+
 import hnsw_gpu
 from benchmarks import anatomy, datasets, race
 from benchmarks.run import SETTING, main

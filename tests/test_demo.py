@@ -9,6 +9,11 @@ import pytest
 import hnsw_gpu
 from hnsw_gpu import demo, verses
 
+try:
+    verses.require((*verses.PACKAGES, "matplotlib"))
+except ImportError as error:
+    pytest.skip(str(error), allow_module_level=True)
+
 QUERIES = 300
 
 

@@ -99,8 +99,10 @@ def test_save_load_save(index, tmp_path, queries):
         other = hnsw_gpu.load(tmp_path / "index.hnsw", mmap=mmap)
         other.save(tmp_path / "again.hnsw")
         assert (tmp_path / "again.hnsw").read_bytes() == (tmp_path / "index.hnsw").read_bytes()
-        oracle.assert_same(other.search(queries, 10), index.search(queries, 10))
-        oracle.assert_same(other.search_radius(queries, 0.3), index.search_radius(queries, 0.3))
+        oracle.assert_same(other.search(queries[:500], 10), index.search(queries[:500], 10))
+        oracle.assert_same(
+            other.search_radius(queries[:100], 0.3), index.search_radius(queries[:100], 0.3)
+        )
         oracle.assert_same(other.neighbor_graph(7), index.neighbor_graph(7))
         np.testing.assert_array_equal(other.labels, index.labels)
         np.testing.assert_array_equal(other.vectors([5, 1100]), index.vectors([5, 1100]))
@@ -125,26 +127,27 @@ def test_the_same_answer_in_every_batch(index, queries, allowed):
         return index.search(part, 10, allow=allow)
 
     together = search(queries)
-    for size, count in ((1, 300), (7, 1400), (512, 10_000)):
+    for size, count in ((1, 150), (7, 700), (512, 3000)):
         part = in_batches(search, queries[:count], size)
         oracle.assert_same(part, [answer[:count] for answer in together])
-    backwards = search(queries[::-1])
-    oracle.assert_same([answer[::-1] for answer in backwards], together)
+    backwards = search(queries[2999::-1])
+    oracle.assert_same([answer[::-1] for answer in backwards], [part[:3000] for part in together])
 
 
 def test_the_same_answer_for_any_number_of_threads(index, queries):
+    queries = queries[:1500]
     expected = index.search(queries, 10, threads=1)
-    within = index.search_radius(queries[:500], 0.3, threads=1)
+    within = index.search_radius(queries[:100], 0.3, threads=1)
     graph = index.neighbor_graph(6, threads=1)
-    for threads in (2, 3, 4, 16, None):
+    for threads in (2, 4, 16, None):
         oracle.assert_same(index.search(queries, 10, threads=threads), expected)
-        oracle.assert_same(index.search_radius(queries[:500], 0.3, threads=threads), within)
+        oracle.assert_same(index.search_radius(queries[:100], 0.3, threads=threads), within)
         oracle.assert_same(index.neighbor_graph(6, threads=threads), graph)
 
 
 def test_search_radius_in_every_batch(index, queries):
-    offsets, labels, distances = index.search_radius(queries[:700], 0.3)
-    for start, stop in ((0, 1), (1, 8), (8, 520), (699, 700)):
+    offsets, labels, distances = index.search_radius(queries[:200], 0.3)
+    for start, stop in ((0, 1), (1, 8), (8, 170), (199, 200)):
         part = index.search_radius(queries[start:stop], 0.3)
         rows = slice(offsets[start], offsets[stop])
         oracle.assert_same(

@@ -297,11 +297,15 @@ def test_int8_sums_past_the_floats() -> None:
 
 
 def test_int8_distance_is_never_negative() -> None:
-    # R1: rounding could make a small squared distance negative.
+    # R1: between rows of the same codes and nearly the same scale, rounding goes below zero.
     rng = np.random.default_rng(8)
-    vectors = real_vectors(60, 30, rng)
+    scales = 1 + np.arange(60, dtype=np.float32) * np.float32(2**-23)
+    vectors = rng.normal(size=30).astype(np.float32) * scales[:, None]
     graph = reference.random_graph(vectors, 4, seed=8)
     made = make_case(graph, vectors, vectors, "l2", "int8")
+    rows = [reference.quantise(vector) for vector in vectors]
+    raw = [(a.norm + b.norm) - np.float32(2) * reference.int8_dot(a, b) for a in rows for b in rows]
+    assert min(raw) < 0, "nothing to cut off"
     floor = reference.ordered(np.float32(0))
     assert min(min(keys) for keys in made.table) >> 32 == floor
     assert_parity(made, k=5, ef=60)

@@ -12,6 +12,11 @@ import pytest
 
 from hnsw_gpu import storage, verses
 
+try:
+    verses.require(verses.PACKAGES)
+except ImportError as error:
+    pytest.skip(str(error), allow_module_level=True)
+
 ROOT = Path(__file__).parents[1]
 KJV, YLT, DARBY, ASV, WEB = verses.TRANSLATIONS
 JOHN_3_16 = {

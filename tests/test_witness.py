@@ -34,7 +34,7 @@ def case(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def queries():
-    return oracle.gaussian(1000, DIM, seed=1, clusters=40, spread=0.7)
+    return oracle.gaussian(1000, DIM, seed=2, clusters=40, spread=0.7)
 
 
 def through_faiss(arrays, rows, measure):
@@ -107,11 +107,11 @@ def test_exact_search_is_the_one_of_faiss(metric, k, queries):
     flat = faiss.IndexFlat(DIM, faiss.METRIC_L2 if metric == "l2" else faiss.METRIC_INNER_PRODUCT)
     if metric == "cosine":
         flat.add(np.float32(oracle.unit(rows)))
-        scores, witness = flat.search(np.float32(oracle.unit(queries)), k)
+        values, witness = flat.search(np.float32(oracle.unit(queries)), k)
     else:
         flat.add(rows)
-        scores, witness = flat.search(queries, k)
+        values, witness = flat.search(queries, k)
     labels, distances = hnsw_gpu.exact_search(rows, queries, k, metric)
-    expected = scores if metric == "l2" else 1 - scores
+    expected = values if metric == "l2" else 1 - values
     np.testing.assert_allclose(distances, expected, rtol=1e-5, atol=2e-5)
     assert (labels == witness).mean() >= 0.999

@@ -201,7 +201,7 @@ def _visit(scratch, s, node):
 def _forget(scratch, s):
     """Clear the visited set."""
     touched = scratch.slots[s, TOUCH]
-    if touched <= TOUCHED:
+    if touched < TOUCHED:  # a full list may have been written over, at its beginning
         for i in range(touched):
             scratch.visited[s, scratch.touched[s, i]] = 0
     else:

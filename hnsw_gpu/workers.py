@@ -9,7 +9,11 @@ from contextlib import contextmanager
 
 def thread_count(threads: int | None) -> int:
     """The number of threads to use: as asked for, or one for each processor we may run on."""
-    return len(os.sched_getaffinity(0)) if threads is None else threads
+    if threads is not None:
+        return threads
+    if hasattr(os, "sched_getaffinity"):  # Linux; elsewhere all processors count
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def run_chunks(run: Callable[[int, int], None], count: int, chunk: int, threads: int) -> None:
@@ -58,18 +62,30 @@ def run_to_a_stop(work: Callable[[threading.Event], None]) -> None:
 
 
 class SharedLock:
-    """Many readers or one writer. A waiting writer goes before readers that come after it."""
+    """Many readers or one writer. A waiting writer goes before readers that come after it.
+
+    In a forked process it is free: the threads that held it are not there.
+    """
 
     def __init__(self) -> None:
+        self._start_free()
+
+    def _start_free(self) -> None:
+        self._process = os.getpid()
         self._changed = threading.Condition()
         self._readers = 0
         self._writers = 0  # at work or waiting
         self._is_writing = False
 
+    def _condition(self) -> threading.Condition:
+        if self._process != os.getpid():
+            self._start_free()
+        return self._changed
+
     @contextmanager
     def shared(self) -> Iterator[None]:
         """Hold as one of many."""
-        with self._changed:
+        with self._condition():
             self._changed.wait_for(lambda: not self._writers)
             self._readers += 1
         try:
@@ -82,7 +98,7 @@ class SharedLock:
     @contextmanager
     def exclusive(self) -> Iterator[None]:
         """Hold alone."""
-        with self._changed:
+        with self._condition():
             self._writers += 1
             try:
                 self._changed.wait_for(lambda: not self._readers and not self._is_writing)

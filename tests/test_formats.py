@@ -1,6 +1,7 @@
 """A saved index of every past format version still loads, and answers as it did when it was saved.
 
-`PYTHONPATH=. python tests/test_formats.py` writes the fixture of the present version, if there is none yet.
+`PYTHONPATH=. python tests/test_formats.py` writes the fixture of the present version, if there is
+none yet.
 """
 
 from pathlib import Path

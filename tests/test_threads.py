@@ -190,7 +190,7 @@ def test_saving_beside_adding_gives_a_whole_file(rows, queries, tmp_path):
 
 
 FORKING = """
-import os, sys, threading
+import os, signal, sys, threading
 sys.path.insert(0, sys.argv[1])
 import numpy as np
 import hnsw_gpu, oracle
@@ -213,6 +213,7 @@ children = []
 for _ in range(8):
     child = os.fork()
     if child == 0:
+        signal.alarm(60)  # a child that hangs must not outlive the test
         code = 1
         try:
             oracle.assert_same(index.search(queries, 10, threads=2), expected)

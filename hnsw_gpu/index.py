@@ -78,14 +78,14 @@ class Index:
         device: str = "cpu",
     ) -> None:
         self.dim = inputs.integer("dim", dim, 1, 65536)
-        self.metric = inputs.one_of("metric", metric, inputs.METRIC_NAMES)
+        self.metric = inputs.metric(metric)
         self.dtype = inputs.one_of("dtype", dtype, STORAGE)
         self.M = inputs.integer("M", M, 2, 128)
         self.ef_construction = inputs.integer("ef_construction", ef_construction, 1, 65536)
         self.seed = inputs.integer("seed", seed, 0, 2**64 - 1)
         self.refine = _refine(refine, dtype)  # "", "fp32" or "fp16"
         self.device = _device(device)
-        self._metric = inputs.METRIC_NAMES[self.metric]
+        self._metric = inputs.METRICS[self.metric]
         self._lock = SharedLock()
         self._next_label = 0
         self._start_empty()
@@ -104,8 +104,11 @@ class Index:
     def __len__(self) -> int:
         return len(self._labels)
 
-    def __contains__(self, label: int) -> bool:
-        return bool(self._labels.find(inputs.labels("label", [label]))[0] >= 0)
+    def __contains__(self, label: object) -> bool:
+        is_label = isinstance(label, (int, np.integer)) and not isinstance(label, bool)
+        if not is_label or not 0 <= label <= np.iinfo(np.int64).max:  # type: ignore[operator]
+            return False
+        return bool(self._labels.find(np.array([label], np.int64))[0] >= 0)
 
     def __repr__(self) -> str:
         refine = f", refine={self.refine!r}" if self.refine else ""
@@ -342,7 +345,8 @@ class Index:
         with self._lock.shared():
             entries, nodes = self._filter(allow, len(given))
             keys = self._nearest(given, k, ef, nodes, **walk)
-            return self._result(*self._labels.spread(keys, k, entries))
+            labels, distances = self._labels.spread(keys, k, entries)
+        return SearchResult(labels, self._as_asked(distances))
 
     def search_radius(
         self,
@@ -358,10 +362,11 @@ class Index:
         A query whose beam was full of hits is searched again with twice the ef, until it is not.
         """
         given = self._queries(queries)
+        radius = inputs.number("radius", radius)
         ef, threads = inputs.integer("ef", ef, 1), _threads(threads)
         with self._lock.shared():
             entries, nodes = self._filter(allow, len(given))
-            keys = self._within(given, _radius(radius, self.metric), ef, nodes, threads)
+            keys = self._within(given, radius, ef, nodes, threads)
             longest = max((self._label_count(row) for row in keys), default=0)
             found = [
                 self._labels.spread(row[None], longest, _row_of(entries, i))
@@ -375,7 +380,7 @@ class Index:
         ]
         labels = np.concatenate([np.empty(0, np.int64)] + [part[0] for part in parts])
         distances = np.concatenate([np.empty(0, np.float32)] + [part[1] for part in parts])
-        return RadiusResult(offsets, *self._result(labels, distances))
+        return RadiusResult(offsets, labels, self._as_asked(distances))
 
     def neighbor_graph(
         self, k: int = 15, *, ef: int = 64, threads: int | None = None, progress: bool = False
@@ -396,16 +401,15 @@ class Index:
                     keys = self._nearest_others(self._labels.nodes(part), k, ef, threads)
                     labels[place], distances[place] = self._labels.spread(keys, k, skipped=part)
                     bar.update(len(part))
-            return self._result(labels, distances)
+        return SearchResult(labels, self._as_asked(distances))
 
     def _queries(self, queries: ArrayLike) -> np.ndarray:
         given = inputs.vectors("queries", queries, self.dim)
         return inputs.float_vectors("queries", given, self._metric, "fp32")
 
-    def _result(self, labels: np.ndarray, distances: np.ndarray) -> SearchResult:
-        if self.metric == "euclidean":
-            distances = np.sqrt(distances)
-        return SearchResult(labels, distances)
+    def _as_asked(self, distances: np.ndarray) -> np.ndarray:
+        """An engine's distances as the metric means them."""
+        return np.sqrt(distances) if self.metric == "euclidean" else distances
 
     def _filter(
         self, allow: ArrayLike | None, queries: int
@@ -481,7 +485,7 @@ class Index:
     def _within(
         self,
         queries: np.ndarray,
-        radius: np.float32,
+        radius: float,
         ef: int,
         mask: np.ndarray | None,
         threads: int,
@@ -494,7 +498,8 @@ class Index:
             keys = self._nearest(
                 queries[open_queries], ef, ef, part, expand=1, ef_upper=1, threads=threads
             )
-            is_hit = (keys != beam.KEY_NONE) & (beam.distances(keys) <= radius)
+            distances = self._as_asked(beam.distances(keys)).astype(np.float64)
+            is_hit = (keys != beam.KEY_NONE) & (distances <= radius)
             is_full = is_hit.all(axis=1) & (ef < self._node_count)
             for i in np.flatnonzero(~is_full):
                 hits[open_queries[i]] = keys[i][is_hit[i]]
@@ -638,7 +643,8 @@ def exact_search(
     fp32, as an fp32 Index returns them. Memory beyond the input: about 40 MB, and the result.
     The matrix products use as many threads as numpy's BLAS likes.
     """
-    name = inputs.METRIC_NAMES[inputs.one_of("metric", metric, inputs.METRIC_NAMES)]
+    metric = inputs.metric(metric)
+    name = inputs.METRICS[metric]
     given = inputs.vectors("vectors", vectors)
     asked = inputs.vectors("queries", queries, given.shape[1])
     k, threads = inputs.integer("k", k, 1), _threads(threads)
@@ -699,16 +705,6 @@ def _threads(threads: int | None) -> int:
     if threads is not None:
         inputs.integer("threads", threads, 1)
     return thread_count(threads)
-
-
-def _radius(radius: float, metric: str) -> np.float32:
-    """The radius as an engine's distance."""
-    radius = float(radius)
-    if np.isnan(radius):
-        raise ValueError("radius: NaN")
-    if metric == "euclidean":
-        return np.float32(radius * radius) if radius >= 0 else np.float32(-1)
-    return np.float32(radius)
 
 
 def _row_of(entries: np.ndarray | None, i: int) -> np.ndarray | None:

@@ -9,14 +9,11 @@ from numpy.typing import ArrayLike
 
 from hnsw_gpu.vectors import squared_lengths
 
-METRIC_NAMES = {
-    "l2": "l2",
+METRICS = {"l2": "l2", "euclidean": "l2", "ip": "ip", "cosine": "cosine"}  # and the engines' name
+ALIASES = {
     "sqeuclidean": "l2",
-    "euclidean": "l2",
-    "ip": "ip",
     "inner_product": "ip",
     "dot": "ip",
-    "cosine": "cosine",
     "cos": "cosine",
     "angular": "cosine",
 }
@@ -28,6 +25,23 @@ def one_of(name: str, value: Any, known: Iterable[str]) -> str:
     if not isinstance(value, str) or value not in known:
         raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, known))}")
     return value
+
+
+def metric(value: Any) -> str:
+    """The metric of a name or an alias."""
+    name = one_of("metric", value, (*METRICS, *ALIASES))
+    return ALIASES.get(name, name)
+
+
+def number(name: str, value: Any) -> float:
+    """`value` as float, if it is a number."""
+    try:
+        result = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}={value!r}: expected a number") from None
+    if np.isnan(result):
+        raise ValueError(f"{name}: NaN")
+    return result
 
 
 def integer(name: str, value: Any, least: int, most: int | None = None) -> int:

@@ -218,27 +218,27 @@ def test_oracle_selects_strictly() -> None:
 # --- repair ---------------------------------------------------------------------------------------
 
 
-def with_islands(made: Graph, cut: np.ndarray) -> Graph:
-    """`made` without the layer-0 links that lead to a node of `cut` from any other."""
-    links = reference.links(made, 0)
-    kept = {
-        node: [other for other in row if not cut[other] or cut[node]] for node, row in links.items()
-    }
+def cut_off(made: Graph, cut: np.ndarray, is_alone: bool) -> Graph:
+    """`made` without the layer-0 links from other nodes to nodes of `cut`, or without any to them.
+
+    So nodes of `cut` lie on islands, or each alone.
+    """
     rows = np.full_like(made.neighbors0, -1)
-    for node, row in kept.items():
-        rows[node, : len(row)] = row
+    for node, row in reference.links(made, 0).items():
+        kept = [other for other in row if not cut[other] or (cut[node] and not is_alone)]
+        rows[node, : len(kept)] = kept
     return made._replace(neighbors0=rows)
 
 
 def filled(made: Graph) -> Graph:
-    """`made` with the rows of reachable nodes filled up with links to reachable nodes."""
+    """`made` with its rows filled up with links to reachable nodes."""
     rows = made.neighbors0.copy()
     reachable = np.setdiff1d(np.arange(len(rows)), graph.unreachable(made))
-    for node in reachable:
-        degree = int((rows[node] >= 0).sum())
-        others = [other for other in reachable if other != node and other not in rows[node]]
-        added = others[: len(rows[node]) - degree]
-        rows[node, degree : degree + len(added)] = added
+    for node, row in enumerate(rows):
+        degree = int((row >= 0).sum())
+        others = [other for other in reachable if other != node and other not in row]
+        added = others[: len(row) - degree]
+        row[degree : degree + len(added)] = added
     return made._replace(neighbors0=rows)
 
 
@@ -263,16 +263,17 @@ def assert_repairs_alike(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("metric", METRICS)
 def test_repair_equals_the_oracle(metric: str, dtype: str, is_full: bool) -> None:
-    for seed in range(4):
+    shapes = [(0.05, False, 1), (0.3, True, 30), (0.6, False, 2), (0.6, True, 9), (0.9, False, 9)]
+    for seed, (share, is_alone, ef_construction) in enumerate(shapes):
         rng = np.random.default_rng(seed)
         vectors = integer_vectors(100, 8, metric, dtype, seed)
         made = reference.random_graph(vectors, M=4, seed=seed)
-        cut = rng.random(100) < (0.05, 0.3, 0.6, 0.9)[seed]
-        cut[next(iter(reference.all_links(made)[-1]))] = False
-        made = with_islands(made, cut)
+        cut = rng.random(100) < share
+        cut[made.entry_point] = False
+        made = cut_off(made, cut, is_alone)
         if is_full:
             made = filled(made)
-        assert_repairs_alike(made, vectors, metric, dtype, ef_construction=(1, 30, 2, 9)[seed])
+        assert_repairs_alike(made, vectors, metric, dtype, ef_construction)
 
 
 def test_repair_where_no_node_that_was_found_can_give() -> None:

@@ -103,7 +103,7 @@ def test_save_load_save(index, tmp_path, queries):
         oracle.assert_same(
             other.search_radius(queries[:100], 0.3), index.search_radius(queries[:100], 0.3)
         )
-        oracle.assert_same(other.neighbor_graph(7), index.neighbor_graph(7))
+        oracle.assert_same(other.neighbor_graph(7, ef=30), index.neighbor_graph(7, ef=30))
         np.testing.assert_array_equal(other.labels, index.labels)
         np.testing.assert_array_equal(other.vectors([5, 1100]), index.vectors([5, 1100]))
         assert repr(other) == repr(index)
@@ -138,11 +138,11 @@ def test_the_same_answer_for_any_number_of_threads(index, queries):
     queries = queries[:1500]
     expected = index.search(queries, 10, threads=1)
     within = index.search_radius(queries[:100], 0.3, threads=1)
-    graph = index.neighbor_graph(6, threads=1)
+    graph = index.neighbor_graph(6, ef=30, threads=1)
     for threads in (2, 4, 16, None):
         oracle.assert_same(index.search(queries, 10, threads=threads), expected)
         oracle.assert_same(index.search_radius(queries[:100], 0.3, threads=threads), within)
-        oracle.assert_same(index.neighbor_graph(6, threads=threads), graph)
+        oracle.assert_same(index.neighbor_graph(6, ef=30, threads=threads), graph)
 
 
 def test_search_radius_in_every_batch(index, queries):

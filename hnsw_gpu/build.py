@@ -1,11 +1,14 @@
 """Building the graph: batches of points, no locks, the same bytes for any number of threads.
 
-Nodes are inserted in order of their ids, in batches that double from 1 to BATCH. For a batch:
+Nodes are inserted in order of their ids, in batches as large as the graph so far, at most BATCH.
+For a batch:
 
 1. Every point searches the graph as it was before the batch (R3-R6 with `ef_construction`), on each
-   of its layers, and adds the other points of the batch, compared one by one: a batch is never
-   blind to itself, however clustered or sorted the data is. The `ef_construction` smallest keys are
-   the candidates; `_select` keeps at most M of them, nearest first, as the point's own links.
+   of its layers, and adds the points of the batch that come before it, compared one by one: a
+   batch is never blind to itself, however clustered or sorted the data is, and yet the first
+   point of a new cluster gets its links to the world outside, as if it had been inserted alone.
+   The `ef_construction` smallest keys are the candidates; `_select` keeps at most M of them,
+   nearest first, as the point's own links, on layer 0 too.
 2. The reverse links (target, source) are grouped by target, ordered by (distance, source).
 3. Every target takes its new links: appended where they fit, else selected again, at most M (M0 on
    layer 0), among old and new.
@@ -13,7 +16,7 @@ Nodes are inserted in order of their ids, in batches that double from 1 to BATCH
 Each row is written by one iteration of one loop, so the threads need no locks and leave no trace.
 Selection is algorithm 4 of Malkov & Yashunin in its strict form: a candidate is kept only if it is
 nearer to the point than to every neighbour kept before it; a tie is rejected.
-Afterwards `repair` links every node that cannot be reached on layer 0.
+Afterwards `repair` sees to it that layer 0 leads from every node to every other.
 """
 
 from typing import NamedTuple
@@ -253,19 +256,17 @@ def _link_points(growth, task, selection, first, start, stop, targets, sources):
 
 @njit(nogil=True, cache=True, _nrt=False)
 def _add_batch_mates(growth, task, first, q, layer):
-    """Merge the other points of the batch that are on the layer into the candidates."""
+    """Merge the points of the batch before this one that are on the layer into the candidates."""
     keys, row = task.keys, task.keys_start[q] + layer
     capacity, count = keys.shape[1], size(keys, row)
     number = _number(growth.graph, layer, first)
-    for mate in range(len(task.levels)):
+    for mate in range(q):
         if task.levels[mate] < layer:
             continue
-        if mate != q:
-            d = distance(task.metric, task.queries, q, growth.rows, first + mate)
-            key = make_key(d, number)
-            if key < keys[row, capacity - 1]:  # KEY_NONE until the row is full
-                insert(keys, row, count, capacity, key)
-                count = min(count + 1, capacity)
+        key = make_key(distance(task.metric, task.queries, q, growth.rows, first + mate), number)
+        if key < keys[row, capacity - 1]:  # KEY_NONE until the row is full
+            insert(keys, row, count, capacity, key)
+            count = min(count + 1, capacity)
         number += 1
 
 
@@ -348,48 +349,94 @@ def _has(neighbors, row, count, number):
 
 
 def repair(graph, rows, metric, *, ef_construction, threads):
-    """Make every node reachable on layer 0 from the entry point; returns how many were not.
+    """Make layer 0 strongly connected; returns how many nodes could not be reached.
 
-    Writes `graph.neighbors0`. Such a node gets a link from the nearest reachable one whose row has
-    room, or that has a link which no path found by the breadth-first search needs.
+    Writes `graph.neighbors0`. First every node that cannot be reached from the entry point gets a
+    link from the nearest that can and has room: an empty slot, or a link that no path found by the
+    breadth-first search needs. Then every node that leads nowhere near the entry point gets a link
+    to the nearest that does, where it or a node that it leads to has room.
+    The nearest are looked for by a search of the graph, and only then among all nodes.
     """
-    parents = np.full(len(graph.neighbors0), -1, np.int32)
-    if not len(parents) or reach(graph.neighbors0, parents, graph.entry_point) == len(parents):
+    neighbors0 = graph.neighbors0
+    if not len(neighbors0):
         return 0
-    missing = np.flatnonzero(parents < 0)
-    queries = rows_as_queries(rows[missing])
-    found = search(
-        graph, rows, queries, metric, k=ef_construction, ef=ef_construction, threads=threads
-    )
-    rows = engine_view(rows)
-    _repair(graph.neighbors0, parents, missing, found.keys, rows, queries, METRICS[metric])
-    return len(missing)
+    parents = np.full(len(neighbors0), -1, np.int32)
+    reach(neighbors0, parents, graph.entry_point)
+    lost = np.flatnonzero(parents < 0)
+
+    def nearest(missing):
+        queries = rows_as_queries(rows[missing])
+        k = min(ef_construction, len(rows))
+        return queries, search(graph, rows, queries, metric, k=k, ef=k, threads=threads).keys
+
+    if len(lost):
+        queries, keys = nearest(lost)
+        space = Space(engine_view(rows), queries, METRICS[metric])
+        _repair_ways_in(neighbors0, parents, lost, keys, space)
+    starts, sources = _reversed_links(neighbors0)
+    leads_back = np.zeros(len(neighbors0), np.bool_)
+    _mark_back(starts, sources, leads_back, graph.entry_point)
+    trapped = np.flatnonzero(~leads_back)
+    if len(trapped):
+        queries, keys = nearest(trapped)
+        space = Space(engine_view(rows), queries, METRICS[metric])
+        _repair_ways_out(neighbors0, parents, leads_back, (starts, sources), trapped, keys, space)
+    return len(lost)
+
+
+class Space(NamedTuple):
+    """Rows, and queries for the nodes in question."""
+
+    rows: np.ndarray  # (n, row) encoded
+    queries: np.ndarray  # (m, ...) encoded
+    metric: int
 
 
 @njit(nogil=True, cache=True)
-def _repair(neighbors0, parents, missing, keys, rows, queries, metric):
-    for i in range(len(missing)):
-        node = missing[i]
+def _repair_ways_in(neighbors0, parents, lost, keys, space):
+    is_giver = np.zeros(neighbors0.shape[0], np.bool_)
+    for i in range(len(lost)):
+        node = lost[i]
         if parents[node] >= 0:  # a node repaired before leads to it
             continue
-        giver, slot = np.int64(-1), np.int64(-1)
+        giver = np.int64(-1)
         for j in range(size(keys, i)):
-            giver = key_node(keys[i, j])
-            slot = _free_slot(neighbors0, parents, giver)
-            if slot >= 0:
+            candidate = key_node(keys[i, j])
+            if parents[candidate] >= 0 and _free_slot(neighbors0, parents, candidate) >= 0:
+                giver = candidate
                 break
-        if slot < 0:
-            giver, slot = _nearest_giver(neighbors0, parents, rows, queries, i, metric)
-        neighbors0[giver, slot] = node
+        if giver < 0:
+            for other in range(neighbors0.shape[0]):
+                has_slot = parents[other] >= 0 and _free_slot(neighbors0, parents, other) >= 0
+                is_giver[other] = has_slot
+            giver = _nearest(space, i, is_giver)
+        neighbors0[giver, _free_slot(neighbors0, parents, giver)] = node
         reach(neighbors0, parents, node)
         parents[node] = giver
 
 
 @njit(nogil=True, cache=True)
+def _repair_ways_out(neighbors0, parents, leads_back, links_back, trapped, keys, space):
+    starts, sources = links_back
+    for i in range(len(trapped)):
+        node = np.int64(trapped[i])
+        if leads_back[node]:  # it leads to a node repaired before
+            continue
+        target = np.int64(-1)
+        for j in range(size(keys, i)):
+            if leads_back[key_node(keys[i, j])]:
+                target = key_node(keys[i, j])
+                break
+        if target < 0:
+            target = _nearest(space, i, leads_back)
+        giver = _first_with_room(neighbors0, parents, node)
+        neighbors0[giver, _free_slot(neighbors0, parents, giver)] = target
+        _mark_back(starts, sources, leads_back, giver)
+
+
+@njit(nogil=True, cache=True, _nrt=False)
 def _free_slot(neighbors0, parents, giver):
-    """The first empty slot of a reachable node, else its last link that no path needs, else -1."""
-    if parents[giver] < 0:
-        return np.int64(-1)
+    """The first empty slot of a node, else its last link that is no parent's, else -1."""
     width = neighbors0.shape[1]
     for slot in range(width):
         if neighbors0[giver, slot] < 0:
@@ -401,13 +448,71 @@ def _free_slot(neighbors0, parents, giver):
 
 
 @njit(nogil=True, cache=True)
-def _nearest_giver(neighbors0, parents, rows, queries, q, metric):
-    """The nearest of all reachable nodes that has a free slot; the last of a search tree has."""
-    best, best_giver, best_slot = KEY_NONE, np.int64(-1), np.int64(-1)
-    for giver in range(neighbors0.shape[0]):
-        slot = _free_slot(neighbors0, parents, giver)
-        if slot >= 0:
-            key = make_key(distance(metric, queries, q, rows, giver), giver)
-            if key < best:
-                best, best_giver, best_slot = key, np.int64(giver), slot
-    return best_giver, best_slot
+def _first_with_room(neighbors0, parents, start):
+    """The first node, breadth first from `start`, with a free slot: the tree's last ones have."""
+    seen = np.full(neighbors0.shape[0], -1, np.int32)
+    queue = np.empty(neighbors0.shape[0], np.int32)
+    seen[start] = start
+    queue[0] = start
+    count, head = 1, 0
+    while head < count:
+        node = np.int64(queue[head])
+        head += 1
+        if _free_slot(neighbors0, parents, node) >= 0:
+            return node
+        for j in range(neighbors0.shape[1]):
+            link = neighbors0[node, j]
+            if link >= 0 and seen[link] < 0:
+                seen[link] = node
+                queue[count] = link
+                count += 1
+    return np.int64(start)
+
+
+@njit(nogil=True, cache=True, _nrt=False)
+def _nearest(space, q, is_candidate):
+    """The nearest of all candidate nodes to a query."""
+    best = KEY_NONE
+    for node in range(len(is_candidate)):
+        if is_candidate[node]:
+            d = distance(space.metric, space.queries, q, space.rows, node)
+            best = min(best, make_key(d, node))
+    return key_node(best)
+
+
+@njit(nogil=True, cache=True)
+def _reversed_links(neighbors0):
+    """The nodes that link to node i: sources[starts[i]:starts[i + 1]]."""
+    count, width = neighbors0.shape
+    starts = np.zeros(count + 2, np.int64)
+    for i in range(count):
+        for j in range(width):
+            if neighbors0[i, j] >= 0:
+                starts[neighbors0[i, j] + 2] += 1
+    starts = np.cumsum(starts)
+    sources = np.empty(starts[-1], np.int32)
+    for i in range(count):
+        for j in range(width):
+            link = neighbors0[i, j]
+            if link >= 0:
+                sources[starts[link + 1]] = i
+                starts[link + 1] += 1
+    return starts, sources
+
+
+@njit(nogil=True, cache=True)
+def _mark_back(starts, sources, leads_back, target):
+    """Mark `target` and every node that leads to it through nodes not yet marked."""
+    queue = np.empty(len(leads_back), np.int32)
+    leads_back[target] = True
+    queue[0] = target
+    count, head = 1, 0
+    while head < count:
+        node = queue[head]
+        head += 1
+        for place in range(starts[node], starts[node + 1]):
+            source = sources[place]
+            if not leads_back[source]:
+                leads_back[source] = True
+                queue[count] = source
+                count += 1

@@ -71,11 +71,18 @@ def _check_shapes(graph):
         array = getattr(graph, name)
         if array.dtype != np.int32 or array.ndim != dimensions:
             problems.append(f"{name}: {array.dtype} {array.shape}, expected int32, {dimensions}-d")
+    if problems:
+        return problems
     offsets = graph.layer_offsets
     if offsets.dtype != np.int64 or offsets.ndim != 1 or len(offsets) == 0:
         problems.append(f"layer_offsets: {offsets.dtype} {offsets.shape}, expected int64, 1-d")
     elif offsets[0] != 0 or (np.diff(offsets) < 0).any() or offsets[-1] != len(graph.nodes):
         problems.append(f"layer_offsets: do not divide the {len(graph.nodes)} upper nodes")
+    if not problems and graph.neighbors0.shape[1] != 2 * graph.neighbors.shape[1]:
+        problems.append(
+            f"neighbors0 is {graph.neighbors0.shape[1]} wide, expected twice the "
+            f"{graph.neighbors.shape[1]} of neighbors"
+        )
     if not problems and not len(graph.nodes) == len(graph.neighbors) == len(graph.below):
         problems.append("nodes, neighbors and below differ in length")
     return problems

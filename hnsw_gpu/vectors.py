@@ -69,7 +69,8 @@ def encode(vectors, metric, dtype):
     codes = np.clip(np.rint(vectors / divisors[:, None]), -127, 127).astype(np.int8)
     tail = np.empty((count, 3), np.float32)
     tail[:, 0] = scales
-    tail[:, 1] = (scales * scales) * np.square(codes, dtype=np.int32).sum(axis=1, dtype=np.int32)
+    squares = np.square(codes, dtype=np.int32).sum(axis=1, dtype=np.int32)
+    tail[:, 1] = (scales * scales) * squares.astype(np.float32)
     tail[:, 2] = codes.sum(axis=1, dtype=np.int32).view(np.float32)
     rows[:, :dim] = codes
     rows[:, dim:-TAIL_BYTES] = 0

@@ -325,7 +325,7 @@ def insert_batch(
     for point, level in levels.items():  # all see the graph as it was
         beams = point_beams(layers, table[point], level, ef_construction)
         for layer in range(level + 1):
-            mates = [mate for mate in levels if mate != point and levels[mate] >= layer]
+            mates = [mate for mate in levels if mate < point and levels[mate] >= layer]
             candidates = beams.get(layer, []) + [table[point][mate] for mate in mates]
             nearest = sorted(candidates)[:ef_construction]
             own_links[layer, point] = select(nearest, table, M)
@@ -391,11 +391,13 @@ def graph_of(layers: list[dict[int, list[int]]], M: int) -> Graph:
 
 
 def repair(graph: Graph, table: KeyTable, ef_construction: int) -> np.ndarray:
-    """`neighbors0` with a way from the entry point to every node.
+    """`neighbors0` with a way from the entry point to every node, and from every node to it.
 
-    A node that has none, smallest id first, gets a link from the nearest reachable node with an
-    empty slot or a link that the tree of shortest paths does not use (the last such). The nearest
-    are looked for by a search of the graph as it was, and only then among all.
+    A node that cannot be reached, smallest id first, gets a link from the nearest reachable node
+    with room: an empty slot or a link that the tree of shortest paths does not use (the last such).
+    Then a node that leads to no entry point gets a link to the nearest that does; it is given by
+    that node, or by the first one, breadth first from it, that has room.
+    The nearest are looked for by a search of the graph, and only then among all.
     """
     layers = all_links(graph)
     links = {node: list(neighbors) for node, neighbors in layers[0].items()}
@@ -403,28 +405,45 @@ def repair(graph: Graph, table: KeyTable, ef_construction: int) -> np.ndarray:
     entry_point = min(layers[-1])
     parents = {entry_point: entry_point}
     reach(links, parents, entry_point)
-    for node in [node for node in links if node not in parents]:
-        if node in parents:  # a node repaired before leads to it
-            continue
+
+    def nearest(node: int, layers: list[dict[int, list[int]]]) -> list[int]:
         found = search_query(
             layers, table[node], ef_construction, ef_construction, 1, 1, None, None
         )
-        nearest = [node_of(key) for key in found.keys + sorted(table[node])]
-        giver = next(giver for giver in nearest if can_give(links, parents, giver, width))
-        if len(links[giver]) == width:
-            spare = [i for i, link in enumerate(links[giver]) if parents[link] != giver]
-            links[giver][spare[-1]] = node
+        return [node_of(key) for key in found.keys + sorted(table[node])]
+
+    def spare(giver: int) -> list[int]:
+        return [i for i, link in enumerate(links[giver]) if parents[link] != giver]
+
+    def has_room(giver: int) -> bool:
+        return giver in parents and (len(links[giver]) < width or bool(spare(giver)))
+
+    def give(giver: int, target: int) -> None:
+        if len(links[giver]) < width:
+            links[giver].append(target)
         else:
-            links[giver].append(node)
-        parents[node] = giver
-        reach(links, parents, node)
+            links[giver][spare(giver)[-1]] = target
+
+    for node in [node for node in links if node not in parents]:
+        if node not in parents:  # else a node repaired before leads to it
+            giver = next(giver for giver in nearest(node, layers) if has_room(giver))
+            give(giver, node)
+            parents[node] = giver
+            reach(links, parents, node)
+    between = [{node: list(neighbors) for node, neighbors in links.items()}, *layers[1:]]
+    for node in links:
+        back = {other for other in links if entry_point in reached(links, other)}
+        if node not in back:
+            target = next(target for target in nearest(node, between) if target in back)
+            give(next(giver for giver in reached(links, node) if has_room(giver)), target)
     return graph_of([links], width // 2).neighbors0
 
 
-def can_give(links: dict[int, list[int]], parents: dict[int, int], giver: int, width: int) -> bool:
-    if giver not in parents:
-        return False
-    return len(links[giver]) < width or any(parents[link] != giver for link in links[giver])
+def reached(links: dict[int, list[int]], start: int) -> list[int]:
+    """All nodes that `start` leads to, itself first, breadth first."""
+    parents = {start: start}
+    reach(links, parents, start)
+    return list(parents)
 
 
 def reach(links: dict[int, list[int]], parents: dict[int, int], start: int) -> None:

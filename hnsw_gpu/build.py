@@ -1,7 +1,7 @@
 """Building the graph: batches of points, no locks, the same bytes for any number of threads.
 
-Nodes are inserted in order of their ids, in batches as large as the graph so far, at most BATCH.
-For a batch:
+Nodes are inserted in order of their ids, in batches of 1 / GROWTH of the graph so far, at least 1
+and at most BATCH. For a batch:
 
 1. Every point searches the graph as it was before the batch (R3-R6 with `ef_construction`), on each
    of its layers, and adds the points of the batch that come before it, compared one by one: a
@@ -32,6 +32,7 @@ from hnsw_gpu.vectors import METRICS, empty_queries, engine_view, rows_as_querie
 from hnsw_gpu.workers import run_chunks
 
 BATCH = 2048  # comparing a batch with itself then costs a few percent of its searches
+GROWTH = 50  # larger batches give their targets too many links at once, all chosen blindly
 LINK_CHUNK = 64  # points or targets that a thread takes at a time
 BITS_OF_DISTANCE = np.uint64(0xFFFFFFFF00000000)
 
@@ -95,7 +96,7 @@ def insert_nodes(graph, neighbors0, rows, metric, *, ef_construction, seed, thre
     whole = _with_room(graph, neighbors0, levels)
     growth = Growth(whole, engine_view(rows), METRICS[metric])
     while start < stop:
-        end = min(stop, start + min(max(start, 1), BATCH))
+        end = min(stop, start + max(1, min(start // GROWTH, BATCH)))
         batch_levels = levels[: end - start]
         levels = levels[end - start :]
         _insert_batch(graph, growth, batch_levels, ef_construction, threads)

@@ -28,8 +28,9 @@ logger = logging.getLogger("hnsw_gpu")
 
 ENCODE_ROWS = 16384  # vectors checked and encoded at a time
 SELF_ROWS = 16384  # nodes of a neighbour graph searched at a time
+MOST_NODES = 2**31 - 1
 FEW = 64  # see `_beam_capacity`: a step of the walk costs as much as comparing 64 rows in a scan
-REPAIR_SHARE = 64  # reachability is repaired once 1 / REPAIR_SHARE of the nodes are new
+REPAIR_SHARE = 2048  # new nodes a repair: it then takes about as long as adding them
 REFINE = {False: "", "": "", True: "fp32", "fp32": "fp32", "fp16": "fp16"}
 
 
@@ -336,7 +337,7 @@ class Index:
         than k, all of them are compared, which is exact.
         """
         given = self._queries(queries)
-        k, ef = inputs.integer("k", k, 1), inputs.integer("ef", ef, 1)
+        k, ef = inputs.integer("k", k, 1, MOST_NODES), inputs.integer("ef", ef, 1)
         walk = {
             "expand": inputs.integer("expand", expand, 1, 64),
             "ef_upper": inputs.integer("ef_upper", ef_upper, 1, 65536),
@@ -367,20 +368,16 @@ class Index:
         with self._lock.shared():
             entries, nodes = self._filter(allow, len(given))
             keys = self._within(given, radius, ef, nodes, threads)
-            longest = max((self._label_count(row) for row in keys), default=0)
             found = [
-                self._labels.spread(row[None], longest, _row_of(entries, i))
+                self._labels.spread(row[None], self._label_count(row), _row_of(entries, i))
                 for i, row in enumerate(keys)
             ]
-        counts = [int((labels >= 0).sum()) for labels, _ in found]
-        offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-        parts = [
-            (labels[0, :count], distances[0, :count])
-            for (labels, distances), count in zip(found, counts, strict=True)
-        ]
-        labels = np.concatenate([np.empty(0, np.int64)] + [part[0] for part in parts])
-        distances = np.concatenate([np.empty(0, np.float32)] + [part[1] for part in parts])
-        return RadiusResult(offsets, labels, self._as_asked(distances))
+        none = [(np.empty((1, 0), np.int64), np.empty((1, 0), np.float32))]
+        labels, distances = (np.concatenate(p, 1)[0] for p in zip(*none, *found, strict=True))
+        is_in = labels >= 0
+        ends = np.cumsum([0] + [part.shape[1] for part, _ in found])
+        offsets = np.concatenate([[0], np.cumsum(is_in)])[ends].astype(np.int64)
+        return RadiusResult(offsets, labels[is_in], self._as_asked(distances[is_in]))
 
     def neighbor_graph(
         self, k: int = 15, *, ef: int = 64, threads: int | None = None, progress: bool = False
@@ -389,7 +386,11 @@ class Index:
 
         Each search starts from the vector's own node (R10). Copies are neighbours of each other.
         """
-        k, ef, threads = inputs.integer("k", k, 1), inputs.integer("ef", ef, 1), _threads(threads)
+        k, ef, threads = (
+            inputs.integer("k", k, 1, MOST_NODES),
+            inputs.integer("ef", ef, 1),
+            _threads(threads),
+        )
         with self._lock.shared():
             entries = self._labels.find(self._labels.sorted)
             labels = np.empty((len(entries), k), np.int64)
@@ -516,23 +517,30 @@ class Index:
         count = self._node_count
         others = min(k, max(count - 1, 1))
         live = self._labels.live_nodes()
-        ef = min(max(ef, others), count)
-        capacity = int(_beam_capacity(live.sum(), count, ef)) or count
-        found = walk_search(
-            self._graph,
-            self._rows[:count],
-            rows_as_queries(self._rows[nodes]),
-            self._metric,
-            k=others if self._refine_rows is None else ef,
-            ef=min(capacity, count),
-            allowed=None if live.all() else inputs.packed(live),
-            own=nodes.astype(np.int32),
-            threads=threads,
-        )
-        keys, rows = found.keys, self._rows
-        if self._refine_rows is not None:
-            rows = self._refine_rows
-            keys = self._rerank(keys, rows_as_queries(rows[nodes]), others, threads)
+        capacity = max(ef, others)
+        if not live.all():
+            capacity = int(_beam_capacity(live.sum(), count, capacity))
+        rows = self._rows if self._refine_rows is None else self._refine_rows
+        if not capacity:
+            ids = np.flatnonzero(live)
+            queries = rows_as_queries(rows[nodes])
+            keys = exact.exact_ids(rows, ids, queries, self._metric, k=others + 1, threads=threads)
+            keys[beam.nodes(keys) == nodes[:, None]] = beam.KEY_NONE
+        else:
+            found = walk_search(
+                self._graph,
+                self._rows[:count],
+                rows_as_queries(self._rows[nodes]),
+                self._metric,
+                k=others if self._refine_rows is None else min(max(ef, others), count),
+                ef=min(capacity, count),
+                allowed=None if live.all() else inputs.packed(live),
+                own=nodes.astype(np.int32),
+                threads=threads,
+            )
+            keys = found.keys
+            if self._refine_rows is not None:
+                keys = self._rerank(keys, rows_as_queries(rows[nodes]), others, threads)
         own = exact.own_keys(rows, nodes, self._metric)
         has_copies = np.diff(self._labels.offsets)[nodes] > 1
         own[~has_copies] = beam.KEY_NONE
@@ -555,9 +563,18 @@ class Index:
             problems.append("label_offsets do not divide the labels among the nodes")
         elif offsets[-1] != len(labels):
             problems.append("label_offsets do not cover the labels")
+        if problems:
+            return problems
+        is_within = np.ones(max(len(labels) - 1, 0), bool)  # a label and the next share a node
+        firsts = offsets[1:-1]
+        is_within[firsts[(firsts > 0) & (firsts < len(labels))] - 1] = False
+        if (np.diff(labels)[is_within] <= 0).any():
+            problems.append("the labels of a node do not ascend")
         ordered = np.sort(labels)
         if len(labels) and (ordered[0] < 0 or (np.diff(ordered) == 0).any()):
             problems.append("labels are negative or repeated")
+        if len(labels) and ordered[-1] >= self._next_label:
+            problems.append(f"the next label is {self._next_label}, and {ordered[-1]} is there")
         return problems
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -594,7 +611,9 @@ def load(path: str | os.PathLike[str], *, mmap: bool = False, device: str = "aut
     arrays, about = storage.read(path, mapped)
     try:
         return _from_arrays(arrays, about, device)
-    except (KeyError, TypeError, ValueError) as error:
+    except KeyError as error:
+        raise storage.CorruptIndexError(f"{path}: {error} is missing") from None
+    except (TypeError, ValueError) as error:
         raise storage.CorruptIndexError(f"{path}: {error}") from None
 
 
@@ -647,7 +666,7 @@ def exact_search(
     name = inputs.METRICS[metric]
     given = inputs.vectors("vectors", vectors)
     asked = inputs.vectors("queries", queries, given.shape[1])
-    k, threads = inputs.integer("k", k, 1), _threads(threads)
+    k, threads = inputs.integer("k", k, 1, MOST_NODES), _threads(threads)
     encoded = encode_queries(inputs.float_vectors("queries", asked, name), name, "fp32")
     keys = np.full((len(asked), min(k, len(given))), beam.KEY_NONE, np.uint64)
     with _bar(progress, len(given), "exact search", "vectors") as bar:

@@ -36,7 +36,7 @@ def metric(value: Any) -> str:
 def number(name: str, value: Any) -> float:
     """`value` as float, if it is a number."""
     try:
-        result = float(value)
+        result = float(value + 0.0)  # adding refuses text, which float() would read
     except (TypeError, ValueError):
         raise TypeError(f"{name}={value!r}: expected a number") from None
     if np.isnan(result):

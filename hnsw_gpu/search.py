@@ -127,7 +127,10 @@ def walk(graph, rows, task, expand=1, threads=1):
     spare: list[Scratch] = []  # of chunks that have ended
 
     def run(start, stop):
-        scratch = spare.pop() if spare else _new_scratch(graph, task, expand, chunk)
+        try:
+            scratch = spare.pop()
+        except IndexError:
+            scratch = _new_scratch(graph, task, expand, chunk)
         _walk_chunk(graph, rows, task, scratch, start, stop)
         spare.append(scratch)
 

@@ -299,14 +299,15 @@ def insert_nodes(
     *,
     ef_construction: int,
     seed: int,
+    growth: int = 50,
     largest_batch: int = 2048,
 ) -> Graph:
-    """The graph of nodes ..stop, grown from a graph of fewer, in batches as large as the graph."""
+    """The graph of nodes ..stop, grown from a graph of fewer, in batches of 1/growth of it."""
     M = graph.neighbors.shape[1]
     layers = all_links(graph)
     start = len(graph.neighbors0)
     while start < stop:
-        batch = range(start, min(stop, start + min(max(start, 1), largest_batch)))
+        batch = range(start, min(stop, start + max(1, min(start // growth, largest_batch))))
         levels = {point: draw_level(seed, point, M) for point in batch}
         insert_batch(layers, table, levels, M, ef_construction)
         start = batch.stop

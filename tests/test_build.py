@@ -60,6 +60,7 @@ def twin(
     ef_construction: int,
     seed: int = 0,
     stops: tuple[int, ...] = (),
+    growth: int = 50,
     largest_batch: int = 2048,
 ) -> Graph:
     """The oracle's graph."""
@@ -71,6 +72,7 @@ def twin(
             stop,
             ef_construction=ef_construction,
             seed=seed,
+            growth=growth,
             largest_batch=largest_batch,
         )
     return made
@@ -146,7 +148,8 @@ def test_adding_in_pieces(stops: tuple[int, ...]) -> None:
         assert_same(built(rows, "ip", M=M, ef_construction=24, stops=stops, threads=2), wanted)
 
 
-def test_stopping_after_any_batch() -> None:
+def test_stopping_after_any_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "GROWTH", 2)  # batches of half of the graph: fewer stops
     vectors = integer_vectors(200, 8, "l2", "fp32", seed=26)
     rows = encode(vectors, "l2", "fp32")
     table = reference.node_table(vectors, "l2", "fp32")
@@ -161,18 +164,23 @@ def test_stopping_after_any_batch() -> None:
         threads=1,
     ):
         stops.append(len(made.neighbors0))
-        wanted = twin(table[: stops[-1]], M=3, ef_construction=24)
+        wanted = twin(table[: stops[-1]], M=3, ef_construction=24, growth=2)
         assert_same(build.without_room(made), wanted, stops)
-    assert stops == [1, 2, 4, 8, 16, 32, 64, 128, 200]
+    assert stops == [1, 2, 3, 4, 6, 9, 13, 19, 28, 42, 63, 94, 141, 200]
 
 
 def test_batches_up_to_the_largest(monkeypatch: pytest.MonkeyPatch) -> None:
     # With the real limit this would take thousands of nodes.
     monkeypatch.setattr(build, "BATCH", 37)
+    monkeypatch.setattr(build, "GROWTH", 1)
     vectors = integer_vectors(300, 8, "l2", "fp32", seed=23)
     rows = encode(vectors, "l2", "fp32")
     wanted = twin(
-        reference.node_table(vectors, "l2", "fp32"), M=4, ef_construction=24, largest_batch=37
+        reference.node_table(vectors, "l2", "fp32"),
+        M=4,
+        ef_construction=24,
+        growth=1,
+        largest_batch=37,
     )
     for threads in (1, 2):
         assert_same(built(rows, "l2", M=4, ef_construction=24, threads=threads), wanted)

@@ -8,7 +8,7 @@ from typing import Any
 
 import hnsw_gpu
 
-PACKAGES = ("numpy", "numba", "llvmlite", "safetensors")
+PACKAGES = ("numpy", "numba", "llvmlite")
 # the processor's features that the distance kernels gain from, widest first
 SIMD = ("avx512vnni", "avx512bf16", "avx512f", "avxvnni", "avx2", "fma", "f16c", "sve", "neon")
 

@@ -12,15 +12,15 @@ from numpy.typing import ArrayLike
 from tqdm import tqdm
 
 from hnsw_gpu import beam, build, copies, exact, graph, inputs, storage
+from hnsw_gpu.cpu import CpuEngine
 from hnsw_gpu.labels import Labels
-from hnsw_gpu.search import search as walk_search
+from hnsw_gpu.search import pack_bits
 from hnsw_gpu.vectors import (
     STORAGE,
     decode,
     empty_rows,
     encode,
     encode_queries,
-    rows_as_queries,
 )
 from hnsw_gpu.workers import SharedLock, run_to_a_stop, thread_count
 
@@ -29,7 +29,6 @@ logger = logging.getLogger("hnsw_gpu")
 ENCODE_ROWS = 16384  # vectors checked and encoded at a time
 SELF_ROWS = 16384  # nodes of a neighbour graph searched at a time
 MOST_NODES = 2**31 - 1
-FEW = 64  # see `_beam_capacity`: a step of the walk costs as much as comparing 64 rows in a scan
 REPAIR_SHARE = 2048  # new nodes a repair: it then takes about as long as adding them
 REFINE = {False: "", "": "", True: "fp32", "fp32": "fp32", "fp16": "fp16"}
 
@@ -143,6 +142,13 @@ class Index:
             if self._refine_rows is not None:
                 return decode(self._refine_rows[nodes], self.dim, self.refine)
             return decode(self._rows[nodes], self.dim, self.dtype)
+
+    @property
+    def _engine(self) -> CpuEngine:
+        count = self._node_count
+        refine_rows = None if self._refine_rows is None else self._refine_rows[:count]
+        rows = self._rows[:count]
+        return CpuEngine(self._graph, rows, refine_rows, self._metric, self.dtype, self.refine)
 
     @property
     def _node_count(self) -> int:
@@ -345,7 +351,7 @@ class Index:
         }
         with self._lock.shared():
             entries, nodes = self._filter(allow, len(given))
-            keys = self._nearest(given, k, ef, nodes, **walk)
+            keys = self._engine.nearest(given, k, ef, nodes, **walk)
             labels, distances = self._labels.spread(keys, k, entries)
         return SearchResult(labels, self._as_asked(distances))
 
@@ -363,11 +369,15 @@ class Index:
         A query whose beam was full of hits is searched again with twice the ef, until it is not.
         """
         given = self._queries(queries)
-        radius = inputs.number("radius", radius)
+        limit = np.float64(inputs.number("radius", radius))
         ef, threads = inputs.integer("ef", ef, 1), _threads(threads)
+
+        def is_near(distances: np.ndarray) -> np.ndarray:
+            return self._as_asked(distances).astype(np.float64) <= limit
+
         with self._lock.shared():
             entries, nodes = self._filter(allow, len(given))
-            keys = self._within(given, radius, ef, nodes, threads)
+            keys = self._engine.within(given, is_near, ef, nodes, threads)
             found = [
                 self._labels.spread(row[None], self._label_count(row), _row_of(entries, i))
                 for i, row in enumerate(keys)
@@ -399,10 +409,23 @@ class Index:
                 for start in range(0, len(entries), SELF_ROWS):
                     part = entries[start : start + SELF_ROWS]
                     place = slice(start, start + len(part))
-                    keys = self._nearest_others(self._labels.nodes(part), k, ef, threads)
+                    keys = self._keys_of_others(self._labels.nodes(part), k, ef, threads)
                     labels[place], distances[place] = self._labels.spread(keys, k, skipped=part)
                     bar.update(len(part))
         return SearchResult(labels, self._as_asked(distances))
+
+    def _keys_of_others(self, ids: np.ndarray, k: int, ef: int, threads: int) -> np.ndarray:
+        """Keys of the nodes nearest to nodes (m,), and of the node itself where it has copies."""
+        live = self._labels.live_nodes()
+        mask = None if live.all() else live
+        keys = self._engine.nearest_others(ids, k, ef, mask, threads)
+        own = self._engine.own_keys(ids)
+        own[np.diff(self._labels.offsets)[ids] == 1] = beam.KEY_NONE
+        return np.sort(np.concatenate([keys, own[:, None]], axis=1), axis=1)
+
+    def _label_count(self, keys: np.ndarray) -> int:
+        """Labels of the nodes of keys, none of them empty."""
+        return int(np.diff(self._labels.offsets)[beam.nodes(keys)].sum())
 
     def _queries(self, queries: ArrayLike) -> np.ndarray:
         given = inputs.vectors("queries", queries, self.dim)
@@ -418,133 +441,9 @@ class Index:
         """Packed bits of allowed entries, and bool mask of allowed nodes; None where all are."""
         if allow is not None:
             mask = inputs.entry_mask(allow, self._labels.labels, queries)
-            return np.atleast_2d(inputs.packed(mask)), self._labels.any_of_node(mask)
+            return np.atleast_2d(pack_bits(mask)), self._labels.any_of_node(mask)
         live = self._labels.live_nodes()
         return None, None if live.all() else live
-
-    def _nearest(
-        self, queries: np.ndarray, k: int, ef: int, mask: np.ndarray | None, **walk: int
-    ) -> np.ndarray:
-        """Keys (q, min(k, nodes)); `mask` of allowed nodes is None or bool, (n,) or (q, n)."""
-        nodes = self._node_count
-        k = min(k, nodes)
-        if mask is None or mask.all():
-            return self._walk(queries, k, max(ef, k), None, **walk)
-        allowed = np.broadcast_to(mask.sum(axis=-1), len(queries))
-        plan = _beam_capacity(allowed, nodes, max(ef, k))
-        keys = np.full((len(queries), k), beam.KEY_NONE, np.uint64)
-        for capacity in np.unique(plan[plan > 0]):
-            part = np.flatnonzero(plan == capacity)
-            part_mask = mask if mask.ndim == 1 else mask[part]
-            keys[part] = self._walk(
-                queries[part], k, max(ef, k), part_mask, capacity=capacity, **walk
-            )
-        met = (keys != beam.KEY_NONE).sum(axis=1)
-        for part, ids in _same_ids(np.flatnonzero(met < np.minimum(k, allowed)), mask):
-            keys[part] = self._exact(queries[part], ids, k, walk["threads"])
-        return keys
-
-    def _walk(
-        self,
-        queries: np.ndarray,
-        k: int,
-        ef: int,
-        mask: np.ndarray | None,
-        *,
-        capacity: int | None = None,
-        **walk: int,
-    ) -> np.ndarray:
-        """Search the graph, and re-rank the `ef` best by the refine rows."""
-        nodes = self._node_count
-        ef = min(ef, max(nodes, 1))
-        found = walk_search(
-            self._graph,
-            self._rows[:nodes],
-            encode_queries(queries, self._metric, self.dtype),
-            self._metric,
-            k=k if self._refine_rows is None else ef,
-            ef=ef if capacity is None else min(int(capacity), nodes),
-            allowed=None if mask is None else inputs.packed(mask),
-            **walk,
-        )
-        if self._refine_rows is None:
-            return found.keys
-        encoded = encode_queries(queries, self._metric, self.refine)
-        return self._rerank(found.keys, encoded, k, walk["threads"])
-
-    def _rerank(self, keys: np.ndarray, encoded: np.ndarray, k: int, threads: int) -> np.ndarray:
-        return exact.rerank(keys, self._refine_rows, encoded, self._metric, k=k, threads=threads)
-
-    def _exact(self, queries: np.ndarray, ids: np.ndarray, k: int, threads: int) -> np.ndarray:
-        """Compare the listed nodes, by the refine rows where there are some."""
-        has_refine = self._refine_rows is not None
-        rows = self._refine_rows if has_refine else self._rows
-        dtype = self.refine if has_refine else self.dtype
-        encoded = encode_queries(queries, self._metric, dtype)
-        return exact.exact_ids(rows, ids, encoded, self._metric, k=k, threads=threads)
-
-    def _within(
-        self,
-        queries: np.ndarray,
-        radius: float,
-        ef: int,
-        mask: np.ndarray | None,
-        threads: int,
-    ) -> list[np.ndarray]:
-        """A list of keys (hits,) uint64, one a query, of the nodes within the radius."""
-        hits = [np.empty(0, np.uint64)] * len(queries)
-        open_queries = np.arange(len(queries) if self._node_count else 0)
-        while len(open_queries):
-            part = mask[open_queries] if mask is not None and mask.ndim == 2 else mask
-            keys = self._nearest(
-                queries[open_queries], ef, ef, part, expand=1, ef_upper=1, threads=threads
-            )
-            distances = self._as_asked(beam.distances(keys)).astype(np.float64)
-            is_hit = (keys != beam.KEY_NONE) & (distances <= radius)
-            is_full = is_hit.all(axis=1) & (ef < self._node_count)
-            for i in np.flatnonzero(~is_full):
-                hits[open_queries[i]] = keys[i][is_hit[i]]
-            open_queries = open_queries[is_full]
-            ef *= 2
-        return hits
-
-    def _label_count(self, keys: np.ndarray) -> int:
-        nodes = beam.nodes(keys)
-        return int((self._labels.offsets[nodes + 1] - self._labels.offsets[nodes]).sum())
-
-    def _nearest_others(self, nodes: np.ndarray, k: int, ef: int, threads: int) -> np.ndarray:
-        """Keys (m, k + 1) for stored nodes (m,): the others, and a node itself if it has copies."""
-        count = self._node_count
-        others = min(k, max(count - 1, 1))
-        live = self._labels.live_nodes()
-        capacity = max(ef, others)
-        if not live.all():
-            capacity = int(_beam_capacity(live.sum(), count, capacity))
-        rows = self._rows if self._refine_rows is None else self._refine_rows
-        if not capacity:
-            ids = np.flatnonzero(live)
-            queries = rows_as_queries(rows[nodes])
-            keys = exact.exact_ids(rows, ids, queries, self._metric, k=others + 1, threads=threads)
-            keys[beam.nodes(keys) == nodes[:, None]] = beam.KEY_NONE
-        else:
-            found = walk_search(
-                self._graph,
-                self._rows[:count],
-                rows_as_queries(self._rows[nodes]),
-                self._metric,
-                k=others if self._refine_rows is None else min(max(ef, others), count),
-                ef=min(capacity, count),
-                allowed=None if live.all() else inputs.packed(live),
-                own=nodes.astype(np.int32),
-                threads=threads,
-            )
-            keys = found.keys
-            if self._refine_rows is not None:
-                keys = self._rerank(keys, rows_as_queries(rows[nodes]), others, threads)
-        own = exact.own_keys(rows, nodes, self._metric)
-        has_copies = np.diff(self._labels.offsets)[nodes] > 1
-        own[~has_copies] = beam.KEY_NONE
-        return np.sort(np.concatenate([keys, own[:, None]], axis=1), axis=1)
 
     # ---------------------------------------------------------------- keeping it
 
@@ -682,23 +581,6 @@ def exact_search(
     labels[:, : keys.shape[1]] = beam.nodes(keys)
     distances[:, : keys.shape[1]] = beam.distances(keys)
     return SearchResult(labels, np.sqrt(distances) if metric == "euclidean" else distances)
-
-
-def _beam_capacity(allowed: np.ndarray, nodes: int, ef: int) -> np.ndarray:
-    """Capacities (q,) of beams that meet about `ef` allowed nodes; 0: compare all allowed (R8).
-
-    A beam is as much larger than ef as nodes are more than allowed ones, in steps of a quarter.
-    Where that walk would cost more than comparing every allowed node, they are few.
-    """
-    quarters = -(-4 * nodes // np.maximum(allowed, 1))
-    return np.where(allowed**2 <= FEW * ef * nodes, 0, -(-ef * quarters // 4))
-
-
-def _same_ids(queries: np.ndarray, mask: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Queries (m,) and the ids that each may return, those with one mask together."""
-    if mask.ndim == 1:
-        return [(queries, np.flatnonzero(mask))] if len(queries) else []
-    return [(queries[i : i + 1], np.flatnonzero(mask[q])) for i, q in enumerate(queries)]
 
 
 def _refine(refine: bool | str, dtype: str) -> str:

@@ -168,11 +168,3 @@ def entry_mask(value: ArrayLike, entry_labels: np.ndarray, queries: int) -> np.n
         return allow[..., entry_labels]
     bits = allow[..., entry_labels >> 3] >> (entry_labels & 7).astype(np.uint8)
     return (bits & 1).astype(bool)
-
-
-def packed(mask: np.ndarray) -> np.ndarray:
-    """uint32 words (..., words) of a bool mask (..., n): bit i & 31 of word i >> 5."""
-    count = mask.shape[-1]
-    words = np.zeros((*mask.shape[:-1], -(-count // 32) * 4), np.uint8)
-    words[..., : -(-count // 8)] = np.packbits(mask, axis=-1, bitorder="little")
-    return words.view("<u4").astype(np.uint32, copy=False)

@@ -82,6 +82,14 @@ class Result(NamedTuple):
     distances: np.ndarray  # (q,) int32 distances computed, all layers
 
 
+def pack_bits(mask):
+    """uint32 words (..., words) of a bool mask (..., n): bit i & 31 of word i >> 5."""
+    count = mask.shape[-1]
+    words = np.zeros((*mask.shape[:-1], -(-count // 32) * 4), np.uint8)
+    words[..., : -(-count // 8)] = np.packbits(mask, axis=-1, bitorder="little")
+    return words.view("<u4").astype(np.uint32, copy=False)
+
+
 def search(
     graph,
     rows,

@@ -22,7 +22,7 @@ LAYERS = {
     "public": ["__init__", "index"],
     "its parts": ["inputs", "labels", "copies"],
     "files": ["storage", "hnswlib_format", "vector_files"],
-    "engines": ["build", "search", "gpu", "kernel_source", "exact"],
+    "engines": ["build", "cpu", "search", "exact", "gpu", "kernel_source"],
     "data": ["beam", "distance", "vectors", "graph"],
     "threads": ["workers"],
 }
@@ -32,12 +32,14 @@ ARROWS = {
     ("server", "batching"),
     ("__init__", "index"),
     ("build", "search"),
+    ("cpu", "exact"),
+    ("cpu", "search"),
     ("gpu", "kernel_source"),
     ("vector_files", "storage"),
     ("vectors", "distance"),
 }
 # What `pip install hnsw-gpu` brings; anything else is imported inside the function that needs it.
-CORE = {"click", "llvmlite", "numba", "numpy", "safetensors", "tqdm"}
+CORE = {"click", "llvmlite", "numba", "numpy", "tqdm"}
 
 BANNED_FILES = {"utils", "util", "helpers", "common", "base", "types", "config", "manager"}
 BANNED_WORDS = {

@@ -127,15 +127,6 @@ def test_memory_mapped_rows(tmp_path, rows, queries, plain):
     oracle.assert_same(built(mapped).search(queries, 7), plain.search(queries, 7))
 
 
-def test_torch_tensors(rows, queries, plain):
-    torch = pytest.importorskip("torch")
-    index = hnsw_gpu.Index(24, "l2")
-    labels = index.add(torch.from_numpy(rows.copy()), torch.arange(300))
-    np.testing.assert_array_equal(labels, np.arange(300))
-    half = torch.from_numpy(queries.copy()).half()
-    oracle.assert_same(index.search(half, 7), plain.search(queries, 7))
-
-
 def test_the_caller_s_arrays_are_neither_kept_nor_changed(rows, queries):
     own, own_labels, own_queries = rows.copy(), np.arange(300), queries.copy()
     index = hnsw_gpu.Index(24, "cosine")

@@ -5,9 +5,12 @@ from itertools import pairwise
 import numpy as np
 import oracle
 import pytest
-from safetensors.numpy import load_file
 
 import hnsw_gpu
+
+load_file = pytest.importorskip(
+    "safetensors.numpy", reason="files are read again by the package of the extra `test`"
+).load_file
 
 DIM, N = 24, 4000
 

@@ -5,11 +5,13 @@ from itertools import pairwise
 import numpy as np
 import oracle
 import pytest
-from safetensors.numpy import load_file
 
 import hnsw_gpu
 
-faiss = pytest.importorskip("faiss")
+faiss = pytest.importorskip("faiss", reason="the witness comes with the extra `test`")
+load_file = pytest.importorskip(
+    "safetensors.numpy", reason="files are read again by the package of the extra `test`"
+).load_file
 
 N, DIM, M, K = 6000, 32, 12, 10
 MEASURE = {"l2": faiss.METRIC_L2, "ip": faiss.METRIC_INNER_PRODUCT, "cosine": faiss.METRIC_L2}

@@ -1,7 +1,4 @@
-"""Keys (rule R2) and the beam (rule R4): one sorted array of the smallest keys seen.
-
-Twin of `kernels/beam.cuh`.
-"""
+"""Keys (rule R2) and the beam (rule R4): one sorted array of the smallest keys seen."""
 
 import numpy as np
 from llvmlite import ir

@@ -1,6 +1,6 @@
 """The CPU engine: which nodes are nearest, by walking the graph or by comparing all allowed ones.
 
-Arrays in, keys out. `gpu.py` will answer the same questions.
+Arrays in, keys out. With a filter, ef counts allowed nodes: the beam is larger by their share.
 """
 
 from collections.abc import Callable

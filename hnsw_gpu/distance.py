@@ -6,7 +6,7 @@ picks what the processor has (AVX-512, AVX2, NEON) without changing the order or
 explicit fused multiply-adds, a bit. int8 uses `vpdpbusd` where the processor has it: an integer
 sum has no order.
 
-Twin of `kernels/distance.cuh`. The slow version is `tests/reference.py`.
+The slow version is `tests/reference.py`.
 """
 
 import numpy as np

@@ -16,7 +16,7 @@ R7  Visited. An engine may forget what it visited; the answer cannot depend on i
     still in the beam comes back as an equal key and is dropped. This engine forgets nothing.
 R8  Allowed. Ids that are not allowed are traversed like any other and never returned: beside the
     beam a second list keeps the k smallest allowed keys seen. Where allowed ids are few, exact
-    search answers instead (`index.py` says where).
+    search answers instead (`cpu.py` says where).
 R9  Result. The k smallest allowed keys, ascending; too few: empty slots.
 R10 Self. A query that is a stored vector starts from its own node, skips R3, and the node itself is
     left out of the result.
@@ -26,7 +26,7 @@ One thread walks SLOTS queries in turn. Each step of a query ends by asking for 
 next step needs (first the links of the node to expand, then the rows of the unvisited neighbours),
 and while that is on its way the other queries take theirs.
 
-Twin of `kernels/search.cu`. The slow version is `tests/reference.py`.
+The slow version is `tests/reference.py`.
 """
 
 from typing import NamedTuple

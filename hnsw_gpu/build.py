@@ -87,7 +87,7 @@ def insert_nodes(graph, neighbors0, rows, metric, *, ef_construction, seed, thre
     """Insert rows[n:] into a graph of n nodes; yields the grown Graph after each batch.
 
     `rows` (n + m, row) are encoded; `neighbors0` (n + m, M0) int32 begins with the graph's own rows
-    and is written in place. Who stops early calls `without_room` on the last graph.
+    and is written in place. Who stops early calls `without_unfinished` on the last graph.
     """
     start, stop = len(graph.neighbors0), len(rows)
     M = graph.neighbors.shape[1]
@@ -138,15 +138,18 @@ def _first_nodes(whole, count, top):
     )
 
 
-def without_room(graph):
-    """A graph that `insert_nodes` yielded, without the room for nodes that did not follow."""
+def without_unfinished(graph):
+    """A graph that `insert_nodes` yielded, without what a later batch may have begun.
+
+    That is the room for nodes that did not follow and, after an error, links to them.
+    """
     count = len(graph.neighbors0)
+    _drop_links_from(graph.neighbors0, count)
     layers = [slice(*graph.layer_offsets[i : i + 2]) for i in range(graph.top)]
     is_in = np.zeros(len(graph.nodes), bool)
     for layer in layers:
         is_in[layer] = graph.nodes[layer] < count
-    if is_in.all():
-        return graph
+        _drop_links_from(graph.neighbors[layer], is_in[layer].sum())
     return Graph(
         neighbors0=graph.neighbors0,
         layer_offsets=np.cumsum([0] + [is_in[layer].sum() for layer in layers], dtype=np.int64),
@@ -154,6 +157,19 @@ def without_room(graph):
         neighbors=graph.neighbors[is_in],
         below=graph.below[is_in],
     )
+
+
+@njit(nogil=True, cache=True, _nrt=False)
+def _drop_links_from(neighbors, count):
+    """Remove links to numbers `count` and above, in place; rows stay filled from the left."""
+    for i in range(neighbors.shape[0]):
+        kept = 0
+        for j in range(neighbors.shape[1]):
+            link = neighbors[i, j]
+            neighbors[i, j] = -1
+            if 0 <= link < count:
+                neighbors[i, kept] = link
+                kept += 1
 
 
 def _insert_batch(graph, growth, levels, ef_construction, threads):

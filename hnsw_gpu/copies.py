@@ -24,7 +24,9 @@ class NodeTable:
         """
         words = rows.view(np.uint64)
         needed = stop + stop // 2
-        if self._count != first or len(self._slots) < needed:
+        is_current = self._count == first and len(self._slots) >= needed
+        self.clear()  # until all is entered: an interrupt must not leave a table half true
+        if not is_current:
             self._slots = np.full(1 << max(needed, 16).bit_length(), -1, np.int32)
             _fill(self._slots, words, first)
         nodes = np.empty(stop - first, np.int64)

@@ -41,6 +41,7 @@ class CpuEngine(NamedTuple):
             return self._walk(queries, k, max(ef, k), None, **walk)
         allowed = np.broadcast_to(mask.sum(axis=-1), len(queries))
         plan = _beam_capacity(allowed, nodes, max(ef, k))
+        plan[allowed == nodes] = max(ef, k)  # as without a mask, whatever the others' masks
         keys = np.full((len(queries), k), beam.KEY_NONE, np.uint64)
         for capacity in np.unique(plan[plan > 0]):
             part = np.flatnonzero(plan == capacity)
@@ -49,7 +50,8 @@ class CpuEngine(NamedTuple):
                 queries[part], k, max(ef, k), part_mask, capacity=capacity, **walk
             )
         met = (keys != beam.KEY_NONE).sum(axis=1)
-        for part, ids in _same_ids(np.flatnonzero(met < np.minimum(k, allowed)), mask):
+        too_few = (met < np.minimum(k, allowed)) & (allowed < nodes)
+        for part, ids in _same_ids(np.flatnonzero(too_few), mask):
             keys[part] = self._exact(queries[part], ids, k, walk["threads"])
         return keys
 
@@ -134,9 +136,7 @@ class CpuEngine(NamedTuple):
             capacity = min(int(_beam_capacity(mask.sum(), nodes, ef)), nodes)
         own = rows_as_queries(self.finest[ids])
         if mask is not None and not capacity:
-            keys = self._exact_encoded(own, np.flatnonzero(mask), k + 1, threads)
-            keys[beam.nodes(keys) == ids[:, None]] = beam.KEY_NONE
-            return np.sort(keys, axis=1)[:, :k]
+            return self._exact_others(own, ids, mask, k, threads)
         found = search(
             self.graph,
             self.rows,
@@ -148,7 +148,20 @@ class CpuEngine(NamedTuple):
             own=ids.astype(np.int32),
             threads=threads,
         )
-        return found.keys if self.refine_rows is None else self._rerank(found.keys, own, k, threads)
+        keys = found.keys if self.refine_rows is None else self._rerank(found.keys, own, k, threads)
+        if mask is not None:
+            met = (keys != beam.KEY_NONE).sum(axis=1)
+            few = np.flatnonzero(met < min(k, mask.sum() - 1))
+            keys[few] = self._exact_others(own[few], ids[few], mask, k, threads)
+        return keys
+
+    def _exact_others(
+        self, own: np.ndarray, ids: np.ndarray, mask: np.ndarray, k: int, threads: int
+    ) -> np.ndarray:
+        """Keys (m, k) for stored nodes (m,), by comparing all allowed ones."""
+        keys = self._exact_encoded(own, np.flatnonzero(mask), k + 1, threads)
+        keys[beam.nodes(keys) == ids[:, None]] = beam.KEY_NONE
+        return np.sort(keys, axis=1)[:, :k]
 
     def own_keys(self, ids: np.ndarray) -> np.ndarray:
         """Keys (m,) of stored nodes (m,) by their distance to themselves."""

@@ -14,6 +14,7 @@ from hnsw_gpu.workers import run_chunks
 
 QUERY_TILE = 512  # queries a matrix product: its result is 16 MB
 BLOCK = 8192  # rows a matrix product
+BLOCK_VALUES = 1 << 21  # numbers of those rows
 CHUNK = 16  # queries a thread takes at a time
 AHEAD = 8  # rows asked for before they are needed
 

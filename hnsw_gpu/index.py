@@ -59,10 +59,11 @@ class Index:
     ef_construction: beam capacity while building.
     refine: with "fp16" or "int8", also keep rows as "fp32" (True) or "fp16": they re-rank the beam.
     seed: of the levels. Same seed and same calls give the same bytes.
-    device: "cpu"; "auto" takes a GPU if there is one.
+    device: "cpu"; "auto" is the CPU too in this release, and says so on the logger.
 
-    Equal vectors share a node, so copies cost nothing. Searches may run from many threads; `add`,
-    `delete` and `compact` wait for them and hold others back meanwhile.
+    Equal vectors (equal as the finest rows that are kept) share a node, so copies cost no more
+    than a label. Searches may run from many threads; `add`, `delete`, `compact`, `check` and `save`
+    wait for them and hold others back meanwhile.
     """
 
     def __init__(
@@ -125,10 +126,10 @@ class Index:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that the index's arrays hold."""
-        count = self._node_count
-        rows = [self._rows] if self._refine_rows is None else [self._rows, self._refine_rows]
-        arrays = [array[:count] for array in rows] + list(self._graph)
+        """Bytes of memory that the index's arrays hold, room for vectors to come included."""
+        arrays = [self._rows, self._neighbors0, *self._graph[1:]]
+        if self._refine_rows is not None:
+            arrays.append(self._refine_rows)
         return sum(array.nbytes for array in arrays) + self._labels.nbytes + self._table.nbytes
 
     def vectors(self, labels: ArrayLike) -> np.ndarray:
@@ -177,6 +178,7 @@ class Index:
         labels: integers >= 0, each once and not in the index; None continues after the largest
         label ever given. Bad input raises ValueError or TypeError and adds nothing. After
         KeyboardInterrupt the vectors of the batches that were finished are in, in order.
+        Add many at a time: each call also takes time in proportion to what is there.
         """
         given = inputs.vectors("vectors", vectors, self.dim)
         threads = _threads(threads)
@@ -189,24 +191,38 @@ class Index:
             new = int(nodes.max(initial=first - 1)) + 1 - first
 
             def insert(stop: threading.Event) -> None:
-                with _bar(progress, new, "build", "vectors") as bar:
-                    for grown in self._insertion(first + new, threads):
-                        bar.update(len(grown.neighbors0) - self._node_count)
-                        self._unrepaired += len(grown.neighbors0) - self._node_count
-                        self._graph = grown
-                        if stop.is_set():
-                            self._graph = build.without_room(grown)
-                            break
+                try:
+                    with _bar(progress, new, "build", "vectors") as bar:
+                        for grown in self._insertion(first + new, threads):
+                            added = len(grown.neighbors0) - self._node_count
+                            self._graph = grown
+                            self._unrepaired += added
+                            bar.update(added)
+                            if stop.is_set():
+                                break
+                finally:  # whatever happened, labels and graph agree on the nodes there are
+                    self._keep_inserted(nodes, new_labels)
                 self._repair(threads, self._node_count // REPAIR_SHARE)
-                is_in = np.cumsum(nodes >= self._node_count) == 0
-                count = self._node_count
-                self._labels = self._labels.with_added(new_labels[is_in], nodes[is_in], count)
-                self._next_label = max(self._next_label, int(new_labels.max(initial=-1)) + 1)
-                if not is_in.all():
-                    self._table.clear()
 
             run_to_a_stop(insert)
         return new_labels
+
+    def _keep_inserted(self, nodes: np.ndarray, labels: np.ndarray) -> None:
+        """Give `labels` (m,) to `nodes` (m,), up to the first node that was not inserted."""
+        count = self._node_count
+        is_in = np.cumsum(nodes >= count) == 0
+        if not is_in.all():
+            self._graph = build.without_unfinished(self._graph)
+            self._unrepaired = count
+            self._table.clear()
+        self._labels = self._labels.with_added(labels[is_in], nodes[is_in], count)
+        self._next_label = max(self._next_label, int(labels.max(initial=-1)) + 1)
+        if len(self._rows) > 2 * count:  # most of the vectors were copies
+            self._rows = self._rows[:count].copy()
+            if self._refine_rows is not None:
+                self._refine_rows = self._refine_rows[:count].copy()
+            self._neighbors0 = self._graph.neighbors0.copy()
+            self._graph = self._graph._replace(neighbors0=self._neighbors0)
 
     def _new_labels(self, labels: ArrayLike | None, count: int) -> np.ndarray:
         if labels is None:
@@ -223,6 +239,8 @@ class Index:
 
     def _make_room(self, count: int) -> None:
         used = self._node_count
+        if count > MOST_NODES:
+            raise ValueError(f"vectors: {count} in all, and an index holds at most {MOST_NODES}")
         self._rows = _grown(self._rows, used, count, self.dim, self.dtype)
         if self._refine_rows is not None:
             self._refine_rows = _grown(self._refine_rows, used, count, self.dim, self.refine)
@@ -315,9 +333,8 @@ class Index:
             counts = np.diff(self._labels.offsets)[live]
             offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
             fresh._labels = Labels(offsets, self._labels.labels)
-            for name in ("_graph", "_neighbors0", "_rows", "_refine_rows", "_labels", "_table"):
-                setattr(self, name, getattr(fresh, name))
-            self._unrepaired = 0
+            names = ("_graph", "_neighbors0", "_rows", "_refine_rows", "_labels", "_table")
+            self.__dict__.update({name: getattr(fresh, name) for name in (*names, "_unrepaired")})
 
     # ---------------------------------------------------------------- searching it
 
@@ -425,7 +442,8 @@ class Index:
 
     def _label_count(self, keys: np.ndarray) -> int:
         """Labels of the nodes of keys, none of them empty."""
-        return int(np.diff(self._labels.offsets)[beam.nodes(keys)].sum())
+        nodes, offsets = beam.nodes(keys), self._labels.offsets
+        return int((offsets[nodes + 1] - offsets[nodes]).sum())
 
     def _queries(self, queries: ArrayLike) -> np.ndarray:
         given = inputs.vectors("queries", queries, self.dim)
@@ -448,7 +466,10 @@ class Index:
     # ---------------------------------------------------------------- keeping it
 
     def check(self) -> None:
-        """Raise ValueError naming what is wrong with the graph or the labels; else nothing."""
+        """Raise ValueError naming what is wrong with the graph or the labels.
+
+        First links the nodes of the last small `add`s that are not reachable yet, as `save` does.
+        """
         with self._lock.exclusive():
             self._repair(_threads(None), 0)
             problems = self._problems()
@@ -488,7 +509,6 @@ class Index:
             arrays["labels"] = self._labels.labels
             about = {name: getattr(self, name) for name in PARAMETERS}
             about["next_label"] = self._next_label
-            about["entry_point"] = self._graph.entry_point
             storage.write(path, arrays, about)
 
     def to(self, device: str) -> "Index":
@@ -558,7 +578,8 @@ def exact_search(
     """The k nearest of `vectors` (n, dim) to each query (q, dim), by comparing all.
 
     Returns a SearchResult whose labels are row numbers; ties go to the smaller. Distances are
-    fp32, as an fp32 Index returns them. Memory beyond the input: about 40 MB, and the result.
+    fp32, as an fp32 Index returns them. Memory beyond the input: the queries once more, 16 MB, and
+    some blocks of vectors of at most 32 MB.
     The matrix products use as many threads as numpy's BLAS likes.
     """
     metric = inputs.metric(metric)
@@ -569,8 +590,9 @@ def exact_search(
     encoded = encode_queries(inputs.float_vectors("queries", asked, name), name, "fp32")
     keys = np.full((len(asked), min(k, len(given))), beam.KEY_NONE, np.uint64)
     with _bar(progress, len(given), "exact search", "vectors") as bar:
-        for start in range(0, len(given), exact.BLOCK):
-            part = given[start : start + exact.BLOCK]
+        block = max(256, min(exact.BLOCK, exact.BLOCK_VALUES // given.shape[1]))
+        for start in range(0, len(given), block):
+            part = given[start : start + block]
             part = inputs.float_vectors("vectors", part, name, first=start)
             exact.exact_block(
                 keys, encode(part, name, "fp32"), start, encoded, name, threads=threads

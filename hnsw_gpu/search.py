@@ -196,16 +196,12 @@ def _layer_start(graph, layer):
 
 @njit(nogil=True, cache=True, _nrt=False)
 def _visit(scratch, s, node):
-    """Mark a node visited; False if it was."""
-    word, bit = node >> 5, np.uint32(1) << np.uint32(node & 31)
-    old = scratch.visited[s, word]
-    if old & bit:
-        return False
-    scratch.visited[s, word] = old | bit
+    """Mark a node visited, known to be new."""
+    word = node >> 5
+    scratch.visited[s, word] |= np.uint32(1) << np.uint32(node & 31)
     touched = scratch.slots[s, TOUCH]
     scratch.touched[s, touched & (TOUCHED - 1)] = word
     scratch.slots[s, TOUCH] = touched + 1
-    return True
 
 
 @njit(nogil=True, cache=True, _nrt=False)

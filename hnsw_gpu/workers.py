@@ -3,7 +3,7 @@
 import os
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 
 
@@ -53,12 +53,14 @@ def run_to_a_stop(work: Callable[[threading.Event], None]) -> None:
     stop = threading.Event()
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(work, stop)
-        try:
-            future.result()
-        except KeyboardInterrupt:
-            stop.set()
-            future.result()
-            raise
+        while not future.done():
+            try:
+                wait([future])
+            except KeyboardInterrupt:  # a second and a third one too
+                stop.set()
+        future.result()
+    if stop.is_set():
+        raise KeyboardInterrupt
 
 
 class SharedLock:

@@ -330,3 +330,36 @@ def test_deleted_survives_a_file(small, queries, tmp_path):
         other.check()
         np.testing.assert_array_equal(other.labels, small.labels)
         assert (other.search(queries, K).labels % 3 != 0).all()
+
+
+def test_a_full_row_beside_a_half_row_answers_as_alone():
+    """One query's mask is no matter of another's."""
+    rows = oracle.gaussian(3000, 24, seed=21)
+    queries = oracle.gaussian(40, 24, seed=22)
+    index = hnsw_gpu.Index(24, "l2", M=2, ef_construction=10)
+    index.add(rows)
+    masks = np.ones((40, 3000), bool)
+    alone = index.search(queries, 10, ef=10, allow=masks)
+    oracle.assert_same(alone, index.search(queries, 10, ef=10))
+    masks[1::2, ::2] = False
+    mixed = index.search(queries, 10, ef=10, allow=masks)
+    np.testing.assert_array_equal(mixed.labels[::2], alone.labels[::2])
+    np.testing.assert_array_equal(mixed.distances[::2], alone.distances[::2])
+
+
+@pytest.mark.parametrize("refine", (False, True))
+def test_neighbour_graph_of_the_survivors_of_a_deleted_cluster(refine):
+    random = np.random.default_rng(23)
+    cluster = 0.01 * random.standard_normal((1000, 16))
+    others = 5 + random.standard_normal((9000, 16))
+    rows = np.float32(np.concatenate([cluster, others]))
+    index = hnsw_gpu.Index(16, "l2", "int8" if refine else "fp32", refine=refine)
+    index.add(rows)
+    index.delete(np.arange(990))
+    labels, _ = index.neighbor_graph(15, ef=20)
+    assert (labels >= 0).all()
+    own = rows[990:1000]
+    kept = rows[990:]
+    for i in range(10):
+        order = np.argsort(np.square(kept - own[i]).sum(axis=1), kind="stable")
+        assert set(labels[i, :9]) == set((order[1:10] + 990).tolist())

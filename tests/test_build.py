@@ -165,7 +165,7 @@ def test_stopping_after_any_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         stops.append(len(made.neighbors0))
         wanted = twin(table[: stops[-1]], M=3, ef_construction=24, growth=2)
-        assert_same(build.without_room(made), wanted, stops)
+        assert_same(build.without_unfinished(made), wanted, stops)
     assert stops == [1, 2, 3, 4, 6, 9, 13, 19, 28, 42, 63, 94, 141, 200]
 
 

@@ -1,0 +1,93 @@
+"""An `add` that ends early, by an error or by Ctrl-C, keeps whole batches and a sound index."""
+
+import threading
+
+import numpy as np
+import oracle
+import pytest
+
+import hnsw_gpu
+from hnsw_gpu import build
+from hnsw_gpu.graph import check
+from hnsw_gpu.workers import run_to_a_stop
+
+DIM = 16
+
+
+@pytest.mark.parametrize("failing_call", (1, 2, 60))
+@pytest.mark.parametrize("step", ("_group", "_new_selection", "walk"))
+def test_an_error_in_the_middle_of_a_batch(step, failing_call, monkeypatch):
+    rows = oracle.gaussian(2000, DIM, seed=1)
+    index = hnsw_gpu.Index(DIM, "l2", M=4, ef_construction=20)
+    index.add(rows[:500])
+    calls = 0
+    original = getattr(build, step)
+
+    def fail(*given, **named):
+        nonlocal calls
+        calls += 1
+        if calls == failing_call:
+            raise MemoryError("no more")
+        return original(*given, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(build, step, fail)
+        with pytest.raises(MemoryError, match="no more"):
+            index.add(rows[500:], threads=1)
+    assert 500 <= len(index) < 2000
+    check_prefix(index, rows)
+    # what is missing can be added, and copies of what is there are found again
+    index.add(rows[len(index) :], labels=np.arange(len(index), 2000))
+    check_prefix(index, rows)
+    index.add(rows[:10])
+    assert len(index) == 2010 and len(index._graph.neighbors0) == 2000
+
+
+def test_links_to_nodes_that_did_not_follow_are_dropped():
+    index = hnsw_gpu.Index(DIM, "l2", M=4)
+    index.add(oracle.gaussian(300, DIM, seed=2))
+    graph = index._graph
+    planted = graph._replace(neighbors0=graph.neighbors0.copy(), neighbors=graph.neighbors.copy())
+    planted.neighbors0[5, 0] = 300
+    planted.neighbors0[6, 1] = 2**31 - 1
+    mended = build.without_unfinished(planted)
+    assert all("reachable" in problem for problem in check(mended))
+    for row in (5, 6):
+        kept = [link for link in planted.neighbors0[row] if 0 <= link < 300]
+        np.testing.assert_array_equal(mended.neighbors0[row][: len(kept)], kept)
+        assert (mended.neighbors0[row][len(kept) :] == -1).all()
+
+
+def check_prefix(index, rows):
+    count = len(index)
+    np.testing.assert_array_equal(index.labels, np.arange(count))
+    index.check()
+    found = index.search(rows[:100], k=1, ef=count)
+    np.testing.assert_array_equal(found.labels[:, 0], np.arange(100))
+    assert (index.search(rows[:5], count).labels >= 0).all()
+
+
+def test_three_interrupts_wait_for_the_work(monkeypatch):
+    """However often Ctrl-C is pressed, the call returns after the work has stopped."""
+    from hnsw_gpu import workers
+
+    presses = iter(range(3))
+    waiting = workers.wait
+    begun = threading.Event()
+    ended = []
+
+    def pressed(futures):
+        begun.wait()
+        if next(presses, None) is not None:
+            raise KeyboardInterrupt
+        return waiting(futures)
+
+    def work(stop):
+        begun.set()
+        stop.wait()
+        ended.append(True)
+
+    monkeypatch.setattr(workers, "wait", pressed)
+    with pytest.raises(KeyboardInterrupt):
+        run_to_a_stop(work)
+    assert ended == [True]

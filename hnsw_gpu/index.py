@@ -126,10 +126,11 @@ class Index:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that the index's arrays hold, room for vectors to come included."""
-        arrays = [self._rows, self._neighbors0, *self._graph[1:]]
-        if self._refine_rows is not None:
-            arrays.append(self._refine_rows)
+        """Bytes that the nodes, links and labels take; room for vectors to come is not counted."""
+        engine = self._engine
+        arrays = [engine.rows, *self._graph]
+        if engine.refine_rows is not None:
+            arrays.append(engine.refine_rows)
         return sum(array.nbytes for array in arrays) + self._labels.nbytes + self._table.nbytes
 
     def vectors(self, labels: ArrayLike) -> np.ndarray:

@@ -339,10 +339,10 @@ def test_a_full_row_beside_a_half_row_answers_as_alone():
     index = hnsw_gpu.Index(24, "l2", M=2, ef_construction=10)
     index.add(rows)
     masks = np.ones((40, 3000), bool)
-    alone = index.search(queries, 10, ef=10, allow=masks)
-    oracle.assert_same(alone, index.search(queries, 10, ef=10))
+    alone = index.search(queries, 10, ef=50, allow=masks)
+    oracle.assert_same(alone, index.search(queries, 10, ef=50))
     masks[1::2, ::2] = False
-    mixed = index.search(queries, 10, ef=10, allow=masks)
+    mixed = index.search(queries, 10, ef=50, allow=masks)
     np.testing.assert_array_equal(mixed.labels[::2], alone.labels[::2])
     np.testing.assert_array_equal(mixed.distances[::2], alone.distances[::2])
 

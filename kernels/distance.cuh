@@ -1,0 +1,163 @@
+// Distances (R1) of one encoded query to encoded rows; the twin of distance.py and vectors.py.
+//
+// A team of TEAM lanes shares a row: member t takes its 16-byte chunks t, t + TEAM, ... The order of
+// summation follows from ROW_BYTES, DTYPE and METRIC alone (R11), and no multiplication and addition
+// is fused unless it says so. A lane asks for AT_ONCE chunks before it computes with the first.
+
+#include "warp.cuh"
+#include <cuda_fp16.h>
+
+constexpr int L2 = 0;
+constexpr int FP16 = 1, INT8 = 2;
+
+constexpr int CHUNKS = ROW_BYTES / 16;
+constexpr int TEAM = CHUNKS <= 16 ? 4 : CHUNKS <= 32 ? 8 : CHUNKS <= 64 ? 16 : 32;
+constexpr int TEAMS = LANES / TEAM;                           // in a warp
+constexpr int PER_LANE = (CHUNKS + TEAM - 1) / TEAM;          // chunks of a row
+constexpr int AT_ONCE = PER_LANE < 8 ? PER_LANE : 8;          // of those
+constexpr int ROWS_AT_ONCE = 8 / AT_ONCE < TEAM ? 8 / AT_ONCE : TEAM;  // of one team
+constexpr int QUERY_BYTES = DTYPE == INT8 ? ROW_BYTES + 32 : DTYPE == FP16 ? 2 * ROW_BYTES : ROW_BYTES;
+constexpr int QUERY_CHUNKS = DTYPE == FP16 ? 2 : 1;           // that meet one chunk of a row
+constexpr bool IS_QUERY_HELD = PER_LANE * QUERY_CHUNKS <= 12; // in registers; else read again
+
+__device__ __forceinline__ uint4 load_chunk(const unsigned char* bytes) {
+    return __ldg(reinterpret_cast<const uint4*>(bytes));
+}
+
+__device__ __forceinline__ uint4 no_chunk() { return make_uint4(0, 0, 0, 0); }
+
+// A lane's part of one query.
+struct Query {
+    const unsigned char* bytes;  // (QUERY_BYTES,)
+    uint4 held[IS_QUERY_HELD ? PER_LANE * QUERY_CHUNKS : 1];
+    float scale, norm;           // int8
+
+    __device__ __forceinline__ uint4 load(int i, int half) const {
+        const int chunk = i * TEAM + lane_number() % TEAM;
+        if (chunk >= CHUNKS) return no_chunk();
+        uint4 part = load_chunk(bytes + (chunk * QUERY_CHUNKS + half) * 16);
+        if (DTYPE == INT8) {  // codes are kept with offset 128; what meets a row's tail is nothing
+            part.x ^= 0x80808080u;
+            part.y ^= 0x80808080u;
+            part.z ^= 0x80808080u;
+            part.w ^= 0x80808080u;
+            if (chunk == CHUNKS - 1) part.y = part.z = part.w = 0;
+        }
+        return part;
+    }
+
+    __device__ __forceinline__ uint4 chunk(int i, int half) const {
+        return IS_QUERY_HELD ? held[i * QUERY_CHUNKS + half] : load(i, half);
+    }
+};
+
+__device__ __forceinline__ Query load_query(const unsigned char* queries, int q) {
+    Query query;
+    query.bytes = queries + static_cast<long long>(q) * QUERY_BYTES;
+    if (IS_QUERY_HELD) {
+#pragma unroll
+        for (int i = 0; i < PER_LANE * QUERY_CHUNKS; i++)
+            query.held[i] = query.load(i / QUERY_CHUNKS, i % QUERY_CHUNKS);
+    }
+    if (DTYPE == INT8) {
+        const uint4 tail = load_chunk(query.bytes + QUERY_BYTES - 16);
+        query.scale = __uint_as_float(tail.y);
+        query.norm = __uint_as_float(tail.z);
+    }
+    return query;
+}
+
+// Four sums of a float distance, or the sum of an int8 one and the row's tail.
+struct Sums {
+    float x, y, z, w;
+    int codes;
+    float scale, norm;
+};
+
+__device__ __forceinline__ float accumulate(float query, float row, float sum) {
+    if (METRIC != L2) return fmaf(query, row, sum);
+    const float difference = __fsub_rn(query, row);
+    return fmaf(difference, difference, sum);
+}
+
+__device__ __forceinline__ void accumulate4(Sums& sums, uint4 query, float4 row) {
+    sums.x = accumulate(__uint_as_float(query.x), row.x, sums.x);
+    sums.y = accumulate(__uint_as_float(query.y), row.y, sums.y);
+    sums.z = accumulate(__uint_as_float(query.z), row.z, sums.z);
+    sums.w = accumulate(__uint_as_float(query.w), row.w, sums.w);
+}
+
+__device__ __forceinline__ float4 floats_of_halves(uint32 low, uint32 high) {
+    const float2 first = __half22float2(*reinterpret_cast<const __half2*>(&low));
+    const float2 second = __half22float2(*reinterpret_cast<const __half2*>(&high));
+    return make_float4(first.x, first.y, second.x, second.y);
+}
+
+// One chunk of a row; `i` counts the lane's chunks.
+__device__ __forceinline__ void add_chunk(Sums& sums, const Query& query, int i, uint4 row) {
+    if (DTYPE == INT8) {
+        const uint4 codes = query.chunk(i, 0);
+        sums.codes = __dp4a(static_cast<int>(codes.x), static_cast<int>(row.x), sums.codes);
+        sums.codes = __dp4a(static_cast<int>(codes.y), static_cast<int>(row.y), sums.codes);
+        sums.codes = __dp4a(static_cast<int>(codes.z), static_cast<int>(row.z), sums.codes);
+        sums.codes = __dp4a(static_cast<int>(codes.w), static_cast<int>(row.w), sums.codes);
+        if (i == PER_LANE - 1) {  // for the member that holds the last chunk: its tail
+            sums.scale = __uint_as_float(row.y);
+            sums.norm = __uint_as_float(row.z);
+        }
+    } else if (DTYPE == FP16) {
+        accumulate4(sums, query.chunk(i, 0), floats_of_halves(row.x, row.y));
+        accumulate4(sums, query.chunk(i, 1), floats_of_halves(row.z, row.w));
+    } else {
+        const float4 values = make_float4(__uint_as_float(row.x), __uint_as_float(row.y),
+                                          __uint_as_float(row.z), __uint_as_float(row.w));
+        accumulate4(sums, query.chunk(i, 0), values);
+    }
+}
+
+// The distance from the sums of a team; the same bits in each of its lanes.
+__device__ __forceinline__ float finish(const Sums& sums, const Query& query) {
+    if (DTYPE != INT8) {
+        const float own = __fadd_rn(__fadd_rn(sums.x, sums.y), __fadd_rn(sums.z, sums.w));
+        const float sum = team_sum<TEAM>(own);
+        return METRIC == L2 ? sum : __fsub_rn(1.0f, sum);
+    }
+    constexpr int LAST = (CHUNKS - 1) % TEAM;
+    const float row_scale = from_member<TEAM>(sums.scale, LAST);
+    const float row_norm = from_member<TEAM>(sums.norm, LAST);
+    const float codes = static_cast<float>(team_sum<TEAM>(sums.codes));
+    const float dot = __fmul_rn(__fmul_rn(query.scale, row_scale), codes);
+    if (METRIC != L2) return __fsub_rn(1.0f, dot);
+    const float distance = __fsub_rn(__fadd_rn(query.norm, row_norm), __fmul_rn(2.0f, dot));
+    return distance < 0 ? 0 : distance;  // NaN stays
+}
+
+// Distances to ROWS_AT_ONCE rows a team. `nodes[r]` is the same in all lanes of a team; where it is
+// negative, nothing is read and the distance means nothing. All lanes of the warp call together.
+__device__ __forceinline__ void compute_distances(const unsigned char* rows, const Query& query,
+                                                  const int (&nodes)[ROWS_AT_ONCE],
+                                                  float (&distances)[ROWS_AT_ONCE]) {
+    const int member = lane_number() % TEAM;
+    Sums sums[ROWS_AT_ONCE] = {};
+#pragma unroll
+    for (int begin = 0; begin < PER_LANE; begin += AT_ONCE) {
+        uint4 parts[ROWS_AT_ONCE][AT_ONCE];
+#pragma unroll
+        for (int r = 0; r < ROWS_AT_ONCE; r++) {
+            const unsigned char* row = rows + static_cast<long long>(nodes[r]) * ROW_BYTES;
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; i++) {
+                const int chunk = (begin + i) * TEAM + member;
+                const bool is_there = nodes[r] >= 0 && chunk < CHUNKS;
+                parts[r][i] = is_there ? load_chunk(row + chunk * 16) : no_chunk();
+            }
+        }
+#pragma unroll
+        for (int r = 0; r < ROWS_AT_ONCE; r++)
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; i++)
+                if (begin + i < PER_LANE) add_chunk(sums[r], query, begin + i, parts[r][i]);
+    }
+#pragma unroll
+    for (int r = 0; r < ROWS_AT_ONCE; r++) distances[r] = finish(sums[r], query);
+}

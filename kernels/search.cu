@@ -1,0 +1,324 @@
+// Beam search over the graph for many queries: rules R1-R11 of search.py, whose twin this is.
+//
+// A group of WARPS warps walks one query at a time and takes the next by an atomic counter, so the
+// grid is as large as the GPU holds and no larger. Warp 0 of a group owns the walk: it picks what to
+// expand, lists the unvisited neighbours and merges their keys; all warps of the group compute
+// distances. With one warp a query there is no __syncthreads; with more a block is one group.
+//
+// Shared memory of a group, in this order: beam, found (R8), stage, fresh, visited, pending, picked,
+// state. `struct Shared` gives the sizes; launch.py computes the same sum.
+
+#include "warp.cuh"
+#include "distance.cuh"
+#include "visited.cuh"
+#include "beam.cuh"
+
+struct Graph {
+    const int* neighbors0;           // (n, 2 M) ids, -1 = empty, filled from the left
+    const int* nodes;                // (N,) ids of layer 1, then of layer 2, ...
+    const int* neighbors;            // (N, M) numbers on the same layer, -1 = empty
+    const int* below;                // (N,) number of the node one layer down; layer 1: its id
+    const long long* layer_offsets;  // (top + 1,) first row of each layer in the three above
+    const unsigned char* rows;       // (n, ROW_BYTES) encoded
+    int top;                         // the highest layer
+};
+
+struct Task {
+    const unsigned char* queries;    // (q, QUERY_BYTES) encoded
+    const unsigned int* allowed;     // (1 or q, words) bits of ids; null: all are allowed
+    const int* own;                  // (q,) ids of R10; null: an ordinary search
+    unsigned long long* keys;        // (q, k) ascending, KEY_NONE where too few
+    int* counts;                     // (q, 2): hops, distances
+    unsigned int* next_query;        // one counter, 0 before the launch
+    long long allowed_stride;        // words from one query's bits to the next; 0: one mask for all
+    int query_count;
+    int ef;                          // beam capacity on layer 0: max(ef, k)
+    int ef_upper;                    // beam capacity above
+    int k;
+    int expand;                      // 1 to 32
+    int visited_buckets;             // a power of two
+};
+
+constexpr int STAGE = 64;                           // keys on their way into the beam
+constexpr int PENDING = 128;                        // unvisited neighbours of one round
+constexpr int BATCH = WARPS == 1 ? LANES : PENDING; // distances between two looks at the beam
+constexpr int LINKS_AT_ONCE = PENDING / LANES;      // links that a lane asks for at once
+
+struct State {
+    int query;
+    int count;    // pending numbers; 0: the query has ended
+    int layer;
+    int spare;
+};
+
+struct Shared {
+    uint64* beam;
+    uint64* found;
+    uint64* stage;    // (STAGE,)
+    uint64* fresh;    // (BATCH,) keys as they were computed
+    uint4* buckets;
+    int* pending;     // (PENDING,) numbers on the layer
+    int* picked;      // (LANES,)
+    State* state;
+};
+
+__device__ __forceinline__ int even(int count) { return (count + 1) & ~1; }
+
+__device__ __forceinline__ Shared divide(unsigned char* shared, const Task& task, int group) {
+    const int slots = even(max(task.ef, task.ef_upper)), found = HAS_FOUND ? even(task.k) : 0;
+    const int bytes = 8 * (slots + found + STAGE + BATCH) + 16 * task.visited_buckets +
+                      4 * (PENDING + LANES) + static_cast<int>(sizeof(State));
+    Shared parts;
+    parts.beam = reinterpret_cast<uint64*>(shared + group * bytes);
+    parts.found = parts.beam + slots;
+    parts.stage = parts.found + found;
+    parts.fresh = parts.stage + STAGE;
+    parts.buckets = reinterpret_cast<uint4*>(parts.fresh + BATCH);
+    parts.pending = reinterpret_cast<int*>(parts.buckets + task.visited_buckets);
+    parts.picked = parts.pending + PENDING;
+    parts.state = reinterpret_cast<State*>(parts.picked + LANES);
+    return parts;
+}
+
+__device__ __forceinline__ void sync_group(SITE_ALONE) {
+    if (WARPS == 1)
+        sync_warp(AT_ALONE);
+    else
+        __syncthreads(AT_ALONE);
+}
+
+// The walk of one query, as warp 0 of its group holds it; all lanes alike.
+struct Walk {
+    const Graph& graph;
+    const Task& task;
+    const Shared& shared;
+    Visited visited;
+    Beam beam;
+    Beam found;          // the k smallest allowed keys of layer 0 (R8)
+    int query;
+    int layer;
+    long long start;     // first row of a layer above in nodes, neighbors, below
+    int link, links;     // of those picked: the next to look at, and how many there are
+    int staged;
+    int hops, distances;
+
+    __device__ __forceinline__ Walk(const Graph& graph, const Task& task, const Shared& shared)
+        : graph(graph), task(task), shared(shared) {
+        visited.buckets = shared.buckets;
+        visited.bucket_mask = task.visited_buckets - 1;
+        visited.bucket_bits = 31 - __clz(task.visited_buckets);
+        beam.keys = shared.beam;
+        found.keys = shared.found;
+        found.capacity = task.k;
+    }
+
+    __device__ __forceinline__ bool is_allowed(uint64 key) const {
+        if (key == KEY_NONE) return false;
+        const int node = key_node(key);
+        if (task.own && __ldg(task.own + query) == node) return false;
+        if (!task.allowed) return true;
+        const uint32 bits = __ldg(task.allowed + query * task.allowed_stride + (node >> 5));
+        return bits >> (node & 31) & 1;
+    }
+
+    // Does the layer keep the allowed list?
+    __device__ __forceinline__ bool keeps_found() const { return HAS_FOUND && layer == 0; }
+
+    __device__ void enter_layer(int number) {
+        layer = number;
+        start = layer ? __ldg(graph.layer_offsets + layer - 1) : 0;
+        beam.capacity = layer ? task.ef_upper : task.ef;
+        beam.first = 0;
+        link = links = staged = 0;
+        forget(visited);
+    }
+
+    // The entry point, or the query's own node (R3, R10), is pending.
+    __device__ void begin(int q) {
+        query = q;
+        beam.size = found.size = found.first = 0;
+        hops = distances = 0;
+        enter_layer(task.own ? 0 : graph.top);
+        const int seed = task.own ? __ldg(task.own + query) : 0;
+        visit(visited, lane_number() == 0 ? seed : -1);
+        if (lane_number() == 0) shared.pending[0] = seed;
+        publish(1);
+    }
+
+    __device__ __forceinline__ void publish(int count) {
+        if (lane_number() == 0) {
+            shared.state->count = count;
+            shared.state->layer = layer;
+        }
+    }
+
+    // List unvisited neighbours of what was picked, pick when all were looked at (R5); returns how
+    // many are pending, 0 when nothing is left to expand (R6).
+    __device__ int gather() {
+        for (;;) {
+            if (link == links) {
+                const int picked = pick(beam, task.expand, shared.picked);
+                if (picked == 0) return 0;
+                hops += picked;
+                link = 0;
+                links = picked * (layer ? M : 2 * M);
+            }
+            const int count = layer ? list_unvisited<M>(graph.neighbors + start * M)
+                                    : list_unvisited<2 * M>(graph.neighbors0);
+            link = min(link + PENDING, links);
+            sync_warp();
+            if (count) return count;
+        }
+    }
+
+    template <int WIDTH>
+    __device__ __forceinline__ int list_unvisited(const int* neighbors) {
+        int numbers[LINKS_AT_ONCE];
+#pragma unroll
+        for (int i = 0; i < LINKS_AT_ONCE; i++) {
+            const int place = link + i * LANES + lane_number();
+            numbers[i] = -1;
+            if (place < links) {
+                const long long row = shared.picked[place / WIDTH];
+                numbers[i] = __ldg(neighbors + row * WIDTH + place % WIDTH);
+            }
+        }
+        int count = 0;
+#pragma unroll
+        for (int i = 0; i < LINKS_AT_ONCE; i++) {
+            if (link + i * LANES >= links) break;
+            const bool is_new = visit(visited, numbers[i]);
+            const uint32 fresh = lanes_where(is_new);
+            if (is_new) shared.pending[count + __popc(fresh & lanes_below())] = numbers[i];
+            count += __popc(fresh);
+        }
+        return count;
+    }
+
+    // Put fresh keys that can enter the beam (R4) or the allowed list (R8) on the stage.
+    __device__ void stage(int count) {
+        for (int base = 0; base < count; base += LANES) {
+            const int i = base + lane_number();
+            const uint64 key = i < count ? shared.fresh[i] : KEY_NONE;
+            bool is_wanted = key < worst(beam);
+            if (keeps_found()) is_wanted |= key < worst(found) && is_allowed(key);
+            const uint32 wanted = lanes_where(is_wanted);
+            if (is_wanted) shared.stage[staged + __popc(wanted & lanes_below())] = key;
+            staged += __popc(wanted);
+            sync_warp();
+            if (staged > STAGE - LANES) merge_staged();
+        }
+    }
+
+    // Merge the last staged keys, up to one a lane.
+    __device__ void merge_staged() {
+        const int count = min(staged, LANES);
+        staged -= count;
+        const bool has_key = lane_number() < count;
+        const uint64 key = has_key ? shared.stage[staged + lane_number()] : KEY_NONE;
+        sync_warp();
+        merge(beam, key);
+        if (keeps_found()) merge(found, is_allowed(key) ? key : KEY_NONE);
+    }
+
+    // After the distances of a round: what is pending next, on this layer or on one below.
+    __device__ void advance() {
+        while (staged) merge_staged();
+        int count = gather();
+        while (count == 0 && layer > 0) {
+            descend();
+            count = gather();
+        }
+        publish(count);
+    }
+
+    // The beam becomes the seed of the layer below (R3). Its order stays: `below` ascends with ids.
+    __device__ void descend() {
+        const long long start_above = start;
+        enter_layer(layer - 1);
+        for (int base = 0; base < beam.size; base += LANES) {
+            const int i = base + lane_number();
+            uint64 key = KEY_NONE;
+            int number = -1;
+            if (i < beam.size) {
+                key = beam.keys[i];
+                number = __ldg(graph.below + start_above + key_node(key));
+                key = key >> 32 << 32 | static_cast<uint64>(number) << 1;
+                beam.keys[i] = key;
+            }
+            visit(visited, number);
+            if (keeps_found()) merge(found, is_allowed(key) ? key : KEY_NONE);
+        }
+        beam.size = min(beam.size, beam.capacity);
+        sync_warp();
+    }
+
+    // The result (R9).
+    __device__ void write() const {
+        uint64* keys = task.keys + static_cast<long long>(query) * task.k;
+        const Beam& result = HAS_FOUND ? found : beam;
+        for (int i = lane_number(); i < task.k; i += LANES)
+            keys[i] = i < result.size ? result.keys[i] & ~EXPANDED : KEY_NONE;
+        if (lane_number() == 0) {
+            task.counts[2 * query] = hops;
+            task.counts[2 * query + 1] = distances;
+        }
+    }
+};
+
+// Keys of pending[0..count), count <= BATCH, to fresh; every warp of the group takes its rows.
+__device__ __forceinline__ void compute_keys(const Graph& graph, const Query& query,
+                                             const Shared& shared, const int* pending, int count,
+                                             const int* layer_nodes, int warp) {
+    const int team = warp * TEAMS + lane_number() / TEAM;
+    for (int base = 0; base < count; base += WARPS * TEAMS * ROWS_AT_ONCE) {
+        int places[ROWS_AT_ONCE], nodes[ROWS_AT_ONCE];
+        float distances[ROWS_AT_ONCE];
+#pragma unroll
+        for (int r = 0; r < ROWS_AT_ONCE; r++) {
+            places[r] = base + r * WARPS * TEAMS + team;
+            nodes[r] = places[r] < count ? pending[places[r]] : -1;
+            if (layer_nodes && nodes[r] >= 0) nodes[r] = __ldg(layer_nodes + nodes[r]);
+        }
+        compute_distances(graph.rows, query, nodes, distances);
+#pragma unroll
+        for (int r = 0; r < ROWS_AT_ONCE; r++)
+            if (lane_number() % TEAM == 0 && places[r] < count)
+                shared.fresh[places[r]] = make_key(distances[r], pending[places[r]]);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(WARPS == 8 ? 256 : 128, WARPS == 8 ? 2 : 4)
+search(const Graph graph, const Task task) {
+    DYNAMIC_SHARED(unsigned char, memory);
+    const int group = threadIdx.x / (LANES * WARPS), warp = threadIdx.x / LANES % WARPS;
+    const Shared shared = divide(memory, task, group);
+    Walk walk(graph, task, shared);
+    for (;;) {
+        if (warp == 0 && lane_number() == 0)
+            shared.state->query = static_cast<int>(atomicAdd(task.next_query, 1u));
+        sync_group();
+        const int q = shared.state->query;
+        if (q >= task.query_count) return;
+        const Query query = load_query(task.queries, q);
+        if (warp == 0) walk.begin(q);
+        for (;;) {
+            sync_group();
+            const int count = shared.state->count, layer = shared.state->layer;
+            if (count == 0) break;
+            const int* layer_nodes =
+                layer ? graph.nodes + __ldg(graph.layer_offsets + layer - 1) : nullptr;
+            for (int base = 0; base < count; base += BATCH) {
+                const int batch = min(count - base, BATCH);
+                compute_keys(graph, query, shared, shared.pending + base, batch, layer_nodes, warp);
+                sync_group();
+                if (warp == 0) walk.stage(batch);
+            }
+            if (warp == 0) {
+                walk.distances += count;
+                walk.advance();
+            }
+        }
+        if (warp == 0) walk.write();
+    }
+}

@@ -1,0 +1,177 @@
+"""The kernels' call, on the emulator: encoded arrays in, arrays out, as search.py has them."""
+
+from typing import NamedTuple
+
+import emulator
+import numpy as np
+
+from hnsw_gpu import kernel_source
+from hnsw_gpu.beam import KEY_NONE
+from hnsw_gpu.search import Result
+
+LANES = 32
+
+
+class Build(NamedTuple):
+    """Which kernel: what it is specialised to, how it is compiled, and from what text."""
+
+    metric: str
+    dtype: str
+    dim: int
+    M: int
+    warps: int = 1
+    tag_bits: int = 16
+    sanitizer: str | None = None
+    source: str | None = None  # None: the kernel as it is
+
+    def library(self, kernel: str, has_found: bool = False) -> emulator.Library:
+        definitions = kernel_source.definitions(
+            self.metric, self.dtype, self.dim, self.M, self.warps, self.tag_bits, has_found
+        )
+        return emulator.compile(
+            kernel, definitions, sanitizer=self.sanitizer, source=self.source
+        )
+
+
+def struct(name: str, **fields) -> tuple[np.ndarray, list]:
+    """One element of a kernel's struct, and the arrays it points at, to be kept alive."""
+    value = np.zeros(1, kernel_source.struct_dtype(name))
+    assert set(fields) == set(value.dtype.names)
+    for field, content in fields.items():
+        value[field] = content.ctypes.data if isinstance(content, np.ndarray) else (content or 0)
+    return value, list(fields.values())
+
+
+def own_memory(array: np.ndarray, dtype=None) -> np.ndarray:
+    """A copy in memory of just its size, so that a sanitizer sees who reads beyond."""
+    return np.array(array, dtype=dtype, order="C")
+
+
+def shared_bytes(build: Build, *, ef, ef_upper, k, visited_buckets, has_found) -> int:
+    """Of one query: what `divide` in search.cu hands out."""
+    slots = max(ef, ef_upper) + 1 & ~1
+    found = (k + 1 & ~1) if has_found else 0
+    batch = 32 if build.warps == 1 else 128
+    return 8 * (slots + found + 64 + batch) + 16 * visited_buckets + 4 * (128 + 32) + 16
+
+
+def search(
+    build: Build,
+    graph,
+    rows: np.ndarray,
+    queries: np.ndarray,
+    *,
+    k: int,
+    ef: int,
+    expand: int = 1,
+    ef_upper: int = 1,
+    allowed: np.ndarray | None = None,
+    own: np.ndarray | None = None,
+    visited_buckets: int = 32,
+    groups: int = 2,
+    blocks: int = 2,
+    seed: int = 0,
+    limit: int | None = None,
+) -> Result:
+    """`search.search` by search.cu. `groups` queries a block (one where warps share a query).
+
+    `limit` shortens the shared memory by as many bytes, which no launch may survive.
+    """
+    count = len(queries)
+    ef = max(ef, k)
+    has_found = allowed is not None or own is not None
+    groups = groups if build.warps == 1 else 1
+    arrays = {name: own_memory(array) for name, array in graph._asdict().items()}
+    keys = np.zeros((count, k), np.uint64)
+    counts = np.full((count, 2), -1, np.int32)
+    bits = None if allowed is None else own_memory(np.atleast_2d(allowed))
+    graph_struct, held = struct("Graph", **arrays, rows=own_memory(rows), top=graph.top)
+    task, held_too = struct(
+        "Task",
+        queries=own_memory(queries),
+        allowed=bits,
+        own=None if own is None else own_memory(own, np.int32),
+        keys=keys,
+        counts=counts,
+        next_query=np.zeros(1, np.uint32),
+        allowed_stride=0 if bits is None or len(bits) == 1 else bits.shape[1],
+        query_count=count,
+        ef=ef,
+        ef_upper=ef_upper,
+        k=k,
+        expand=expand,
+        visited_buckets=visited_buckets,
+    )
+    one = shared_bytes(
+        build,
+        ef=ef,
+        ef_upper=ef_upper,
+        k=k,
+        visited_buckets=visited_buckets,
+        has_found=has_found,
+    )
+    build.library("search", has_found).launch(
+        (blocks,),
+        (LANES * build.warps * groups,),
+        (graph_struct, task),
+        shared_mem=one * groups - (limit or 0),
+        seed=seed,
+    )
+    del held, held_too
+    return Result(keys, counts[:, 0], counts[:, 1])
+
+
+def compare(build: Build, rows, queries, *, ids=None, candidates=None, seed: int = 0) -> np.ndarray:
+    """Sorted keys (q, m) of listed ids (m,), or of each query's candidates (q, m), by compare.cu."""
+    count = len(ids) if candidates is None else candidates.shape[1]
+    keys = np.full((len(queries), count), 7, np.uint64)
+    task, held = struct(
+        "Comparison",
+        rows=own_memory(rows),
+        queries=own_memory(queries),
+        ids=None if ids is None else own_memory(ids, np.int32),
+        candidates=None if candidates is None else own_memory(candidates),
+        keys=keys,
+        query_count=len(queries),
+        count=count,
+    )
+    grid = (-(-len(queries) // 8), 2)
+    build.library("compare").launch(grid, (256,), (task,), seed=seed)
+    del held
+    return np.sort(keys, axis=1)
+
+
+def encode(build: Build, vectors: np.ndarray, width: int) -> np.ndarray:
+    """Encoded queries uint8 (q, width) of float32 vectors (q, dim), by encode.cu."""
+    queries = np.zeros((len(vectors), width), np.uint8)
+    task, held = struct("Encoding", vectors=own_memory(vectors), queries=queries, count=len(vectors))
+    build.library("encode").launch((-(-len(vectors) // 128),), (128,), (task,))
+    del held
+    return queries
+
+
+def spread(build: Build, keys, offsets, entry_labels, k, allowed=None, root=False):
+    """Labels and distances (q, k) of keys (q, m), by labels.cu."""
+    labels = np.zeros((len(keys), k), np.int64)
+    distances = np.zeros((len(keys), k), np.float32)
+    bits = None if allowed is None else own_memory(np.atleast_2d(allowed))
+    task, held = struct(
+        "Spread",
+        keys=own_memory(keys),
+        offsets=own_memory(offsets),
+        entry_labels=own_memory(entry_labels),
+        allowed=bits,
+        labels=labels,
+        distances=distances,
+        allowed_stride=0 if bits is None or len(bits) == 1 else bits.shape[1],
+        query_count=len(keys),
+        m=keys.shape[1],
+        k=k,
+        root=int(root),
+    )
+    build.library("spread").launch((-(-len(keys) // 128),), (128,), (task,))
+    del held
+    return labels, distances
+
+
+__all__ = ["KEY_NONE", "Build", "compare", "encode", "search", "spread"]

@@ -18,7 +18,7 @@ struct Comparison {
     int count;                             // m
 };
 
-extern "C" __global__ void __launch_bounds__(256) compare(const Comparison task) {
+extern "C" __global__ void __launch_bounds__(256, 2) compare(const Comparison task) {
     const int q = blockIdx.x * (blockDim.x / LANES) + threadIdx.x / LANES;
     if (q >= task.query_count) return;
     const Query query = load_query(task.queries, q);

@@ -139,7 +139,7 @@ __device__ __forceinline__ void compute_distances(const unsigned char* rows, con
                                                   float (&distances)[ROWS_AT_ONCE]) {
     const int member = lane_number() % TEAM;
     Sums sums[ROWS_AT_ONCE] = {};
-#pragma unroll
+#pragma unroll(IS_QUERY_HELD ? PER_LANE : 1)  // the held query takes constant places only
     for (int begin = 0; begin < PER_LANE; begin += AT_ONCE) {
         uint4 parts[ROWS_AT_ONCE][AT_ONCE];
 #pragma unroll

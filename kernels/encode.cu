@@ -24,9 +24,11 @@ __device__ __forceinline__ float scaled(float value, double length) {
 __device__ __forceinline__ void encode_codes(const float* vector, unsigned char* query,
                                              double length, float invalid) {
     float largest = 0;
+#pragma unroll 4
     for (int j = 0; j < DIM; j++) largest = fmaxf(largest, fabsf(scaled(vector[j], length)));
     const float scale = __fdiv_rn(largest, 127.0f), divisor = scale > 0 ? scale : 1.0f;
     int squares = 0, sum = 0;
+#pragma unroll 4
     for (int j = 0; j < ELEMENTS; j++) {
         const float value = j < DIM ? scaled(vector[j], length) : 0.0f;
         const float rounded = rintf(__fdiv_rn(value, divisor));
@@ -43,12 +45,13 @@ __device__ __forceinline__ void encode_codes(const float* vector, unsigned char*
     tail[2] = __int_as_float(sum);
 }
 
-extern "C" __global__ void __launch_bounds__(128) encode(const Encoding task) {
+extern "C" __global__ void __launch_bounds__(128, 4) encode(const Encoding task) {
     const int q = blockIdx.x * blockDim.x + threadIdx.x;
     if (q >= task.count) return;
     const float* vector = task.vectors + static_cast<long long>(q) * DIM;
     unsigned char* query = task.queries + static_cast<long long>(q) * QUERY_BYTES;
     double squares = 0;
+#pragma unroll 4
     for (int j = 0; j < DIM; j++) {
         const double value = vector[j];
         squares = __dadd_rn(squares, __dmul_rn(value, value));
@@ -61,6 +64,7 @@ extern "C" __global__ void __launch_bounds__(128) encode(const Encoding task) {
         return;
     }
     float* values = reinterpret_cast<float*>(query);
+#pragma unroll 4
     for (int j = 0; j < ELEMENTS; j++)
         values[j] = __fadd_rn(j < DIM ? scaled(vector[j], length) : 0.0f, invalid);
 }

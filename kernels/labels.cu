@@ -18,7 +18,7 @@ struct Spread {
     int root;                         // 1: square roots, for the metric "euclidean"
 };
 
-extern "C" __global__ void __launch_bounds__(128) spread(const Spread task) {
+extern "C" __global__ void __launch_bounds__(128, 4) spread(const Spread task) {
     const int q = blockIdx.x * blockDim.x + threadIdx.x;
     if (q >= task.query_count) return;
     const uint64* keys = task.keys + static_cast<long long>(q) * task.m;

@@ -163,40 +163,45 @@ struct Walk {
                 link = 0;
                 links = picked * (layer ? M : 2 * M);
             }
-            const int count = layer ? list_unvisited<M>(graph.neighbors + start * M)
-                                    : list_unvisited<2 * M>(graph.neighbors0);
+            const int count = list_unvisited();
             link = min(link + PENDING, links);
             sync_warp();
             if (count) return count;
         }
     }
 
-    template <int WIDTH>
-    __device__ __forceinline__ int list_unvisited(const int* neighbors) {
-        int numbers[LINKS_AT_ONCE];
+    // The next links, all asked for at once, and of those the new ones moved to the front.
+    __device__ int list_unvisited() {
+        const int* neighbors = layer ? graph.neighbors + start * M : graph.neighbors0;
+        const int width = layer ? M : 2 * M;
 #pragma unroll
         for (int i = 0; i < LINKS_AT_ONCE; i++) {
             const int place = link + i * LANES + lane_number();
-            numbers[i] = -1;
+            const int row = layer ? place / M : place / (2 * M);
+            int number = -1;
             if (place < links) {
-                const long long row = shared.picked[place / WIDTH];
-                numbers[i] = __ldg(neighbors + row * WIDTH + place % WIDTH);
+                const long long first = static_cast<long long>(shared.picked[row]) * width;
+                number = __ldg(neighbors + first + (place - row * width));
             }
+            shared.pending[i * LANES + lane_number()] = number;
         }
+        const int asked = min(links - link, PENDING);
         int count = 0;
-#pragma unroll
-        for (int i = 0; i < LINKS_AT_ONCE; i++) {
-            if (link + i * LANES >= links) break;
-            const bool is_new = visit(visited, numbers[i]);
+#pragma unroll 1
+        for (int base = 0; base < asked; base += LANES) {
+            const int number = shared.pending[base + lane_number()];
+            const bool is_new = visit(visited, number);
             const uint32 fresh = lanes_where(is_new);
-            if (is_new) shared.pending[count + __popc(fresh & lanes_below())] = numbers[i];
+            if (is_new) shared.pending[count + __popc(fresh & lanes_below())] = number;
             count += __popc(fresh);
         }
         return count;
     }
 
-    // Put fresh keys that can enter the beam (R4) or the allowed list (R8) on the stage.
-    __device__ void stage(int count) {
+    // Put fresh keys that can enter the beam (R4) or the allowed list (R8) on the stage, and merge
+    // what is there when it may overflow or, at the end of a round, all.
+    __device__ void stage(int count, bool is_last) {
+#pragma unroll 1
         for (int base = 0; base < count; base += LANES) {
             const int i = base + lane_number();
             const uint64 key = i < count ? shared.fresh[i] : KEY_NONE;
@@ -206,7 +211,8 @@ struct Walk {
             if (is_wanted) shared.stage[staged + __popc(wanted & lanes_below())] = key;
             staged += __popc(wanted);
             sync_warp();
-            if (staged > STAGE - LANES) merge_staged();
+            const int kept = is_last && base + LANES >= count ? 0 : STAGE - LANES;
+            while (staged > kept) merge_staged();
         }
     }
 
@@ -223,12 +229,8 @@ struct Walk {
 
     // After the distances of a round: what is pending next, on this layer or on one below.
     __device__ void advance() {
-        while (staged) merge_staged();
-        int count = gather();
-        while (count == 0 && layer > 0) {
-            descend();
-            count = gather();
-        }
+        int count;
+        while ((count = gather()) == 0 && layer > 0) descend();
         publish(count);
     }
 
@@ -312,7 +314,7 @@ search(const Graph graph, const Task task) {
                 const int batch = min(count - base, BATCH);
                 compute_keys(graph, query, shared, shared.pending + base, batch, layer_nodes, warp);
                 sync_group();
-                if (warp == 0) walk.stage(batch);
+                if (warp == 0) walk.stage(batch, base + batch == count);
             }
             if (warp == 0) {
                 walk.distances += count;

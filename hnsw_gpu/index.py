@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from tqdm import tqdm
 
-from hnsw_gpu import beam, build, copies, exact, graph, inputs, storage
+from hnsw_gpu import answer, beam, build, copies, exact, graph, inputs, storage
 from hnsw_gpu.cpu import CpuEngine
 from hnsw_gpu.labels import Labels
 from hnsw_gpu.search import pack_bits
@@ -369,7 +369,7 @@ class Index:
         }
         with self._lock.shared():
             entries, nodes = self._filter(allow, len(given))
-            keys = self._engine.nearest(given, k, ef, nodes, **walk)
+            keys = answer.nearest(self._engine, given, k, ef, nodes, **walk)
             labels, distances = self._labels.spread(keys, k, entries)
         return SearchResult(labels, self._as_asked(distances))
 
@@ -395,7 +395,7 @@ class Index:
 
         with self._lock.shared():
             entries, nodes = self._filter(allow, len(given))
-            keys = self._engine.within(given, is_near, ef, nodes, threads)
+            keys = answer.within(self._engine, given, is_near, ef, nodes, threads)
             found = [
                 self._labels.spread(row[None], self._label_count(row), _row_of(entries, i))
                 for i, row in enumerate(keys)
@@ -436,7 +436,7 @@ class Index:
         """Keys of the nodes nearest to nodes (m,), and of the node itself where it has copies."""
         live = self._labels.live_nodes()
         mask = None if live.all() else live
-        keys = self._engine.nearest_others(ids, k, ef, mask, threads)
+        keys = answer.nearest_others(self._engine, ids, k, ef, mask, threads)
         own = self._engine.own_keys(ids)
         own[np.diff(self._labels.offsets)[ids] == 1] = beam.KEY_NONE
         return np.sort(np.concatenate([keys, own[:, None]], axis=1), axis=1)

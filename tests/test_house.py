@@ -22,7 +22,8 @@ LAYERS = {
     "public": ["__init__", "index"],
     "its parts": ["inputs", "labels", "copies"],
     "files": ["storage", "hnswlib_format", "vector_files"],
-    "engines": ["build", "cpu", "search", "exact", "gpu", "kernel_source"],
+    "answers": ["answer"],
+    "engines": ["build", "cpu", "search", "exact", "gpu", "device", "launch", "kernel_source"],
     "data": ["beam", "distance", "vectors", "graph"],
     "threads": ["workers"],
 }
@@ -34,7 +35,11 @@ ARROWS = {
     ("build", "search"),
     ("cpu", "exact"),
     ("cpu", "search"),
-    ("gpu", "kernel_source"),
+    ("gpu", "device"),
+    ("gpu", "launch"),
+    ("device", "launch"),
+    ("device", "kernel_source"),
+    ("launch", "kernel_source"),
     ("vector_files", "storage"),
     ("vectors", "distance"),
 }

@@ -96,7 +96,9 @@ def within(
     is_near: Callable[[np.ndarray], np.ndarray],
     ef: int,
     mask: np.ndarray | None,
-    threads: int,
+    *,
+    expand: int = 1,
+    threads: int = 1,
 ) -> list[np.ndarray]:
     """Keys (hits,) of each query, of the nodes whose distances float32 (...) `is_near`.
 
@@ -107,7 +109,7 @@ def within(
     waiting = np.arange(len(queries) if nodes else 0)
     while len(waiting):
         part = mask[waiting] if mask is not None and mask.ndim == 2 else mask
-        keys = nearest(engine, queries[waiting], ef, ef, part, threads=threads)
+        keys = nearest(engine, queries[waiting], ef, ef, part, expand=expand, threads=threads)
         is_hit = (keys != beam.KEY_NONE) & is_near(beam.distances(keys))
         is_full = is_hit.all(axis=1) & (ef < nodes)
         for i in np.flatnonzero(~is_full):
@@ -118,20 +120,26 @@ def within(
 
 
 def nearest_others(
-    engine: Engine, ids: np.ndarray, k: int, ef: int, mask: np.ndarray | None, threads: int
+    engine: Engine,
+    ids: np.ndarray,
+    k: int,
+    ef: int,
+    mask: np.ndarray | None,
+    *,
+    expand: int = 1,
+    threads: int = 1,
 ) -> np.ndarray:
     """Keys (m, k or fewer) of the nodes nearest to stored nodes (m,), themselves left out."""
     nodes = engine.node_count
     k = min(k, max(nodes - 1, 1))
     ef = min(max(ef, k), nodes)
+    walk = partial(engine.walk, None, k, ef, own=ids, expand=expand, threads=threads)
     if mask is None:
-        return engine.walk(None, k, ef, own=ids, threads=threads)
+        return walk()
     capacity = int(_beam_capacity(mask.sum(), nodes, ef))
     if not capacity:
         return _compare_others(engine, ids, mask, k, threads)
-    keys = engine.walk(
-        None, k, ef, capacity=capacity, allowed=pack_bits(mask), own=ids, threads=threads
-    )
+    keys = walk(capacity=capacity, allowed=pack_bits(mask))
     met = (keys != beam.KEY_NONE).sum(axis=1)
     few = np.flatnonzero(met < min(k, mask.sum() - 1))
     if len(few):

@@ -83,11 +83,12 @@ def _mix(x):
     return x ^ (x >> np.uint64(31))
 
 
-def insert_nodes(graph, neighbors0, rows, metric, *, ef_construction, seed, threads):
+def insert_nodes(graph, neighbors0, rows, metric, *, ef_construction, seed, threads, relinked=None):
     """Insert rows[n:] into a graph of n nodes; yields the grown Graph after each batch.
 
     `rows` (n + m, row) are encoded; `neighbors0` (n + m, M0) int32 begins with the graph's own rows
-    and is written in place. Who stops early calls `without_unfinished` on the last graph.
+    and is written in place. `relinked` bool (n + m,) becomes True where links of layer 0 are new.
+    Who stops early calls `without_unfinished` on the last graph.
     """
     start, stop = len(graph.neighbors0), len(rows)
     M = graph.neighbors.shape[1]
@@ -99,7 +100,10 @@ def insert_nodes(graph, neighbors0, rows, metric, *, ef_construction, seed, thre
         end = min(stop, start + max(1, min(start // GROWTH, BATCH)))
         batch_levels = levels[: end - start]
         levels = levels[end - start :]
-        _insert_batch(graph, growth, batch_levels, ef_construction, threads)
+        targets = _insert_batch(graph, growth, batch_levels, ef_construction, threads)
+        if relinked is not None:
+            relinked[start:end] = True
+            relinked[targets[targets < stop]] = True
         start = end
         graph = _first_nodes(whole, start, max(graph.top, batch_levels.max()))
         yield graph
@@ -173,7 +177,7 @@ def _drop_links_from(neighbors, count):
 
 
 def _insert_batch(graph, growth, levels, ef_construction, threads):
-    """Steps 1 to 3 for the nodes that follow `graph`'s, one level each."""
+    """Steps 1 to 3 for the nodes that follow `graph`'s, one level each; returns the targets."""
     first, count = len(graph.neighbors0), len(levels)
     M = graph.neighbors.shape[1]
     ends = np.cumsum(levels + 1, dtype=np.int64)
@@ -209,6 +213,7 @@ def _insert_batch(graph, growth, levels, ef_construction, threads):
         _relink_targets(growth, selection, targets, sources, group_start[start : stop + 1])
 
     run_chunks(relink, len(group_start) - 1, LINK_CHUNK, threads)
+    return targets[group_start[:-1]]
 
 
 def _new_selection(growth, most_sources):

@@ -43,6 +43,13 @@ def main() -> None:
 
 
 threads_option = click.option("--threads", type=POSITIVE, help="Threads to use. [default: all]")
+device_option = click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="Where to search: auto takes a GPU if there is one.",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 
 
@@ -93,8 +100,17 @@ def build(
 @click.option("-o", "--output", type=OUTPUT, required=True, help="The .npz to write.")
 @click.option("-k", "k", default=10, show_default=True, help="Results a query.")
 @click.option("--ef", default=64, show_default=True, help="Beam capacity: more is slower, surer.")
+@device_option
 @threads_option
-def search(index: Path, queries: Path, output: Path, k: int, ef: int, threads: int | None) -> None:
+def search(
+    index: Path,
+    queries: Path,
+    output: Path,
+    k: int,
+    ef: int,
+    device: str,
+    threads: int | None,
+) -> None:
     """Find the k nearest vectors of every query.
 
     The result has two arrays with a row a query, nearest first: labels (int64) and distances
@@ -108,7 +124,7 @@ def search(index: Path, queries: Path, output: Path, k: int, ef: int, threads: i
 
     check_output(output, index, queries, suffixes=(".npz",))
     rows = read_vectors(queries)
-    opened = _open(index)
+    opened = _open(index, device)
     labels, distances, seconds = _search(opened, rows, k, ef, threads)
     write_result(output, labels, distances)
     rate = len(rows) / max(seconds, 1e-9)
@@ -158,6 +174,7 @@ def check(index: Path) -> None:
 @click.option("--ef", "efs", default="16,32,64,128,256", show_default=True, help="What to try.")
 @click.option("--vectors", type=VECTORS, help="The original vectors; row i has label i.")
 @click.option("--plot", type=OUTPUT, help="Draw recall against queries/s into this .png.")
+@device_option
 @threads_option
 @json_option
 def recall(
@@ -167,6 +184,7 @@ def recall(
     efs: str,
     vectors: Path | None,
     plot: Path | None,
+    device: str,
     threads: int | None,
     as_json: bool,
 ) -> None:
@@ -189,7 +207,7 @@ def recall(
         check_output(plot, index, queries, suffixes=(".png", ".pdf", ".svg"))
         measure.require_plotting()
     rows = read_vectors(queries)
-    opened = _open(index)
+    opened = _open(index, device)
     base = _base(opened, None if vectors is None else read_vectors(vectors))
     truth = hnsw_gpu.exact_search(
         base, rows, k, opened.metric, threads=threads, progress=is_watched()
@@ -261,9 +279,9 @@ def _read_labels(path: Path) -> "np.ndarray":
         raise ValueError(f"{path}: {error}") from None
 
 
-def _open(path: Path, mmap: bool = False) -> "Index":
+def _open(path: Path, device: str = "cpu", *, mmap: bool = False) -> "Index":
     with doing(f"loading {path}"):
-        return hnsw_gpu.load(path, mmap=mmap)
+        return hnsw_gpu.load(path, mmap=mmap, device=device)
 
 
 def _search(

@@ -9,6 +9,8 @@ from typing import Any
 import hnsw_gpu
 
 PACKAGES = ("numpy", "numba", "llvmlite")
+CUPY = ("cupy-cuda12x", "cupy-cuda13x", "cupy")
+NVRTC = ("nvidia-cuda-nvrtc-cu12", "nvidia-cuda-nvrtc")
 # the processor's features that the distance kernels gain from, widest first
 SIMD = ("avx512vnni", "avx512bf16", "avx512f", "avxvnni", "avx2", "fma", "f16c", "sve", "neon")
 
@@ -27,7 +29,28 @@ def examine() -> dict[str, Any]:
         "simd": simd(),
         "compile_cache": compile_cache(),
         "gpus": gpus(),
+        "cupy": cupy(),
+        "gpu_search": gpu_search(),
     }
+
+
+def cupy() -> str:
+    """CuPy's distribution and version, and of NVRTC, which compiles the kernels at first use."""
+    names = [name for name in CUPY if installed(name) != "not installed"]
+    if not names:
+        return 'not installed: pip install "hnsw-gpu[cuda12]", or [cuda13] for a driver of CUDA 13'
+    nvrtc = [name for name in NVRTC if installed(name) != "not installed"]
+    said = " ".join(f"{name} {installed(name)}" for name in names + nvrtc)
+    return (
+        said if nvrtc else f"{said}, NVRTC from the system or missing: pip install [ctk] brings it"
+    )
+
+
+def gpu_search() -> str:
+    """Whether `device="cuda"` works, or what is missing."""
+    from hnsw_gpu.gpu import missing
+
+    return missing() or "ready"
 
 
 def installed(package: str) -> str:
@@ -64,7 +87,7 @@ def _is_writable(folder: Path) -> bool:
 
 
 def gpus() -> list[str]:
-    """One line a GPU, or one that says why none is seen. This version searches on the CPU."""
+    """One line a GPU, or one that says why none is seen."""
     try:
         import pynvml
     except ImportError:
@@ -83,5 +106,6 @@ def gpus() -> list[str]:
 
 def _describe(nvml: Any, handle: Any) -> str:
     major, minor = nvml.nvmlDeviceGetCudaComputeCapability(handle)
-    memory = nvml.nvmlDeviceGetMemoryInfo(handle).total / 2**30
-    return f"{nvml.nvmlDeviceGetName(handle)}, {memory:.0f} GiB, sm_{major}{minor}"
+    memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+    free, total = memory.free / 2**30, memory.total / 2**30
+    return f"{nvml.nvmlDeviceGetName(handle)}, {total:.0f} GiB ({free:.1f} free), sm_{major}{minor}"

@@ -5,13 +5,13 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 from tqdm import tqdm
 
-from hnsw_gpu import answer, beam, build, copies, exact, graph, inputs, storage
+from hnsw_gpu import answer, beam, build, copies, exact, graph, inputs, launch, storage
 from hnsw_gpu.cpu import CpuEngine
 from hnsw_gpu.labels import Labels
 from hnsw_gpu.search import pack_bits
@@ -23,6 +23,9 @@ from hnsw_gpu.vectors import (
     encode_queries,
 )
 from hnsw_gpu.workers import SharedLock, run_to_a_stop, thread_count
+
+if TYPE_CHECKING:
+    from hnsw_gpu.gpu import GpuEngine
 
 logger = logging.getLogger("hnsw_gpu")
 
@@ -59,7 +62,8 @@ class Index:
     ef_construction: beam capacity while building.
     refine: with "fp16" or "int8", also keep rows as "fp32" (True) or "fp16": they re-rank the beam.
     seed: of the levels. Same seed and same calls give the same bytes.
-    device: "cpu"; "auto" is the CPU too in this release, and says so on the logger.
+    device: where searches run: "cpu", "cuda" (the current GPU; RuntimeError says what is missing),
+        or "auto" (a GPU if there is one; the logger says which). Graphs are built on the CPU.
 
     Equal vectors (equal as the finest rows that are kept) share a node, so copies cost no more
     than a label. Searches may run from many threads; `add`, `delete`, `compact`, `check` and `save`
@@ -85,11 +89,14 @@ class Index:
         self.ef_construction = inputs.integer("ef_construction", ef_construction, 1, 65536)
         self.seed = inputs.integer("seed", seed, 0, 2**64 - 1)
         self.refine = _refine(refine, dtype)  # "", "fp32" or "fp16"
-        self.device = _device(device)
         self._metric = inputs.METRICS[self.metric]
         self._lock = SharedLock()
         self._next_label = 0
+        self._gpu: GpuEngine | None = None
+        self._gpu_lock = threading.Lock()  # of bringing the GPU up to date
+        self._relinked: np.ndarray | None = None  # bool, nodes with links the GPU lacks; None: all
         self._start_empty()
+        self.to(device)
 
     def _start_empty(self) -> None:
         self._graph = build.empty_graph(self.M)
@@ -127,7 +134,7 @@ class Index:
     @property
     def nbytes(self) -> int:
         """Bytes that the nodes, links and labels take; room for vectors to come is not counted."""
-        engine = self._engine
+        engine = self._cpu
         arrays = [engine.rows, *self._graph]
         if engine.refine_rows is not None:
             arrays.append(engine.refine_rows)
@@ -146,7 +153,73 @@ class Index:
             return decode(self._rows[nodes], self.dim, self.dtype)
 
     @property
-    def _engine(self) -> CpuEngine:
+    def device(self) -> str:
+        """Where searches run: "cpu" or "cuda"."""
+        return "cpu" if self._gpu is None else "cuda"
+
+    def to(self, device: str) -> "Index":
+        """Search on a device from here on, "cpu", "cuda" or "auto"; returns the index itself.
+
+        MemoryError where the index does not fit the GPU (`memory` gives the figures).
+        """
+        inputs.one_of("device", device, ("cpu", "auto", "cuda"))
+        with self._lock.exclusive():
+            if device == "cpu":
+                if self._gpu is not None:
+                    self._gpu.close()
+                self._gpu = None
+            elif self._gpu is None:
+                self._gpu = self._gpu_engine(is_needed=device == "cuda")
+                self._relinked = None
+        if self._gpu is not None:
+            self._up_to_date(self._gpu)
+        return self
+
+    def _gpu_engine(self, is_needed: bool) -> "GpuEngine | None":
+        from hnsw_gpu.gpu import GpuEngine
+
+        try:
+            engine = GpuEngine(self._metric, self.dtype, self.refine, self.dim, self.M)
+        except RuntimeError as error:
+            if is_needed:
+                raise RuntimeError(f"device='cuda': {error}") from error
+            logger.info("device='auto': searching on the CPU: %s", error)
+            return None
+        logger.info("searching on %s", engine.name)
+        return engine
+
+    def _up_to_date(self, gpu: "GpuEngine") -> "GpuEngine":
+        """The GPU's engine, with what was added since."""
+        with self._gpu_lock:
+            cpu = self._cpu
+            if self._relinked is None:
+                gpu.update(cpu.graph, cpu.rows, cpu.refine_rows)
+            elif self._relinked.any() or gpu.node_count != cpu.node_count:
+                changed = np.flatnonzero(self._relinked[: gpu.node_count])
+                gpu.update(cpu.graph, cpu.rows, cpu.refine_rows, changed)
+            self._relinked = np.zeros(cpu.node_count, bool)
+        return gpu
+
+    def memory(self, queries: int = 10_000, *, ef: int = 64) -> dict[str, int]:
+        """Bytes by name that the index takes on a GPU, and a batch of queries; needs no GPU.
+
+        Where less is free, a large batch is cut in parts, and an index is a MemoryError.
+        """
+        count = inputs.integer("queries", queries, 0)
+        keys = inputs.integer("ef", ef, 1)
+        parts = launch.memory(
+            self.dtype, self.refine, self.dim, self.M, self._node_count, len(self._graph.nodes),
+            len(self._labels),
+        )  # fmt: skip
+        a_query = launch.bytes_a_query(self.dtype, self.refine, self.dim, keys)
+        return {**parts, "queries": count * a_query}
+
+    @property
+    def _engine(self) -> "CpuEngine | GpuEngine":
+        return self._cpu if self._gpu is None else self._up_to_date(self._gpu)
+
+    @property
+    def _cpu(self) -> CpuEngine:
         count = self._node_count
         refine_rows = None if self._refine_rows is None else self._refine_rows[:count]
         rows = self._rows[:count]
@@ -214,6 +287,7 @@ class Index:
         is_in = np.cumsum(nodes >= count) == 0
         if not is_in.all():
             self._graph = build.without_unfinished(self._graph)
+            self._relinked = None
             self._unrepaired = count
             self._table.clear()
         self._labels = self._labels.with_added(labels[is_in], nodes[is_in], count)
@@ -276,6 +350,8 @@ class Index:
         return nodes
 
     def _insertion(self, count: int, threads: int) -> Iterator[graph.Graph]:
+        if self._relinked is not None:
+            self._relinked = np.pad(self._relinked, (0, count - len(self._relinked)))
         return build.insert_nodes(
             self._graph,
             self._neighbors0[:count],
@@ -284,11 +360,13 @@ class Index:
             ef_construction=self.ef_construction,
             seed=self.seed,
             threads=threads,
+            relinked=self._relinked,
         )
 
     def _repair(self, threads: int, tolerated: int) -> None:
         """Link unreachable nodes, if more than `tolerated` nodes are new since the last time."""
         if self._unrepaired > tolerated:
+            before = None if self._relinked is None else self._graph.neighbors0.copy()
             build.repair(
                 self._graph,
                 self._rows[: self._node_count],
@@ -296,6 +374,8 @@ class Index:
                 ef_construction=self.ef_construction,
                 threads=threads,
             )
+            if before is not None and self._relinked is not None:
+                self._relinked[: len(before)] |= (self._graph.neighbors0 != before).any(axis=1)
             self._unrepaired = 0
 
     def delete(self, labels: ArrayLike) -> None:
@@ -334,6 +414,9 @@ class Index:
             counts = np.diff(self._labels.offsets)[live]
             offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
             fresh._labels = Labels(offsets, self._labels.labels)
+            if self._gpu is not None:
+                self._gpu.close()
+            self._relinked = None
             names = ("_graph", "_neighbors0", "_rows", "_refine_rows", "_labels", "_table")
             self.__dict__.update({name: getattr(fresh, name) for name in (*names, "_unrepaired")})
 
@@ -346,32 +429,78 @@ class Index:
         *,
         ef: int = 64,
         allow: ArrayLike | None = None,
-        expand: int = 1,
+        expand: int | None = None,
         ef_upper: int = 1,
         threads: int | None = None,
+        stream: Any = None,
+        out: tuple[Any, Any] | None = None,
     ) -> SearchResult:
         """The k nearest labels of each query (q, dim), or of one query (dim,): a SearchResult.
 
         ef: beam capacity, raised recall for time; a beam holds max(ef, k).
         allow: what may be returned: bool (n,) or (q, n) indexed by label; the same packed, uint8
             (`np.packbits(mask, axis=-1, bitorder="little")`); or int labels (m,).
-        expand: nodes expanded in one step. ef_upper: beam capacity on the layers above.
+        expand: nodes expanded in one step, 1 to 32. None: 1 on the CPU; on a GPU 4, below ef 48 it
+            is 2. Devices answer alike at the same `expand`. ef_upper: beam capacity above layer 0.
+        stream: of a GPU, for queries that lie there; None: CuPy's current one.
+        out: arrays (labels int64, distances float32), each (q, k), that take the result.
+
         With a filter, or after deletes, ef counts allowed nodes: the beam is larger by their share.
         Where they are few (allowed nodes squared <= 64 max(ef, k) nodes), or a walk meets fewer
         than k, all of them are compared, which is exact.
+
+        Queries (q, dim) in the memory of the index's GPU (CuPy, torch, whatever offers DLPack or
+        `__cuda_array_interface__`) give CuPy arrays, and the host waits for nothing, unless there
+        is a filter or something was deleted. They are not checked: one with NaN finds nothing.
         """
-        given = self._queries(queries)
         k, ef = inputs.integer("k", k, 1, MOST_NODES), inputs.integer("ef", ef, 1)
-        walk = {
-            "expand": inputs.integer("expand", expand, 1, 64),
-            "ef_upper": inputs.integer("ef_upper", ef_upper, 1, 65536),
-            "threads": _threads(threads),
-        }
+        expand = inputs.integer("expand", self._expand(ef) if expand is None else expand, 1, 32)
+        ef_upper, threads = inputs.integer("ef_upper", ef_upper, 1, 65536), _threads(threads)
+        if inputs.is_on_gpu(queries) and self._gpu is not None:
+            return self._search_on_gpu(
+                queries, k, ef, allow, expand=expand, ef_upper=ef_upper, stream=stream, out=out
+            )
+        if stream is not None:
+            raise ValueError("stream: the queries are in host memory, which has no streams")
+        given = self._queries(queries)
         with self._lock.shared():
             entries, nodes = self._filter(allow, len(given))
-            keys = answer.nearest(self._engine, given, k, ef, nodes, **walk)
+            keys = answer.nearest(
+                self._engine, given, k, ef, nodes,
+                expand=expand, ef_upper=ef_upper, threads=threads,
+            )  # fmt: skip
             labels, distances = self._labels.spread(keys, k, entries)
-        return SearchResult(labels, self._as_asked(distances))
+        return _into(out, SearchResult(labels, self._as_asked(distances)))
+
+    def _search_on_gpu(
+        self,
+        queries: Any,
+        k: int,
+        ef: int,
+        allow: ArrayLike | None,
+        *,
+        expand: int,
+        ef_upper: int,
+        stream: Any,
+        out: tuple[Any, Any] | None,
+    ) -> SearchResult:
+        """Queries, and the answer, in the memory of the GPU."""
+        assert self._gpu is not None
+        if allow is None and self._labels.live_nodes().all():
+            with self._lock.shared():
+                found = self._up_to_date(self._gpu).search_on_device(
+                    queries, k, max(ef, k), labels=self._labels, expand=expand,
+                    ef_upper=ef_upper, root=self.metric == "euclidean", stream=stream, out=out,
+                )  # fmt: skip
+            return SearchResult(*found)
+        given = self._gpu.to_host(queries, stream)
+        result = self.search(given, k, ef=ef, allow=allow, expand=expand, ef_upper=ef_upper)
+        return SearchResult(*self._gpu.to_device(*result, stream, out))
+
+    def _expand(self, ef: int) -> int:
+        if self._gpu is None:
+            return 1
+        return 4 if ef >= 48 else 2
 
     def search_radius(
         self,
@@ -395,7 +524,9 @@ class Index:
 
         with self._lock.shared():
             entries, nodes = self._filter(allow, len(given))
-            keys = answer.within(self._engine, given, is_near, ef, nodes, threads)
+            keys = answer.within(
+                self._engine, given, is_near, ef, nodes, expand=self._expand(ef), threads=threads
+            )
             found = [
                 self._labels.spread(row[None], self._label_count(row), _row_of(entries, i))
                 for i, row in enumerate(keys)
@@ -436,8 +567,11 @@ class Index:
         """Keys of the nodes nearest to nodes (m,), and of the node itself where it has copies."""
         live = self._labels.live_nodes()
         mask = None if live.all() else live
-        keys = answer.nearest_others(self._engine, ids, k, ef, mask, threads)
-        own = self._engine.own_keys(ids)
+        engine = self._engine
+        keys = answer.nearest_others(
+            engine, ids, k, ef, mask, expand=self._expand(ef), threads=threads
+        )
+        own = engine.own_keys(ids)
         own[np.diff(self._labels.offsets)[ids] == 1] = beam.KEY_NONE
         return np.sort(np.concatenate([keys, own[:, None]], axis=1), axis=1)
 
@@ -512,11 +646,6 @@ class Index:
             about["next_label"] = self._next_label
             storage.write(path, arrays, about)
 
-    def to(self, device: str) -> "Index":
-        """The index on a device: itself, for "cpu"."""
-        self.device = _device(device)
-        return self
-
 
 PARAMETERS = ("dim", "metric", "dtype", "M", "ef_construction", "refine", "seed")
 
@@ -526,20 +655,21 @@ def load(path: str | os.PathLike[str], *, mmap: bool = False, device: str = "aut
 
     mmap: map the vectors instead of reading them; their checksum is not read then.
     """
-    device = _device(device)
+    inputs.one_of("device", device, ("cpu", "auto", "cuda"))
     mapped = ("vectors", "refine_vectors") if mmap else ()
     arrays, about = storage.read(path, mapped)
     try:
-        return _from_arrays(arrays, about, device)
+        index = _from_arrays(arrays, about)
     except KeyError as error:
         raise storage.CorruptIndexError(f"{path}: {error} is missing") from None
     except (TypeError, ValueError) as error:
         raise storage.CorruptIndexError(f"{path}: {error}") from None
+    return index.to(device)
 
 
-def _from_arrays(arrays: dict[str, np.ndarray], about: dict[str, Any], device: str) -> Index:
+def _from_arrays(arrays: dict[str, np.ndarray], about: dict[str, Any]) -> Index:
     parameters = {name: about[name] for name in PARAMETERS}
-    index = Index(parameters.pop("dim"), **parameters, device=device)
+    index = Index(parameters.pop("dim"), **parameters)
     count = len(arrays["neighbors0"])
     _expect("vectors", arrays["vectors"], index._rows, count)
     if index._refine_rows is not None:
@@ -615,14 +745,20 @@ def _refine(refine: bool | str, dtype: str) -> str:
     return kept
 
 
-def _device(device: str) -> str:
-    if inputs.one_of("device", device, ("cpu", "auto", "cuda")) == "cuda":
-        raise RuntimeError(
-            "device='cuda': this release of hnsw_gpu has no GPU engine; use device='cpu'"
-        )
-    if device == "auto":
-        logger.info("device='auto': searching on the CPU (this release has no GPU engine)")
-    return "cpu"
+def _into(out: tuple[Any, Any] | None, result: SearchResult) -> SearchResult:
+    """The result, in the caller's arrays if there are some."""
+    if out is None:
+        return result
+    for given, found in zip(out, result, strict=True):
+        if not isinstance(given, np.ndarray) or (given.shape, given.dtype) != (
+            found.shape,
+            found.dtype,
+        ):
+            what = f"{given.dtype} {given.shape}" if hasattr(given, "dtype") else type(given)
+            raise ValueError(f"out: {what}, expected {found.dtype} {found.shape}")
+    for given, found in zip(out, result, strict=True):
+        given[...] = found
+    return SearchResult(*out)
 
 
 def _threads(threads: int | None) -> int:

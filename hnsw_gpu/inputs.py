@@ -17,6 +17,7 @@ ALIASES = {
     "cos": "cosine",
     "angular": "cosine",
 }
+CUDA_MEMORY = (2, 13)  # device types of DLPack: plain, managed
 LONGEST_SQUARED = float(np.finfo(np.float32).max) / 4  # then no distance overflows float32
 
 
@@ -58,8 +59,20 @@ def integer(name: str, value: Any, least: int, most: int | None = None) -> int:
     return number
 
 
+def is_on_gpu(value: Any) -> bool:
+    """Is it an array in the memory of an NVIDIA GPU?"""
+    if hasattr(value, "__cuda_array_interface__"):
+        return True
+    return hasattr(value, "__dlpack_device__") and value.__dlpack_device__()[0] in CUDA_MEMORY
+
+
 def array(name: str, value: Any) -> np.ndarray:
     """Any array-like as a numpy array, without copying where that is possible."""
+    if is_on_gpu(value):
+        raise TypeError(
+            f"{name}: on a GPU, expected an array in host memory (only the queries of `search` on "
+            "an index that is on that GPU may lie there)"
+        )
     if not isinstance(value, np.ndarray) and not hasattr(value, "__array__"):
         if hasattr(value, "__dlpack__"):
             return np.from_dlpack(value)

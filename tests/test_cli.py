@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 import hnsw_gpu
-from hnsw_gpu import cli
+from hnsw_gpu import cli, doctor, gpu
 
 ROOT = Path(__file__).parents[1]
 ROWS, QUERIES, DIM = 600, 25, 12
@@ -168,14 +168,14 @@ nvmlSystemGetDriverVersion = lambda: "1.2"
 nvmlDeviceGetCount = lambda: 2
 nvmlDeviceGetHandleByIndex = int
 nvmlDeviceGetCudaComputeCapability = lambda card: (9, 0)
-nvmlDeviceGetMemoryInfo = lambda card: SimpleNamespace(total=80 << 30)
+nvmlDeviceGetMemoryInfo = lambda card: SimpleNamespace(total=80 << 30, free=3 << 29)
 nvmlDeviceGetName = lambda card: f"Card {card}"
 """
 WITHOUT_DRIVER = """
 class NVMLError(Exception): pass
 def nvmlInit(): raise NVMLError("Driver Not Loaded")
 """
-CARDS = [f"Card {card}, 80 GiB, sm_90, driver 1.2" for card in (0, 1)]
+CARDS = [f"Card {card}, 80 GiB (1.5 free), sm_90, driver 1.2" for card in (0, 1)]
 
 
 @pytest.mark.parametrize(
@@ -198,8 +198,31 @@ def test_doctor(pynvml, gpus, tmp_path):
     assert facts["gpus"] == gpus
     assert facts["python"] == ".".join(map(str, sys.version_info[:3]))
     assert facts["numpy"] == np.__version__
+    assert facts["gpu_search"] == (gpu.missing() or "ready")
+    assert facts["cupy"] == doctor.cupy()
     assert facts["hnsw-gpu"] == hnsw_gpu.__version__
     assert facts["compile_cache"] == f"{tmp_path / 'cache'} (writable)"
+
+
+@pytest.mark.parametrize(
+    ("there", "said"),
+    [
+        ({}, "hnsw-gpu[cuda12]"),
+        ({"cupy-cuda12x": "14.2.0"}, "cupy-cuda12x 14.2.0, NVRTC from the system or missing"),
+        ({"cupy-cuda13x": "14.2", "nvidia-cuda-nvrtc": "13.5"}, "13x 14.2 nvidia-cuda-nvrtc 13.5"),
+    ],
+    ids=["nothing", "no compiler", "all"],
+)
+def test_doctor_on_cupy(monkeypatch, there, said):
+    monkeypatch.setattr(doctor, "installed", lambda name: there.get(name, "not installed"))
+    assert said in doctor.cupy()
+
+
+@pytest.mark.skipif(gpu.missing() == "", reason="there is a GPU")
+def test_a_gpu_that_is_asked_for_and_not_there(files, tmp_path):
+    command = ["search", files / "docs.hnsw", files / "queries.npy", "-o", tmp_path / "out.npz"]
+    assert gpu.missing().split(" (")[0] in fails(*command, "--device", "cuda")
+    assert run(*command, "--device", "auto") != ""
 
 
 def test_doctor_prints_a_table(monkeypatch):

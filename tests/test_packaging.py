@@ -82,7 +82,8 @@ def sources(folder: str) -> set[str]:
 def test_the_wheel_holds_the_package_only(packages):
     names = names_in_wheel(only(packages.glob("*.whl")))
     package = {name for name in names if ".dist-info/" not in name}
-    assert package == sources("hnsw_gpu")
+    assert package == sources("hnsw_gpu") | {f"hnsw_gpu/{name}" for name in sources("kernels")}
+    assert "hnsw_gpu/kernels/search.cu" in package
     assert "hnsw_gpu/py.typed" in package
     about = {name.partition(".dist-info/")[2] for name in names - package}
     assert about == {"METADATA", "WHEEL", "RECORD", "entry_points.txt", "licenses/LICENSE"}
@@ -92,9 +93,9 @@ def test_the_sdist_holds_what_is_needed_to_test_it(packages):
     with tarfile.open(only(packages.glob("*.tar.gz"))) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     loose = {"README.md", "CHANGELOG.md", "LICENSE", "pyproject.toml", ".ci/run"}
-    assert loose | sources("hnsw_gpu") | sources("tests") <= names
+    assert loose | sources("hnsw_gpu") | sources("kernels") | sources("tests") <= names
     assert {name.partition("/")[0] for name in names} <= {
-        *("hnsw_gpu", "tests", "benchmarks", ".ci", ".gitignore", "PKG-INFO"),
+        *("hnsw_gpu", "kernels", "tests", "benchmarks", ".ci", ".gitignore", "PKG-INFO"),
         *("README.md", "CHANGELOG.md", "LICENSE", "pyproject.toml"),
     }
 
@@ -113,7 +114,9 @@ def test_metadata(packages):
     needs = re.findall(r"^Requires-Dist: ([\w-]+)(.*)$", text, re.M)
     core = {package for package, condition in needs if "extra ==" not in condition}
     assert core == {"click", "numba", "numpy", "tqdm"}
-    assert set(re.findall("^Provides-Extra: (.*)$", text, re.M)) == {"bench", "demo", "test"}
+    assert set(re.findall("^Provides-Extra: (.*)$", text, re.M)) == {
+        *("bench", "cuda12", "cuda13", "demo", "test")
+    }
     assert f"## {version[1]}" in (ROOT / "CHANGELOG.md").read_text()
 
 
@@ -135,6 +138,15 @@ def test_the_installed_command_works(installed, tmp_path):
     assert version.split()[-1] in only(installed.glob("*.dist-info")).name
 
 
+def test_the_kernels_are_found_in_the_wheel(installed, tmp_path):
+    look = (
+        "from hnsw_gpu import kernel_source as k; print(k.folder()); "
+        "assert all(k.source(name) for name in k.FILE_OF_KERNEL)"
+    )
+    found = call(sys.executable, "-c", look, cwd=tmp_path, PYTHONPATH=str(installed))
+    assert Path(found.strip()) == installed / "hnsw_gpu" / "kernels"
+
+
 def test_an_editable_install_is_the_checkout(tmp_path):
     """The wheel that `pip install -e` makes, unpacked where Python looks for .pth files."""
     code = "import sys, hatchling.build; print(hatchling.build.build_editable(sys.argv[1]))"
@@ -143,7 +155,8 @@ def test_an_editable_install_is_the_checkout(tmp_path):
         wheel.extractall(tmp_path / "site")
     look = (
         "import site, sys; sys.path[:] = [p for p in sys.path if p != sys.argv[2]]; "
-        "site.addsitedir(sys.argv[1]); import hnsw_gpu; print(hnsw_gpu.__file__)"
+        "site.addsitedir(sys.argv[1]); import hnsw_gpu; print(hnsw_gpu.__file__); "
+        "from hnsw_gpu import kernel_source; print(kernel_source.folder())"
     )
     found = call(sys.executable, "-c", look, tmp_path / "site", ROOT, cwd=tmp_path)
-    assert Path(found.strip()) == ROOT / "hnsw_gpu" / "__init__.py"
+    assert found.split() == [str(ROOT / "hnsw_gpu" / "__init__.py"), str(ROOT / "kernels")]

@@ -6,6 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+pytest.importorskip("hypothesis", reason="properties are tested with the extra `test`")
+
 from hypothesis import given
 from hypothesis import strategies as st
 

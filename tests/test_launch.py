@@ -8,6 +8,9 @@ from pathlib import Path
 import emulator
 import numpy as np
 import pytest
+
+pytest.importorskip("hypothesis", reason="properties are tested with the extra `test`")
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

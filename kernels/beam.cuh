@@ -57,6 +57,7 @@ __device__ __forceinline__ void merge(Beam& beam, uint64 key) {
     const bool is_known = place < beam.size && (beam.keys[place] & ~EXPANDED) == key;
     bool is_new = key != KEY_NONE && place < beam.capacity && !is_known;
     uint32 entering = lanes_where(is_new);
+    sync_warp();  // read before any lane writes, here or after
     if (entering == 0) return;
     int rank;  // among the entering
     for (;;) {

@@ -16,13 +16,15 @@ constexpr int TAIL_BYTES = 12;  // of an int8 row: float scale, float norm, int 
 constexpr int ELEMENTS = DTYPE == INT8 ? ROW_BYTES - TAIL_BYTES : QUERY_BYTES / 4;
 constexpr int COSINE = 2;
 
+__device__ __forceinline__ float not_a_number() { return __int_as_float(0x7fc00000); }
+
 // One value of a query: of unit length under cosine.
 __device__ __forceinline__ float scaled(float value, double length) {
     return METRIC == COSINE ? static_cast<float>(__ddiv_rn(value, length)) : value;
 }
 
 __device__ __forceinline__ void encode_codes(const float* vector, unsigned char* query,
-                                             double length, float invalid) {
+                                             double length, bool is_valid) {
     float largest = 0;
 #pragma unroll 4
     for (int j = 0; j < DIM; j++) largest = fmaxf(largest, fabsf(scaled(vector[j], length)));
@@ -40,7 +42,7 @@ __device__ __forceinline__ void encode_codes(const float* vector, unsigned char*
     for (int j = ELEMENTS; j < QUERY_BYTES - TAIL_BYTES; j++) query[j] = 0;
     const float norm = __fmul_rn(__fmul_rn(scale, scale), static_cast<float>(squares));
     float* tail = reinterpret_cast<float*>(query + QUERY_BYTES - TAIL_BYTES);
-    tail[0] = __fadd_rn(scale, invalid);
+    tail[0] = is_valid ? scale : not_a_number();
     tail[1] = norm;
     tail[2] = __int_as_float(sum);
 }
@@ -57,14 +59,13 @@ extern "C" __global__ void __launch_bounds__(128, 4) encode(const Encoding task)
         squares = __dadd_rn(squares, __dmul_rn(value, value));
     }
     const bool is_valid = isfinite(squares) && !(METRIC == COSINE && squares == 0);
-    const float invalid = is_valid ? 0.0f : __int_as_float(0x7fc00000);
     const double length = __dsqrt_rn(squares);
     if (DTYPE == INT8) {
-        encode_codes(vector, query, length, invalid);
+        encode_codes(vector, query, length, is_valid);
         return;
     }
     float* values = reinterpret_cast<float*>(query);
 #pragma unroll 4
     for (int j = 0; j < ELEMENTS; j++)
-        values[j] = __fadd_rn(j < DIM ? scaled(vector[j], length) : 0.0f, invalid);
+        values[j] = !is_valid ? not_a_number() : j < DIM ? scaled(vector[j], length) : 0.0f;
 }

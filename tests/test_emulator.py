@@ -381,8 +381,8 @@ MISUSES = {  # the kernel's lines from line 4 on; threads; what the message says
         "deadlock",
     ),
     "exits later": (
-        "if (threadIdx.x == 3) {\nfor (int turn = 0; turn < 200; turn++) __syncwarp(8u); return; }\n"
-        f"__syncwarp({FULL});",
+        "if (threadIdx.x == 3) {\nfor (int turn = 0; turn < 200; turn++) __syncwarp(8u);"
+        f"return; }}\n__syncwarp({FULL});",
         32,
         "trial.cu:6",
         "with mask ffffffff, but lanes 3 of warp 0 exited",
@@ -395,8 +395,8 @@ MISUSES = {  # the kernel's lines from line 4 on; threads; what the message says
         "__syncthreads is not reached by thread",
     ),
     "block of which some exited": (
-        f"if (threadIdx.x > 31) return;\nfor (int turn = 0; turn < 200; turn++) __syncwarp({FULL});\n"
-        "__syncthreads();",
+        "if (threadIdx.x > 31) return;\n"
+        f"for (int turn = 0; turn < 200; turn++) __syncwarp({FULL});\n__syncthreads();",
         64,
         "trial.cu:6",
         "__syncthreads is not reached by 32 exited threads",
@@ -478,6 +478,7 @@ def test_faults_elsewhere_stay_what_they_were():
         env={**os.environ, "PYTHONPATH": paths},
         capture_output=True,
         text=True,
+        timeout=60,
     )
     assert done.returncode < 0
     assert "Segmentation fault" in done.stderr and "string_at" in done.stderr

@@ -52,7 +52,8 @@ class Machine:
     def __init__(self, free: int, sms: int) -> None:
         self.free, self.total, self.arch = free, 2 * free, 90
         self.limits = launch.of_arch(self.arch)._replace(sms=sms)
-        self.live = self.peak = 0  # bytes of arrays
+        self.live = 0  # bytes of arrays
+        self.held: dict[int, list[int]] = {}  # bytes of arrays by stream: now, and at most
         self.steps: list[Step] = []
         self.blocks: list[np.ndarray] = []  # all memory there ever was, so that no address is stale
         self.pinned: list[np.ndarray] = []
@@ -61,6 +62,15 @@ class Machine:
         self.launches: list[Launch] = []
         self.seed = 0  # of the order of lanes
         self.null = None
+
+    def hold(self, stream: int, nbytes: int) -> None:
+        self.live += nbytes
+        now, most = self.held.get(stream, (0, 0))
+        self.held[stream] = [now + nbytes, max(most, now + nbytes)]
+
+    def peak(self) -> int:
+        """Most bytes so far, as CuPy's pool holds them: what a stream had stays with it."""
+        return sum(most for _, most in self.held.values())
 
     def sum_of(self, what: str) -> int:
         """Bytes of all steps of a kind."""
@@ -194,13 +204,12 @@ class _Block:
         self.bytes = raw[start : start + nbytes]
         self.machine, self.stream = machine, get_current_stream()
         machine.blocks.append(raw)
-        machine.live += nbytes
-        machine.peak = max(machine.peak, machine.live)
+        machine.hold(self.stream.ptr, nbytes)
 
     def __del__(self) -> None:
         if not hasattr(self, "machine"):
             return  # it was never allocated
-        self.machine.live -= self.bytes.nbytes
+        self.machine.hold(self.stream.ptr, -self.bytes.nbytes)
         memory = self.bytes
         with self.stream._lock:
             self.stream._ops.append(lambda: memory.fill(POISON))
@@ -399,6 +408,9 @@ def get_default_memory_pool() -> _Pool:
 # --- kernels ---
 
 
+_launching = threading.Lock()  # a library that is loaded twice has one scheduler
+
+
 class RawModule:
     def __init__(self, *, code: str, options: tuple[str, ...] = ()) -> None:
         assert isinstance(options, tuple)
@@ -431,7 +443,8 @@ class RawKernel:
         seed = machine.seed
 
         def run() -> None:
-            self._library.launch(grid, block, copies, shared_mem=shared_mem, seed=seed)
+            with _launching:
+                self._library.launch(grid, block, copies, shared_mem=shared_mem, seed=seed)
 
         launched = Launch(self.name, self._definitions, grid, block, shared_mem)
         machine.launches.append(launched)

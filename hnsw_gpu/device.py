@@ -6,6 +6,7 @@ index itself is written on one stream, and who reads it waits for the event `upl
 
 import functools
 import logging
+import threading
 import time
 from collections.abc import Iterable
 from typing import Any, NamedTuple, Protocol
@@ -49,6 +50,7 @@ class DeviceIndex:
         self.stream = cupy.cuda.Stream(non_blocking=True)
         self.uploaded = cupy.cuda.Event(disable_timing=True)
         self._kernels: dict[tuple, Any] = {}
+        self._compiling = threading.Lock()
         self.forget()
 
     def forget(self) -> None:
@@ -243,17 +245,21 @@ class DeviceIndex:
     def _kernel(self, name: str, definitions: dict[str, int]) -> Any:
         """The compiled kernel; CuPy keeps compiled ones on disk."""
         key = (name, *definitions.items())
-        if key not in self._kernels:
-            start = time.perf_counter()
-            code, options = kernel_source.source(name), kernel_source.options(definitions)
-            kernel = self._cupy.RawModule(code=code, options=options).get_function(name)
-            if name == "search":  # the plan reckons with all of the shared memory
-                kernel.max_dynamic_shared_size_bytes = self.limits.shared_per_block
-                kernel.preferred_shared_memory_carveout = 100
-            self._kernels[key] = kernel
-            seconds = time.perf_counter() - start
-            logger.info("kernel %s: compiled in %.1f s (%s)", name, seconds, " ".join(options))
-        return self._kernels[key]
+        with self._compiling:
+            if key not in self._kernels:
+                self._kernels[key] = self._compiled(name, definitions)
+            return self._kernels[key]
+
+    def _compiled(self, name: str, definitions: dict[str, int]) -> Any:
+        start = time.perf_counter()
+        code, options = kernel_source.source(name), kernel_source.options(definitions)
+        kernel = self._cupy.RawModule(code=code, options=options).get_function(name)
+        if name == "search":  # the plan reckons with all of the shared memory
+            kernel.max_dynamic_shared_size_bytes = self.limits.shared_per_block
+            kernel.preferred_shared_memory_carveout = 100
+        seconds = time.perf_counter() - start
+        logger.info("kernel %s: compiled in %.1f s (%s)", name, seconds, " ".join(options))
+        return kernel
 
     def _struct(self, name: str, **fields: Any) -> np.ndarray:
         """A kernel's argument: `struct <name>`, of device arrays the addresses."""
@@ -276,9 +282,15 @@ def mask_stride(allowed: Any) -> int:
     return 0 if allowed is None or allowed.ndim == 1 else int(allowed.shape[1])
 
 
-def columns_compared(ids: int, k: int) -> int:
-    """Keys a query that comparing takes at once: of a block, and merged with the k best."""
-    return 2 * min(ids, BLOCK_IDS) + 2 * min(ids, k)
+def keys_walked(walk: launch.Walk, k: int, refine: str) -> int:
+    """Keys a query that `walk` holds at once: as found; as compared again, and cut to k."""
+    return walk.k + (walk.k + min(k, walk.k) if refine else 0)
+
+
+def keys_compared(ids: int, k: int) -> int:
+    """Keys a query that `compare` holds at once: of a block, merged with the best so far."""
+    block, best = min(ids, BLOCK_IDS), min(ids, k)
+    return block + best if ids <= BLOCK_IDS else 2 * (block + best)
 
 
 def gigabytes(size: int) -> str:

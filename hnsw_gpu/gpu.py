@@ -20,8 +20,9 @@ from hnsw_gpu.device import (
     DeviceIndex,
     LabelArrays,
     Queries,
-    columns_compared,
     gigabytes,
+    keys_compared,
+    keys_walked,
     mask_stride,
 )
 from hnsw_gpu.graph import Graph
@@ -169,7 +170,6 @@ class GpuEngine:
         with self._device:
             for event in self._searches:
                 event.synchronize()
-            self._index.stream.synchronize()
         self._searches, self._slots = [], []
         self._rows = self._refine_rows = np.empty((0, 0))
         self._index.forget()
@@ -210,7 +210,8 @@ class GpuEngine:
                 bits = slot.upload("allowed", allowed if allowed.ndim == 1 else allowed[part])
             return self._index.walk(batch, walk, min(k, walk.k), bits)
 
-        bytes_a_query = self._bytes_a_query(walk.k) + 4 * mask_stride(allowed)
+        keys_held = keys_walked(walk, k, self._refine)
+        bytes_a_query = self._bytes_a_query(keys_held) + 4 * mask_stride(allowed)
         return self._in_batches(queries, own, k, bytes_a_query, work)
 
     def compare(
@@ -233,7 +234,7 @@ class GpuEngine:
         def work(slot: _Slot, part: slice) -> Any:
             return self._index.compare(self._upload_queries(slot, queries, own, part), ids, k)
 
-        bytes_a_query = self._bytes_a_query(columns_compared(len(ids), k))
+        bytes_a_query = self._bytes_a_query(keys_compared(len(ids), k))
         return self._in_batches(queries, own, k, bytes_a_query, work)
 
     def own_keys(self, ids: np.ndarray) -> np.ndarray:
@@ -380,7 +381,11 @@ class GpuEngine:
         stream = self._stream(stream)
         walk = self._walk_of(k, ef, capacity, ef_upper, expand, allowed is not None)
         compared = None if ids is None else np.ascontiguousarray(ids, np.int32)
-        columns = walk.k if compared is None else columns_compared(len(compared), k)
+        keys_held = (
+            keys_walked(walk, k, self._refine)
+            if compared is None
+            else keys_compared(len(compared), k)
+        )
         with self._lock:
             index.set_labels(labels, after=self._searches)
         with self._device, stream:
@@ -389,7 +394,7 @@ class GpuEngine:
             found = self._result(out, (len(vectors), k))
             given = (_one_row(allowed), _one_row(allowed_entries))
             masks = [m if m is None else cupy.asarray(m) for m in given]
-            for part in self._batches(len(vectors), self._bytes_a_query(columns)):
+            for part in self._batches(len(vectors), self._bytes_a_query(keys_held)):
                 bits = [m if m is None or m.ndim == 1 else m[part] for m in masks]
                 batch = index.encode(vectors[part])
                 if not self.node_count:

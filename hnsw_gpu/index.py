@@ -206,7 +206,7 @@ class Index:
         Where less is free, a large batch is cut in parts, and an index is a MemoryError.
         """
         count = inputs.integer("queries", queries, 0)
-        keys = inputs.integer("ef", ef, 1)
+        keys = inputs.integer("ef", ef, 1) * (3 if self.refine else 1)  # found, compared, cut
         parts = launch.memory(
             self.dtype, self.refine, self.dim, self.M, self._node_count, len(self._graph.nodes),
             len(self._labels),

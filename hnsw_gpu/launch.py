@@ -255,10 +255,9 @@ def memory(
 
 
 def bytes_a_query(dtype: str, refine: str, dim: int, keys: int) -> int:
-    """Bytes of GPU memory of a batch, for each of its queries with `keys` keys."""
+    """Bytes of GPU memory that a query takes with `keys` keys."""
     encoded = query_bytes(dtype, dim) + (query_bytes(refine, dim) if refine else 0)
-    copies = 3 if refine else 1  # as found, as compared, as cut to k
-    return encoded + 8 * keys * copies + 4 * 3  # own id, counts
+    return encoded + KEY_BYTES * keys + 4 * 3  # and its own id, and two counts
 
 
 def _row_bytes(dtype: str, dim: int) -> int:

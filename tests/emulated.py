@@ -28,9 +28,7 @@ class Build(NamedTuple):
         definitions = kernel_source.definitions(
             self.metric, self.dtype, self.dim, self.M, self.warps, self.tag_bits, has_found
         )
-        return emulator.compile(
-            kernel, definitions, sanitizer=self.sanitizer, source=self.source
-        )
+        return emulator.compile(kernel, definitions, sanitizer=self.sanitizer, source=self.source)
 
 
 def struct(name: str, **fields) -> tuple[np.ndarray, list]:
@@ -122,7 +120,7 @@ def search(
 
 
 def compare(build: Build, rows, queries, *, ids=None, candidates=None, seed: int = 0) -> np.ndarray:
-    """Sorted keys (q, m) of listed ids (m,), or of each query's candidates (q, m), by compare.cu."""
+    """Sorted keys (q, m) of ids (m,), or of each query's candidates (q, m), by compare.cu."""
     count = len(ids) if candidates is None else candidates.shape[1]
     keys = np.full((len(queries), count), 7, np.uint64)
     task, held = struct(
@@ -144,7 +142,9 @@ def compare(build: Build, rows, queries, *, ids=None, candidates=None, seed: int
 def encode(build: Build, vectors: np.ndarray, width: int) -> np.ndarray:
     """Encoded queries uint8 (q, width) of float32 vectors (q, dim), by encode.cu."""
     queries = np.zeros((len(vectors), width), np.uint8)
-    task, held = struct("Encoding", vectors=own_memory(vectors), queries=queries, count=len(vectors))
+    task, held = struct(
+        "Encoding", vectors=own_memory(vectors), queries=queries, count=len(vectors)
+    )
     build.library("encode").launch((-(-len(vectors) // 128),), (128,), (task,))
     del held
     return queries

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +53,9 @@ def fails(*arguments: object) -> str:
 
 def start(*arguments: object, **options: object) -> subprocess.Popen:
     command = [sys.executable, "-m", "hnsw_gpu", *map(str, arguments)]
-    return subprocess.Popen(command, cwd=ROOT, **options)
+    # a shell's background jobs ignore SIGINT, and so would all that they start
+    hear = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(command, cwd=ROOT, preexec_fn=hear, **options)
 
 
 def truth(folder: Path, k: int) -> tuple[np.ndarray, np.ndarray]:

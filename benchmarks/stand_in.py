@@ -48,7 +48,7 @@ def installed() -> Iterator[Any]:
     numbers = {f"cudaDevAttr{name}": i for i, name in enumerate(ATTRIBUTES)}
     values = list(ATTRIBUTES.values())
     before, pool_before = cupy.cuda, cupy.get_default_memory_pool
-    pool = types.SimpleNamespace(free_bytes=lambda: 0, free_all_blocks=lambda: None)
+    pool = types.SimpleNamespace(free_bytes=lambda: 0, free_all_blocks=lambda stream=None: None)
     runtime = {
         **vars(before.runtime),
         **numbers,

@@ -18,6 +18,7 @@ from hnsw_gpu.graph import Graph
 
 logger = logging.getLogger("hnsw_gpu")
 
+LEAST_MAJOR = 7  # of the compute capability: lanes find their equals since then
 BLOCK_IDS = 65536  # that are compared before the keys are cut to k
 
 _struct_dtype = functools.cache(kernel_source.struct_dtype)
@@ -46,6 +47,11 @@ class DeviceIndex:
         self._metric, self._dtype, self._refine, self._dim, self._M = metric, dtype, refine, dim, M
         self.device = cupy.cuda.Device()
         properties = cupy.cuda.runtime.getDeviceProperties(self.device.id)
+        if properties["major"] < LEAST_MAJOR:
+            raise RuntimeError(
+                f"the GPU's compute capability is {properties['major']}.{properties['minor']}, and "
+                f"the kernels need {LEAST_MAJOR}.0 or more"
+            )
         self.limits = launch.from_device(properties)
         self.stream = cupy.cuda.Stream(non_blocking=True)
         self.uploaded = cupy.cuda.Event(disable_timing=True)
@@ -54,8 +60,10 @@ class DeviceIndex:
         self.forget()
 
     def forget(self) -> None:
-        """Hold nothing; nothing may be under way."""
+        """Hold nothing, and keep no memory from other streams; nothing may be under way."""
         self._arrays: dict[str, Any] = {}
+        with self.device:
+            self._cupy.get_default_memory_pool().free_all_blocks(self.stream)
         self._labels: LabelArrays | None = None
         self._top = self.node_count = 0
 
@@ -95,6 +103,7 @@ class DeviceIndex:
             for name in ("nodes", "neighbors", "below", "layer_offsets"):
                 self._put(name, getattr(graph, name), 0)
             self.uploaded.record(self.stream)
+            self.uploaded.synchronize()  # the host's arrays may change after this
         self._top, self.node_count = graph.top, len(rows)
 
     def set_labels(self, labels: LabelArrays, after: Iterable[Any]) -> None:
@@ -127,6 +136,8 @@ class DeviceIndex:
         Where the old copy and the larger one do not fit together, all is copied again.
         """
         old = self._arrays.get(name)
+        if old is None:  # as after a growth that found no memory
+            first = 0
         if old is None or len(old) < len(array):
             room = len(array) if old is None else max(len(array), len(old) + len(old) // 4)
             row_bytes = array[:1].nbytes
@@ -206,6 +217,13 @@ class DeviceIndex:
         kernel = self._kernel("compare", self._definitions(self._refine or self._dtype))
         kernel(launch.compare_grid(count, m, self.limits), (launch.COMPARE_BLOCK,), (task,))
         return keys
+
+    def compile_encoder(self) -> None:
+        """The smallest kernel: RuntimeError where kernels cannot be compiled here."""
+        try:
+            self._kernel("encode", self._definitions(self._dtype))
+        except Exception as error:  # of CuPy, of NVRTC, of a library that is not there
+            raise RuntimeError(f"kernels cannot be compiled here: {error}") from error
 
     def encode(self, vectors: Any) -> Queries:
         def encoded(dtype: str) -> Any:

@@ -62,7 +62,7 @@ def _cupy() -> Any:
 def missing() -> str:
     """What keeps this machine from searching on a GPU; empty when nothing does."""
     try:
-        _cupy()
+        GpuEngine("l2", "fp32", "", 1, 2)
     except RuntimeError as error:
         return str(error)
     return ""
@@ -126,11 +126,12 @@ class GpuEngine:
         self._cupy = _cupy()
         self._metric, self._dtype, self._refine, self._dim, self._M = metric, dtype, refine, dim, M
         self._index = DeviceIndex(self._cupy, metric, dtype, refine, dim, M)
+        self._index.compile_encoder()
         self._device = self._index.device
         self._rows = self._refine_rows = np.empty((0, 0))
         self._slots: list[_Slot] = []  # not in use
         self._lock = threading.Lock()  # of `_searches`, and of uploading labels
-        self._searches: list[Any] = []  # events: ends of searches that the host did not wait for
+        self._searches: list[tuple[Any, Any]] = []  # not waited for: the event at the end, queries
 
     @property
     def name(self) -> str:
@@ -160,7 +161,7 @@ class GpuEngine:
         `changed`: int (m,) ids of older nodes whose links on layer 0 are new; None: all may be. The
         rows are read again by self searches. MemoryError where the GPU has too little.
         """
-        self._index.update(graph, rows, refine_rows, changed, self._searches)
+        self._index.update(graph, rows, refine_rows, changed, self._ends())
         self._searches = []
         self._rows = rows
         self._refine_rows = rows if refine_rows is None else refine_rows
@@ -168,11 +169,15 @@ class GpuEngine:
     def close(self) -> None:
         """Give the memory back to CuPy, when the last search has ended; `update` fills it again."""
         with self._device:
-            for event in self._searches:
+            for event in self._ends():
                 event.synchronize()
+            self._index.stream.synchronize()
         self._searches, self._slots = [], []
         self._rows = self._refine_rows = np.empty((0, 0))
         self._index.forget()
+
+    def _ends(self) -> list[Any]:
+        return [end for end, _ in self._searches]
 
     # ---------------------------------------------------------------- numpy in, numpy out
 
@@ -381,34 +386,43 @@ class GpuEngine:
         stream = self._stream(stream)
         walk = self._walk_of(k, ef, capacity, ef_upper, expand, allowed is not None)
         compared = None if ids is None else np.ascontiguousarray(ids, np.int32)
+        most = launch.largest_ef(walk, self.node_count, index.limits)
+        if ids is None and allowed is None and min(k, self.node_count) > most:
+            compared = np.arange(self.node_count, dtype=np.int32)
         keys_held = (
             keys_walked(walk, k, self._refine)
             if compared is None
             else keys_compared(len(compared), k)
         )
         with self._lock:
-            index.set_labels(labels, after=self._searches)
+            index.set_labels(labels, after=self._ends())
         with self._device, stream:
             stream.wait_event(index.uploaded)
             vectors = self._vectors(queries)
             found = self._result(out, (len(vectors), k))
             given = (_one_row(allowed), _one_row(allowed_entries))
             masks = [m if m is None else cupy.asarray(m) for m in given]
-            for part in self._batches(len(vectors), self._bytes_a_query(keys_held)):
-                bits = [m if m is None or m.ndim == 1 else m[part] for m in masks]
-                batch = index.encode(vectors[part])
-                if not self.node_count:
-                    keys = index.compare(batch, _NO_IDS, k)
-                elif compared is None:
-                    keys = index.walk(batch, walk, min(k, walk.k), bits[0])
-                else:
-                    keys = index.compare(batch, compared, k)
-                index.spread(keys, bits[1], found[0][part], found[1][part], root)
-            end = cupy.cuda.Event(disable_timing=True)
-            end.record(stream)
-        with self._lock:
-            self._searches = [event for event in self._searches if not event.done] + [end]
+            try:
+                for part in self._batches(len(vectors), self._bytes_a_query(keys_held)):
+                    bits = [m if m is None or m.ndim == 1 else m[part] for m in masks]
+                    batch = index.encode(vectors[part])
+                    if not self.node_count:
+                        keys = index.compare(batch, _NO_IDS, k)
+                    elif compared is None:
+                        keys = index.walk(batch, walk, min(k, walk.k), bits[0])
+                    else:
+                        keys = index.compare(batch, compared, k)
+                    index.spread(keys, bits[1], found[0][part], found[1][part], root)
+            finally:  # after an error too, an update must wait for what was enqueued
+                self._keep_until_done(stream, (queries, vectors))
         return found
+
+    def _keep_until_done(self, stream: Any, held: Any) -> None:
+        """Note the end of a search, and hold its queries: another library may own their memory."""
+        end = self._cupy.cuda.Event(disable_timing=True)
+        end.record(stream)
+        with self._lock:
+            self._searches = [pair for pair in self._searches if not pair[0].done] + [(end, held)]
 
     def to_host(self, queries: Any, stream: Any = None) -> np.ndarray:
         """A copy of an array on this GPU, when `stream` has come so far."""
@@ -423,6 +437,7 @@ class GpuEngine:
             found = self._result(out, labels.shape)
             for array, values in zip(found, (labels, distances), strict=True):
                 array.set(values, current)
+            current.synchronize()  # the host's copies end here
         return found
 
     def _stream(self, given: Any) -> Any:

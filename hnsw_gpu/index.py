@@ -95,6 +95,7 @@ class Index:
         self._gpu: GpuEngine | None = None
         self._gpu_lock = threading.Lock()  # of bringing the GPU up to date
         self._relinked: np.ndarray | None = None  # bool, nodes with links the GPU lacks; None: all
+        self._is_stale = False  # the GPU lacks some of them
         self._start_empty()
         self.to(device)
 
@@ -164,40 +165,44 @@ class Index:
         """
         inputs.one_of("device", device, ("cpu", "auto", "cuda"))
         with self._lock.exclusive():
-            if device == "cpu":
-                if self._gpu is not None:
-                    self._gpu.close()
+            if device == "cpu" and self._gpu is not None:
+                self._gpu.close()
                 self._gpu = None
-            elif self._gpu is None:
+            elif device != "cpu" and self._gpu is None:
                 self._gpu = self._gpu_engine(is_needed=device == "cuda")
-                self._relinked = None
-        if self._gpu is not None:
-            self._up_to_date(self._gpu)
         return self
 
     def _gpu_engine(self, is_needed: bool) -> "GpuEngine | None":
+        """The index on the GPU; where that cannot be, an error if it is needed, else None."""
         from hnsw_gpu.gpu import GpuEngine
 
+        engine = None
         try:
             engine = GpuEngine(self._metric, self.dtype, self.refine, self.dim, self.M)
-        except RuntimeError as error:
+            self._relinked = None
+            self._up_to_date(engine)
+        except (RuntimeError, MemoryError) as error:
+            if engine is not None:
+                engine.close()
             if is_needed:
-                raise RuntimeError(f"device='cuda': {error}") from error
+                raise type(error)(f"device='cuda': {error}") from error
             logger.info("device='auto': searching on the CPU: %s", error)
             return None
         logger.info("searching on %s", engine.name)
         return engine
 
     def _up_to_date(self, gpu: "GpuEngine") -> "GpuEngine":
-        """The GPU's engine, with what was added since."""
+        """The GPU's engine, with what was added since; called within a lock."""
         with self._gpu_lock:
             cpu = self._cpu
             if self._relinked is None:
                 gpu.update(cpu.graph, cpu.rows, cpu.refine_rows)
-            elif self._relinked.any() or gpu.node_count != cpu.node_count:
+            elif self._is_stale:
                 changed = np.flatnonzero(self._relinked[: gpu.node_count])
                 gpu.update(cpu.graph, cpu.rows, cpu.refine_rows, changed)
-            self._relinked = np.zeros(cpu.node_count, bool)
+            else:
+                return gpu
+            self._relinked, self._is_stale = np.zeros(cpu.node_count, bool), False
         return gpu
 
     def memory(self, queries: int = 10_000, *, ef: int = 64) -> dict[str, int]:
@@ -352,6 +357,7 @@ class Index:
     def _insertion(self, count: int, threads: int) -> Iterator[graph.Graph]:
         if self._relinked is not None:
             self._relinked = np.pad(self._relinked, (0, count - len(self._relinked)))
+            self._is_stale = True
         return build.insert_nodes(
             self._graph,
             self._neighbors0[:count],
@@ -376,6 +382,7 @@ class Index:
             )
             if before is not None and self._relinked is not None:
                 self._relinked[: len(before)] |= (self._graph.neighbors0 != before).any(axis=1)
+                self._is_stale = True
             self._unrepaired = 0
 
     def delete(self, labels: ArrayLike) -> None:
@@ -485,17 +492,19 @@ class Index:
         out: tuple[Any, Any] | None,
     ) -> SearchResult:
         """Queries, and the answer, in the memory of the GPU."""
-        assert self._gpu is not None
-        if allow is None and self._labels.live_nodes().all():
-            with self._lock.shared():
-                found = self._up_to_date(self._gpu).search_on_device(
+        with self._lock.shared():
+            gpu = self._gpu
+            if gpu is not None and allow is None and self._labels.live_nodes().all():
+                found = self._up_to_date(gpu).search_on_device(
                     queries, k, max(ef, k), labels=self._labels, expand=expand,
                     ef_upper=ef_upper, root=self.metric == "euclidean", stream=stream, out=out,
                 )  # fmt: skip
-            return SearchResult(*found)
-        given = self._gpu.to_host(queries, stream)
+                return SearchResult(*found)
+        if gpu is None:
+            raise RuntimeError("queries: on a GPU, which the index has left for the CPU")
+        given = gpu.to_host(queries, stream)
         result = self.search(given, k, ef=ef, allow=allow, expand=expand, ef_upper=ef_upper)
-        return SearchResult(*self._gpu.to_device(*result, stream, out))
+        return SearchResult(*gpu.to_device(*result, stream, out))
 
     def _expand(self, ef: int) -> int:
         if self._gpu is None:

@@ -4,6 +4,7 @@ The answer never depends on a plan (R7, R11), only its speed does. A plan keeps 
 as they are, or refuses them and says what would fit.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -94,6 +95,7 @@ class Plan(NamedTuple):
     grid: int
 
 
+@functools.lru_cache(4096)
 def plan(
     metric: str,
     dtype: str,
@@ -163,6 +165,7 @@ def _even(count: int) -> int:
     return count + count % 2
 
 
+@functools.lru_cache(4096)
 def largest_ef(walk: Walk, nodes: int, limits: Limits) -> int:
     """The largest beam capacity that fits a block; with an allowed list, beside min(k, it) keys."""
     least, above = 0, limits.shared_per_block // KEY_BYTES

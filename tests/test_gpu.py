@@ -441,7 +441,7 @@ def test_streams(machine: cupy_stand_in.Machine, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(gpu, "MOST_QUERIES", 2)
     case = make_case().upload()
     uploads = len(machine.steps)
-    recorded = machine.steps[-1]
+    recorded = machine.steps[-2]  # and then the host waits, whose arrays may change
     assert recorded.what == "record"
     found = case.gpu.walk(case.queries, 4, 10)
     np.testing.assert_array_equal(found, case.cpu.walk(case.queries, 4, 10))
@@ -599,11 +599,11 @@ def test_the_host_waits_for_nothing(machine: cupy_stand_in.Machine, refine: str)
     case = make_case("l2", "int8", refine).upload()
     labels = some_labels()
     mine, foreign = (cupy.cuda.Stream(non_blocking=True) for _ in range(2))
-    uploaded = machine.steps[-1]
+    uploaded, started = machine.steps[-2], len(machine.steps)
     with foreign:
         queries = Foreign(cupy.asarray(case.queries))
         found = case.gpu.search_on_device(queries, 6, 12, labels=labels, stream=mine)
-    names = machine.names()
+    names = machine.names()[started:]
     assert "synchronize" not in names and "download" not in names
     steps = [step for step in machine.steps if step.stream == mine.ptr]
     waits = [step.event for step in steps if step.what == "wait"]
@@ -615,6 +615,105 @@ def test_the_host_waits_for_nothing(machine: cupy_stand_in.Machine, refine: str)
     assert chain == ["encode"] * (2 if refine else 1) + ["search", *refined, "spread"]
     wanted = labels.spread(case.cpu.walk(case.queries, 6, 12), 6)
     np.testing.assert_array_equal(found[0].get(mine), wanted[0])
+
+
+def test_a_search_that_breaks_off_is_waited_for(
+    machine: cupy_stand_in.Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import cupy
+
+    case = make_case().upload()
+
+    def torn(*given: Any) -> None:
+        raise RuntimeError("torn")
+
+    stream = cupy.cuda.Stream(non_blocking=True)
+    queries = cupy.asarray(case.queries)
+    monkeypatch.setattr(case.gpu._index, "spread", torn)
+    with pytest.raises(RuntimeError, match="torn"):
+        case.gpu.search_on_device(queries, 3, 8, labels=some_labels(), stream=stream)
+    started = len(machine.steps)
+    ended = [step.event for step in machine.steps if step.stream == stream.ptr][-1]
+    case.upload()
+    waits = [step.event for step in machine.steps[started:] if step.what == "wait"]
+    assert ended in waits
+
+
+def test_queries_are_held_until_they_were_read(machine: cupy_stand_in.Machine) -> None:
+    """Another library may give their memory away as soon as nobody holds them."""
+    import weakref
+
+    import cupy
+
+    case = make_case().upload()
+    stream = cupy.cuda.Stream(non_blocking=True)
+    given = Foreign(cupy.asarray(case.queries))
+    held = weakref.ref(given)
+    found = case.gpu.search_on_device(given, 3, 8, labels=some_labels(), stream=stream)
+    del given
+    assert held() is not None
+    stream.synchronize()
+    case.gpu.search_on_device(cupy.asarray(case.queries), 3, 8, labels=some_labels(), stream=stream)
+    assert held() is None
+    np.testing.assert_array_equal(
+        found[0].get(stream), some_labels().spread(case.cpu.walk(case.queries, 3, 8), 3)[0]
+    )
+
+
+def test_a_large_k_on_the_device_compares_all(
+    machine: cupy_stand_in.Machine,
+) -> None:
+    import cupy
+
+    machine.limits = machine.limits._replace(shared_per_block=5 * 1024)
+    case = make_case().upload()
+    queries = cupy.asarray(case.queries)
+    labels, _ = case.gpu.search_on_device(queries, 190, 190, labels=some_labels())
+    everything = case.cpu.compare(case.queries, np.arange(NODES), 190)
+    np.testing.assert_array_equal(labels.get(), some_labels().spread(everything, 190)[0])
+
+
+def test_after_memory_ran_out_all_is_uploaded_again(
+    machine: cupy_stand_in.Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import cupy
+
+    case = make_case()
+    small = truncated(case.cpu, NODES - 90)
+    Case(small, case.gpu, case.queries).upload()
+    empty, asked = cupy.empty, []
+
+    def scarce(shape: Any, dtype: Any) -> Any:
+        asked.append(shape)
+        if len(asked) == 1:
+            raise MemoryError("out of memory")
+        return empty(shape, dtype)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(cupy, "empty", scarce)
+        patched.setattr(case.gpu._index, "free_bytes", lambda: 1)  # old and new do not fit
+        patched.setattr(case.gpu._index, "_refuse", lambda graph: None)
+        with pytest.raises(MemoryError):
+            case.upload()
+        case.upload()
+    np.testing.assert_array_equal(
+        case.gpu.walk(case.queries, 5, 20), case.cpu.walk(case.queries, 5, 20)
+    )
+
+
+def test_an_old_gpu_and_a_missing_compiler_are_named(
+    machine: cupy_stand_in.Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine.arch = 61
+    assert "compute capability is 6.1" in gpu.missing()
+    machine.arch = 90
+    assert gpu.missing() == ""
+
+    def no_headers(**given: Any) -> None:
+        raise RuntimeError("Failed to find CUDA headers")
+
+    monkeypatch.setattr(cupy_stand_in, "RawModule", no_headers)
+    assert "Failed to find CUDA headers" in gpu.missing()
 
 
 def test_an_update_waits_for_searches_on_the_device(machine: cupy_stand_in.Machine) -> None:

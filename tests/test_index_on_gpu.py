@@ -156,6 +156,19 @@ def test_auto_takes_the_gpu_and_says_so(machine, caplog):
     assert "searching on" in caplog.text
 
 
+def test_an_index_that_does_not_fit(machine, tmp_path, caplog):
+    cpu, _ = pair()
+    cpu.save(tmp_path / "a.hnsw")
+    machine.free = 1000
+    for ask in (lambda: cpu.to("cuda"), lambda: hnsw_gpu.load(tmp_path / "a.hnsw", device="cuda")):
+        with pytest.raises(MemoryError, match="device='cuda': the index takes"):
+            ask()
+    assert cpu.device == "cpu"
+    with caplog.at_level(logging.INFO, "hnsw_gpu"):
+        assert hnsw_gpu.load(tmp_path / "a.hnsw", device="auto").device == "cpu"
+    assert "the index takes" in caplog.text
+
+
 @pytest.mark.parametrize("metric", ["l2", "euclidean"])
 def test_queries_on_the_gpu(machine, metric):
     cpu, gpu = pair(metric)

@@ -400,6 +400,9 @@ class _Pool:
     def free_bytes(self) -> int:
         return 0
 
+    def free_all_blocks(self, stream: Stream | None = None) -> None:
+        machine.steps.append(Step(-1 if stream is None else stream.ptr, "give back"))
+
 
 def get_default_memory_pool() -> _Pool:
     return _Pool()
@@ -481,6 +484,8 @@ def getDeviceProperties(device: int) -> dict:
     limits = machine.limits
     return {
         "name": b"the emulator",
+        "major": machine.arch // 10,
+        "minor": machine.arch % 10,
         "multiProcessorCount": limits.sms,
         "sharedMemPerBlockOptin": limits.shared_per_block,
         "sharedMemPerMultiprocessor": limits.shared_per_sm,

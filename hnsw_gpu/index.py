@@ -494,7 +494,7 @@ class Index:
         """Queries, and the answer, in the memory of the GPU."""
         with self._lock.shared():
             gpu = self._gpu
-            if gpu is not None and allow is None and self._labels.live_nodes().all():
+            if gpu is not None and allow is None and self._labels.are_all_live:
                 found = self._up_to_date(gpu).search_on_device(
                     queries, k, max(ef, k), labels=self._labels, expand=expand,
                     ef_upper=ef_upper, root=self.metric == "euclidean", stream=stream, out=out,
@@ -574,8 +574,7 @@ class Index:
 
     def _keys_of_others(self, ids: np.ndarray, k: int, ef: int, threads: int) -> np.ndarray:
         """Keys of the nodes nearest to nodes (m,), and of the node itself where it has copies."""
-        live = self._labels.live_nodes()
-        mask = None if live.all() else live
+        mask = None if self._labels.are_all_live else self._labels.live_nodes()
         engine = self._engine
         keys = answer.nearest_others(
             engine, ids, k, ef, mask, expand=self._expand(ef), threads=threads
@@ -604,8 +603,7 @@ class Index:
         if allow is not None:
             mask = inputs.entry_mask(allow, self._labels.labels, queries)
             return np.atleast_2d(pack_bits(mask)), self._labels.any_of_node(mask)
-        live = self._labels.live_nodes()
-        return None, None if live.all() else live
+        return None, None if self._labels.are_all_live else self._labels.live_nodes()
 
     # ---------------------------------------------------------------- keeping it
 

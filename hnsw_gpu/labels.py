@@ -1,5 +1,7 @@
 """The caller's labels and the nodes that carry them."""
 
+import functools
+
 import numpy as np
 from numba import njit
 
@@ -80,6 +82,11 @@ class Labels:
     def live_nodes(self):
         """bool (n,): nodes that carry a label."""
         return self.offsets[1:] > self.offsets[:-1]
+
+    @functools.cached_property
+    def are_all_live(self):
+        """Does every node carry a label? Looked up by every search, and labels never change."""
+        return bool(self.live_nodes().all())
 
     def any_of_node(self, entries):
         """bool (..., n): nodes with at least one True among their entries, bool (..., entries)."""

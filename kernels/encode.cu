@@ -1,4 +1,5 @@
-// Float32 queries that are on the GPU already, encoded as vectors.py encodes them, bit for bit.
+// Float32 queries that are on the GPU already, encoded as vectors.py encodes them, bit for bit
+// (but subnormal numbers, which CuPy's -ftz makes zero).
 //
 // One thread a query, because the order of its sums must be that of vectors.py. A query that is not
 // finite, or zero under cosine, becomes NaN throughout: its distances are none, and it finds nothing.

@@ -245,6 +245,12 @@ def _processor_flags() -> tuple[str, ...]:
 # --- launches ---
 
 
+@functools.cache
+def _lock_of(path: Path) -> threading.Lock:
+    """One for all that load this file: its scheduler's state is global."""
+    return threading.Lock()
+
+
 class Library:
     """A compiled kernel.
 
@@ -263,7 +269,7 @@ class Library:
         self.steps = 0
         self.max_shared = MAX_SHARED
         self.limit_s = 300
-        self._lock = threading.Lock()  # the scheduler's state is global
+        self._lock = _lock_of(path)
         self._library = ctypes.CDLL(str(path))
         self._library.emulator_launch.restype = ctypes.c_char_p
         self._counted: list[np.ndarray] = []

@@ -70,10 +70,12 @@ def search(
     blocks: int = 2,
     seed: int = 0,
     limit: int | None = None,
+    bytes_read: dict[str, int] | None = None,
 ) -> Result:
     """`search.search` by search.cu. `groups` queries a block (one where warps share a query).
 
-    `limit` shortens the shared memory by as many bytes, which no launch may survive.
+    `limit` shortens the shared memory by as many bytes, which no launch may survive. `bytes_read`
+    takes what was read of "rows" and "neighbors0" (the "count" build).
     """
     count = len(queries)
     ef = max(ef, k)
@@ -83,7 +85,8 @@ def search(
     keys = np.zeros((count, k), np.uint64)
     counts = np.full((count, 2), -1, np.int32)
     bits = None if allowed is None else own_memory(np.atleast_2d(allowed))
-    graph_struct, held = struct("Graph", **arrays, rows=own_memory(rows), top=graph.top)
+    arrays["rows"] = own_memory(rows)
+    graph_struct, held = struct("Graph", **arrays, top=graph.top)
     task, held_too = struct(
         "Task",
         queries=own_memory(queries),
@@ -108,7 +111,10 @@ def search(
         visited_buckets=visited_buckets,
         has_found=has_found,
     )
-    build.library("search", has_found).launch(
+    library = build.library("search", has_found)
+    if bytes_read is not None:
+        counted = library.count({name: arrays[name] for name in ("rows", "neighbors0")})
+    library.launch(
         (blocks,),
         (LANES * build.warps * groups,),
         (graph_struct, task),
@@ -116,6 +122,8 @@ def search(
         seed=seed,
     )
     del held, held_too
+    if bytes_read is not None:
+        bytes_read |= {name: counted[name] for name in ("rows", "neighbors0")}
     return Result(keys, counts[:, 0], counts[:, 1])
 
 

@@ -231,7 +231,7 @@ class DeviceIndex:
             queries = self._cupy.empty((len(vectors), size), np.uint8)
             task = self._struct("Encoding", vectors=vectors, queries=queries, count=len(vectors))
             kernel = self._kernel("encode", self._definitions(dtype))
-            kernel((launch.thread_grid(len(vectors)),), (launch.THREAD_BLOCK,), (task,))
+            kernel((launch.warp_grid(len(vectors)),), (launch.THREAD_BLOCK,), (task,))
             return queries
 
         coarse = encoded(self._dtype)

@@ -26,7 +26,7 @@ from hnsw_gpu.device import (
     mask_stride,
 )
 from hnsw_gpu.graph import Graph
-from hnsw_gpu.vectors import encode_queries, rows_as_queries
+from hnsw_gpu.vectors import rows_as_queries
 
 BATCH_SHARE = 4  # the batches in flight take one part in so many of the free memory
 MOST_QUERIES = 16384  # of a batch: it fills a GPU, and copying hides behind searching
@@ -293,16 +293,15 @@ class GpuEngine:
     def _upload_queries(
         self, slot: _Slot, queries: np.ndarray | None, own: np.ndarray | None, part: slice
     ) -> Queries:
-        ids = None if own is None else np.ascontiguousarray(own[part], np.int32)
-
-        def encoded(name: str, rows: np.ndarray, dtype: str) -> Any:
-            if queries is None:
-                return slot.upload(name, rows_as_queries(rows[ids]))
-            return slot.upload(name, encode_queries(queries[part], self._metric, dtype))
-
-        coarse = encoded("coarse", self._rows, self._dtype)
-        fine = encoded("fine", self._refine_rows, self._refine) if self._refine else coarse
-        return Queries(coarse, fine, None if ids is None else slot.upload("own", ids))
+        """A part of the queries, or of the stored nodes that ask, encoded on the device."""
+        if queries is not None:
+            return self._index.encode(slot.upload("queries", queries[part]))
+        assert own is not None
+        ids = np.ascontiguousarray(own[part], np.int32)
+        coarse = fine = slot.upload("coarse", rows_as_queries(self._rows[ids]))
+        if self._refine:
+            fine = slot.upload("fine", rows_as_queries(self._refine_rows[ids]))
+        return Queries(coarse, fine, slot.upload("own", ids))
 
     def _in_batches(
         self,

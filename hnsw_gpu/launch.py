@@ -28,7 +28,7 @@ TAGS = 16  # visited numbers that the cache remembers, for every one in the beam
 MOST_TAG = 65535  # of 16 bits, less the one that is no tag
 COMPARE_BLOCK = 256  # threads: eight warps, a query each
 COMPARE_STEP = 64  # ids that a warp of compare.cu may take at a time
-THREAD_BLOCK = 128  # threads of encode.cu and labels.cu, a query each
+THREAD_BLOCK = 128  # threads of encode.cu, a warp a query, and of labels.cu, a thread a query
 
 
 class Limits(NamedTuple):
@@ -229,8 +229,13 @@ def compare_grid(queries: int, ids: int, limits: Limits) -> tuple[int, int]:
     return rows, min(max(wanted, 1), -(-ids // COMPARE_STEP), 65535)
 
 
+def warp_grid(queries: int) -> int:
+    """Blocks of encode.cu, of THREAD_BLOCK threads."""
+    return -(-queries * LANES // THREAD_BLOCK)
+
+
 def thread_grid(queries: int) -> int:
-    """Blocks of encode.cu and labels.cu."""
+    """Blocks of labels.cu, of THREAD_BLOCK threads."""
     return -(-queries // THREAD_BLOCK)
 
 
@@ -260,7 +265,7 @@ def memory(
 def bytes_a_query(dtype: str, refine: str, dim: int, keys: int) -> int:
     """Bytes of GPU memory that a query takes with `keys` keys."""
     encoded = query_bytes(dtype, dim) + (query_bytes(refine, dim) if refine else 0)
-    return encoded + KEY_BYTES * keys + 4 * 3  # and its own id, and two counts
+    return encoded + 4 * dim + KEY_BYTES * keys + 4 * 3  # as given, its own id, and two counts
 
 
 def _row_bytes(dtype: str, dim: int) -> int:

@@ -55,6 +55,14 @@ __device__ __forceinline__ T team_sum(T value SITE) {
     return value;
 }
 
+// The largest value of the warp, in each lane.
+__device__ __forceinline__ float warp_max(float value SITE) {
+#pragma unroll
+    for (int distance = LANES / 2; distance > 0; distance /= 2)
+        value = fmaxf(value, __shfl_xor_sync(FULL_WARP, value, distance, LANES AT));
+    return value;
+}
+
 // The lanes that hold the same value.
 __device__ __forceinline__ uint32 lanes_with_same(uint32 value SITE) {
     return __match_any_sync(FULL_WARP, value AT);

@@ -153,7 +153,7 @@ def encode(build: Build, vectors: np.ndarray, width: int) -> np.ndarray:
     task, held = struct(
         "Encoding", vectors=own_memory(vectors), queries=queries, count=len(vectors)
     )
-    build.library("encode").launch((-(-len(vectors) // 128),), (128,), (task,))
+    build.library("encode").launch((-(-len(vectors) // 4),), (128,), (task,))
     del held
     return queries
 

@@ -61,6 +61,10 @@ def device(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+def searches(machine: cupy_stand_in.Machine) -> list[cupy_stand_in.Launch]:
+    return [it for it in machine.launches if it.kernel == "search"]
+
+
 class Case(NamedTuple):
     """The same index on the CPU and, empty, on the GPU."""
 
@@ -208,8 +212,8 @@ def test_any_number_of_warps(sms: int, warps: int) -> None:
         for machine.seed in range(3):
             wanted = case.cpu.walk(case.queries, 5, 20)
             np.testing.assert_array_equal(case.gpu.walk(case.queries, 5, 20), wanted)
-        assert [it.definitions["WARPS"] for it in machine.launches] == 3 * [warps]
-        grid, block, per_block = machine.launches[0].grid, machine.launches[0].block, 4
+        assert [it.definitions["WARPS"] for it in searches(machine)] == 3 * [warps]
+        grid, block, per_block = searches(machine)[0].grid, searches(machine)[0].block, 4
         assert block == (32 * warps * (per_block if warps == 1 else 1),)
         assert grid == (-(-QUERIES // per_block) if warps == 1 else QUERIES,)
 
@@ -219,7 +223,7 @@ def test_the_grid_is_what_the_gpu_holds(machine: cupy_stand_in.Machine) -> None:
     case = make_case().upload()
     queries = np.repeat(case.queries, 10, axis=0)
     np.testing.assert_array_equal(case.gpu.walk(queries, 5, 20), case.cpu.walk(queries, 5, 20))
-    assert machine.launches[0].grid == (5,)  # blocks of 4 warps: 65536 / (5 * 128) registers
+    assert searches(machine)[0].grid == (5,)  # blocks of 4 warps: 65536 / (5 * 128) registers
 
 
 def few_shared_bytes(engine: GpuEngine, nbytes: int) -> None:
@@ -233,7 +237,7 @@ def test_more_shared_memory_than_a_kernel_has_unasked(
     case = make_case().upload()
     wanted = case.cpu.walk(case.queries, 5, 20)
     np.testing.assert_array_equal(case.gpu.walk(case.queries, 5, 20), wanted)
-    assert machine.launches[0].shared_mem > 4096
+    assert searches(machine)[0].shared_mem > 4096
 
 
 def test_an_ef_beyond_shared_memory_is_refused(machine: cupy_stand_in.Machine) -> None:
@@ -301,7 +305,7 @@ def test_small_batches_give_the_same_bits(
 def test_what_a_batch_takes_is_what_was_reckoned(
     machine: cupy_stand_in.Machine, refine: str, ids: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The two batches in flight take most of their share, and no more."""
+    """The two batches in flight take more than half of their share, and no more."""
     monkeypatch.setattr("hnsw_gpu.device.BLOCK_IDS", 64)
     case = make_case("l2", "int8", refine).upload()
     queries = np.repeat(case.queries, 100 if ids else 30, axis=0)
@@ -314,7 +318,7 @@ def test_what_a_batch_takes_is_what_was_reckoned(
         case.gpu.walk(queries, 30, 30)
     assert machine.live == before
     fixed = 2 * 4 * max(ids, 1)  # counters, ids
-    assert 60_000 <= machine.peak() - before - fixed <= 100_000
+    assert 50_000 <= machine.peak() - before - fixed <= 100_000
 
 
 def test_an_index_that_cannot_fit_is_refused_with_figures(machine: cupy_stand_in.Machine) -> None:
@@ -448,7 +452,7 @@ def test_streams(machine: cupy_stand_in.Machine, monkeypatch: pytest.MonkeyPatch
     steps = machine.steps[uploads:]
     streams = list(dict.fromkeys(step.stream for step in steps))
     assert len(streams) == 2 and recorded.stream not in streams
-    batch = ["wait", "upload", "zero", "search", "download", "record"]
+    batch = ["wait", "upload", "encode", "zero", "search", "download", "record"]
     for stream, batches in zip(streams, (3, 2), strict=True):
         mine = [step for step in steps if step.stream == stream]
         assert {step.event for step in mine if step.what == "wait"} == {recorded.event}
@@ -517,7 +521,7 @@ def test_arguments_are_held_against_the_signature(
     monkeypatch.setattr(
         case.gpu._index, "_struct", lambda name, **fields: struct(name, **fields).view(np.uint64)
     )
-    with pytest.raises(TypeError, match="search: graph is a struct"):
+    with pytest.raises(TypeError, match="encode: task is a struct"):
         case.gpu.walk(case.queries, 4, 10)
     with pytest.raises(KeyError, match="query_count"):
         struct("Task", queries=None, allowed=None, own=None, keys=None, counts=None,

@@ -170,7 +170,7 @@ def test_offsets_of_the_other_kernels() -> None:
     np.testing.assert_array_equal(np.sort(keys, axis=1), wanted)
     del held
 
-    q = 128 * block
+    q = 4 * block  # a warp a query
     out = np.zeros((4, 128), np.uint8)
     task, held = emulated.struct(
         "Encoding",
@@ -182,6 +182,7 @@ def test_offsets_of_the_other_kernels() -> None:
     far.library("encode").launch((1,), (128,), (task,))
     np.testing.assert_array_equal(out, emulated.encode(build, made.vectors[:4], 128))
 
+    q = 128 * block  # a thread a query
     offsets = np.arange(201, dtype=np.int64)
     names = np.arange(200, dtype=np.int64) * 7
     labels, far_off = np.zeros((4, 9), np.int64), np.zeros((4, 9), np.float32)

@@ -191,8 +191,8 @@ FAULTS = [
     Fault(
         "a team's sum lacks a lane",
         "warp.cuh",
-        "distance > 0; distance /= 2",
-        "distance > 1; distance /= 2",
+        "int distance = TEAM_LANES / 2; distance > 0;",
+        "int distance = TEAM_LANES / 2; distance > 1;",
         "parity",
     ),
     # --- beam ---

@@ -22,9 +22,9 @@ from benchmarks.datasets import Dataset
 from benchmarks.gpu_check import check_index
 from benchmarks.gpu_report import draw, gpu_facts, report
 from benchmarks.gpu_sides import PEERS, Sizes, chosen_ef, cores, judge, raced, wall
+from benchmarks.kernel_times import Clock, measure, peak_bandwidth
 from benchmarks.peers import Setting
 from benchmarks.race import EFS, K
-from benchmarks.roofline import Clock, measure, peak_bandwidth
 from benchmarks.run import RESULTS, SETTING, about, rounded
 from hnsw_gpu.vectors import encode_queries
 
@@ -32,7 +32,7 @@ QUERIES = 10_000  # distinct ones; larger batches repeat them
 JUDGED = 1_000  # of those, by which recall is taken
 ROWS = 1_000_000
 ROWS_A_CORE = 125_000  # that the synthetic graphs may have, to be built within minutes
-COPIED_BYTES = 1 << 30  # before each timed kernel; see roofline.py
+COPIED_BYTES = 1 << 30  # before each timed kernel; see kernel_times.py
 MEANINGLESS = "The kernels were emulated on the CPU: times, bandwidths and ratios mean nothing."
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 import hnsw_gpu
-from benchmarks.roofline import places
+from benchmarks.kernel_times import places
 
 
 def check_index(cupy: Any, dtype: str, refine: bool, rows: int) -> int:

@@ -10,9 +10,9 @@ import numpy as np
 
 from benchmarks import datasets
 from benchmarks.datasets import Dataset
+from benchmarks.kernel_times import Clock, Round, places, spread
 from benchmarks.peers import Hnswlib, Setting
 from benchmarks.race import EFS, K
-from benchmarks.roofline import Clock, Round, places, spread
 
 ITOPK = range(32, 513, 32)  # CAGRA's ef
 PEERS = {"hnswlib": "hnswlib", "cagra": "cuvs"}  # name: the package that must be there
@@ -136,7 +136,7 @@ class Cagra:
         return self.cupy.asarray(found[1]).get().astype(np.int64)
 
     def kernel(self, queries: np.ndarray, batch: int, ef: int, sizes: Sizes) -> dict:
-        """As `roofline.measure` times ours."""
+        """As `kernel_times.measure` times ours."""
         clock, params = Clock(sizes.copied_bytes), self.cagra.SearchParams(itopk_size=ef)
 
         def timed(number: int) -> Round:

@@ -1,179 +1,359 @@
-"""Kernel times by CUDA events, beside what the memory of the GPU would allow.
+"""What bounds a search on a GPU: a model, from what the kernel does, not from any clock.
 
-A round copies a large array from device memory to device memory, then searches. The copy says what
-the memory delivers, leaves nothing of the index in the cache, and lasts longer than the host takes
-to enqueue the search: so the events around the search see the GPU alone.
+    python -m benchmarks.roofline
+
+Bytes, rounds and collectives are counted: the emulator executes the unmodified kernel on GloVe.
+Instructions are estimated: every instruction of the machine code is taken to be executed as often
+as the collective next to it, which was counted. What memory, the rate of issuing instructions and
+waiting allow follows from the data sheets in `CARDS`. README.md says how to read the results.
 """
 
 import contextlib
-import time
-from collections.abc import Callable, Iterator
-from statistics import median
+import importlib
+import json
+import math
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import click
 import numpy as np
 
-from hnsw_gpu import launch
-from hnsw_gpu.device import Queries
+import hnsw_gpu
+from benchmarks import datasets
+from benchmarks.run import RESULTS, SETTING, about, rounded
+from benchmarks.stand_in import TESTS
+from hnsw_gpu import kernel_source, launch, search
+from hnsw_gpu.vectors import encode, encode_queries
 
-LINK_BYTES = 4
-
-
-class Round(NamedTuple):
-    """Seconds of one round."""
-
-    copy: float
-    search: float
-    enqueue: float  # on the host
-
-
-class Clock:
-    """Times what is enqueued on a stream of its own."""
-
-    def __init__(self, copied_bytes: int) -> None:
-        import cupy
-
-        self._cupy = cupy
-        self._stream = cupy.cuda.Stream(non_blocking=True)
-        self._from, self._to = (cupy.zeros(copied_bytes, np.uint8) for _ in range(2))
-        cupy.cuda.Device().synchronize()
-
-    def time(self, work: Callable[[], Any]) -> Round:
-        """Seconds of `work`, which enqueues on the current stream."""
-        start, copied, end = (self._cupy.cuda.Event() for _ in range(3))
-        with self._stream:
-            start.record(self._stream)
-            self._to[...] = self._from
-            copied.record(self._stream)
-            before = time.perf_counter()
-            kept = work()
-            enqueue = time.perf_counter() - before
-            end.record(self._stream)
-        end.synchronize()
-        del kept
-        elapsed = self._cupy.cuda.get_elapsed_time
-        return Round(elapsed(start, copied) / 1e3, elapsed(copied, end) / 1e3, enqueue)
-
-    @property
-    def stream_ptr(self) -> int:
-        """For libraries other than CuPy."""
-        return int(self._stream.ptr)
-
-    def copy_bandwidth(self, rounds: list[Round]) -> float:
-        """Bytes/s, read and written, of the copies."""
-        return float(2 * self._from.nbytes / median(one.copy for one in rounds))
-
-    def upload(self, array: np.ndarray) -> Any:
-        """A copy on the device, there when this returns."""
-        copy = self._cupy.asarray(array)
-        self._cupy.cuda.Device().synchronize()
-        return copy
+K, EXPAND = 10, 4
+EFS = (64, 128, 256)
+DTYPES = ("fp32", "fp16", "int8")
+QUERIES = 100
+ARCHS = (75, 80, 86, 89, 90, 100, 120)
+LANES = 32
+MEMORY_SECONDS = 600e-9  # from a load to its value, under load
+WAITS_A_ROUND = 2  # for the links, and then for the rows
+CYCLES = 6  # from an instruction of a warp to its next: most take 4 to 6, shared memory about 25
+COLLECTIVES = ("SHFL", "VOTE", "MATCH")
 
 
-def peak_bandwidth() -> float:
-    """Bytes/s of the GPU's memory by its clock and bus (two transfers a clock); 0: not told."""
-    import cupy
+class Card(NamedTuple):
+    """From the data sheets: dense boost clock and memory bandwidth."""
 
-    runtime, device = cupy.cuda.runtime, cupy.cuda.Device().id
-    clock_khz = runtime.deviceGetAttribute(runtime.cudaDevAttrMemoryClockRate, device)
-    bus_bits = runtime.deviceGetAttribute(runtime.cudaDevAttrGlobalMemoryBusWidth, device)
-    return 2e3 * clock_khz * bus_bits / 8
-
-
-def places(batch: int, number: int, count: int) -> np.ndarray:
-    """Which of `count` queries make up batch `number`: the next ones, then the first again."""
-    return (np.arange(batch) + number * batch) % count
+    arch: int
+    sms: int
+    clock_hz: float
+    bytes_per_s: float
 
 
-def measure(
-    clock: Clock,
-    engine: Any,
-    encoded: np.ndarray,
-    walk: launch.Walk,
-    batch: int,
-    rounds: int,
-    peak: float,
-) -> dict:
-    """The kernel alone, `rounds` batches of encoded queries (q, bytes), after one to warm up."""
-    index = engine._index
-
-    def search(number: int) -> Round:
-        queries = clock.upload(encoded[places(batch, number, len(encoded))])
-        return clock.time(lambda: index.walk(Queries(queries, queries), walk, walk.k, None))
-
-    search(0)
-    with kept_counts(index) as kept:
-        times = [search(number) for number in range(rounds)]
-    counts = np.concatenate([array.get() for array in kept])
-    hops, distances = counts.mean(axis=0)
-    copy = clock.copy_bandwidth(times)
-    seconds = median(one.search for one in times)
-    read = bytes_a_query(hops, distances, index._arrays["rows"].shape[1:], index)
-    bandwidth = peak or copy
-    return {
-        **planned(index, walk, batch),
-        "kernel": {
-            **spread([one.search for one in times], batch),
-            "is_enqueued_in_time": all(one.enqueue < one.copy for one in times),
-        },
-        "hops_per_query": float(hops),
-        "distances_per_query": float(distances),
-        "bytes_per_query": read,
-        "copy_bytes_per_s": copy,
-        "roofline_queries_per_s": bandwidth / read,
-        "roofline_ratio": batch / seconds * read / bandwidth,
-    }
+CARDS = {
+    "H100 SXM": Card(90, 132, 1.98e9, 3350e9),
+    "RTX 4090": Card(89, 128, 2.52e9, 1008e9),
+    "A10": Card(86, 72, 1.695e9, 600e9),
+    "L40S": Card(89, 142, 2.52e9, 864e9),
+    "T4": Card(75, 40, 1.59e9, 320e9),
+}
 
 
-def bytes_a_query(hops: float, distances: float, row: tuple[int, ...], index: Any) -> float:
-    """Of rows and links that a walk reads; links of upper layers are taken to be as many as below.
+class Tools(NamedTuple):
+    """Of the tests, which find the kernel's behaviour out."""
 
-    `row`: shape of an encoded row. Most of the hops are on layer 0, so the links are hardly too
-    many; queries and results are far fewer, and left out.
-    """
-    row_bytes = int(np.prod(row)) * index._arrays["rows"].dtype.itemsize
-    links = index._arrays["neighbors0"].shape[1]
-    return float(distances * row_bytes + hops * links * LINK_BYTES)
+    emulated: Any
+    emulator: Any
+    cuda_toolkit: Any
 
 
 @contextlib.contextmanager
-def kept_counts(index: Any) -> Iterator[list]:
-    """Device arrays int32 (q, 2), hops and distances, of each search in the block."""
-    kept: list[Any] = []
-    struct = index._struct
-
-    def keep(name: str, **fields: Any) -> np.ndarray:
-        if name == "Task":
-            kept.append(fields["counts"])
-        return struct(name, **fields)
-
-    index._struct = keep
+def tools() -> Iterator[Tools]:
+    sys.path.insert(0, str(TESTS))
     try:
-        yield kept
+        yield Tools(*(importlib.import_module(name) for name in Tools._fields))
     finally:
-        del index._struct
+        sys.path.remove(str(TESTS))
 
 
-def planned(index: Any, walk: launch.Walk, batch: int) -> dict:
-    """How a batch is launched."""
-    settings = (index._metric, index._dtype, index._dim, index._M, walk)
-    sizes = {"queries": batch, "nodes": index.node_count, "limits": index.limits}
-    kernel = index._kernel("search", launch.plan(*settings, **sizes).definitions)
-    plan = launch.plan(*settings, **sizes, registers=kernel.num_regs)
+# --- counting ---
+
+
+class Counted(NamedTuple):
+    """Means of a query. A round lists the neighbours of what is expanded, and reads their rows."""
+
+    hops: float
+    distances: float
+    exact_distances: float  # of an engine that remembers all it visited
+    rounds: float
+    bytes: dict[str, float]
+    meetings: list
+
+
+def count(tool: Tools, index: hnsw_gpu.Index, dtype: str, queries: np.ndarray, ef: int) -> Counted:
+    """With one warp a query, and the plan's visited cache."""
+    graph = index._graph
+    nodes = len(graph.neighbors0)
+    rows = encode(index._rows[:nodes, : index.dim], "cosine", dtype)
+    asked = encode_queries(queries, "cosine", dtype)
+    buckets, tag_bits = launch.visited_cache(walk(ef), nodes)
+    build = tool.emulated.Build(
+        "cosine", dtype, index.dim, index.M, tag_bits=tag_bits, sanitizer="count"
+    )
+    read: dict[str, int] = {}
+    how = {"k": K, "ef": ef, "expand": EXPAND}
+    found = tool.emulated.search(
+        build, graph, rows, asked, **how, visited_buckets=buckets, bytes_read=read
+    )
+    wanted = search.search(graph, rows, asked, "cosine", **how)
+    assert (found.hops == wanted.hops).all(), "the emulated walk is not the CPU's"
+    meetings = [
+        meeting._replace(lanes=meeting.lanes / len(queries))
+        for meeting in build.library("search").meetings()
+    ]
+    (gathered,) = (m for m in meetings if m.functions[:2] == ("sync_warp", "gather"))
+    return Counted(
+        hops=float(found.hops.mean()),
+        distances=float(found.distances.mean()),
+        exact_distances=float(wanted.distances.mean()),
+        rounds=gathered.lanes / LANES,
+        bytes={name: size / len(queries) for name, size in read.items()},
+        meetings=meetings,
+    )
+
+
+def walk(ef: int) -> launch.Walk:
+    return launch.Walk(ef=ef, k=K, expand=EXPAND)
+
+
+# --- instructions ---
+
+
+class Instructions(NamedTuple):
+    """Executed by a warp for a query; estimates."""
+
+    distances: float  # of distance.cuh
+    others: float
+
+
+def instructions(code: list, meetings: list, turns: dict[str, float]) -> Instructions:
+    """Of machine code in order, given how often each collective was met (lanes a query).
+
+    turns: of a loop in which no lanes meet, by the file that it is in; 1 in others. What lies
+    behind the rest is never reached: code for lanes that have come apart, and a jump to itself.
+    """
+    ends = [one.target for one in code if one.opcode == "BRA.DIV"]
+    ends += [i for i, one in enumerate(code) if one.target == i]
+    body = code[: min(ends)]
+    met = executions(body, meetings)
+    loops = [range(one.target, i + 1) for i, one in enumerate(body) if 0 <= one.target < i]
+    alone = [loop for loop in loops if met.keys().isdisjoint(loop) and not converges(body, loop)]
+    around = [
+        frozenset(n for n, loop in enumerate(loops) if i in loop and loop not in alone)
+        for i in range(len(body))
+    ]
+    executed = {True: 0.0, False: 0.0}  # is it of a distance?
+    for i, one in enumerate(body):
+
+        def likeness(j: int, i: int = i, one: Any = one) -> tuple:
+            same_loops = around[i] == around[j]
+            return same_loops, shared_calls(one.place, body[j].place), -abs(i - j)
+
+        is_again = one.place and any(i in loop for loop in alone)
+        is_distance = any(file == "distance.cuh" for file, _ in one.place)
+        times = met[max(met, key=likeness)]
+        executed[is_distance] += times * (turns.get(one.place[0][0], 1) if is_again else 1)
+    return Instructions(executed[True], executed[False])
+
+
+def converges(body: list, loop: range) -> bool:
+    """Is it the compiler's own, by votes, that waits until the lanes agree? It turns once."""
+    return any(body[i].opcode.startswith("VOTE") for i in loop)
+
+
+def executions(body: list, meetings: list) -> dict[int, float]:
+    """Of each instruction by which lanes meet: number in the code -> executions a query."""
+    met = Counter[tuple]()
+    for meeting in meetings:
+        words = 2 if "long long" in meeting.word else 1  # of 32 bits, which one shuffle moves
+        met[meeting.place] += words * meeting.lanes / LANES
+    found: dict[int, float] = {}
+    for place, count_ in met.items():
+        here = [i for i, one in enumerate(body) if one.place == place]
+        collectives = [i for i in here if body[i].opcode.split(".")[0] in COLLECTIVES]
+        waits = [i for i in here if body[i].opcode.split(".")[0].strip(";") in ("NOP", "BAR")]
+        for i in collectives or waits:
+            found[i] = count_ / len(collectives or waits)
+    return found
+
+
+def shared_calls(one: tuple, other: tuple) -> int:
+    """How many of the outermost calls of two places are the same."""
+    count_ = 0
+    for a, b in zip(reversed(one), reversed(other), strict=False):
+        if a != b:
+            break
+        count_ += 1
+    return count_
+
+
+def machine_code(tool: Tools, toolkit: Any, index: hnsw_gpu.Index, dtype: str, arch: int) -> list:
+    nodes = len(index._graph.neighbors0)
+    _, tag_bits = launch.visited_cache(walk(EFS[0]), nodes)
+    definitions = kernel_source.definitions("cosine", dtype, index.dim, index.M, 1, tag_bits)
+    options = tool.cuda_toolkit.options(toolkit, kernel_source.options(definitions))
+    job = tool.cuda_toolkit.Job(kernel_source.source("search"), "search", options, arch)
+    with tempfile.TemporaryDirectory() as folder:
+        return list(tool.cuda_toolkit.listing(toolkit, job, Path(folder)))
+
+
+# --- the model ---
+
+
+def bounds(
+    card: Card, resident: int, size: float, executed: float, rounds: float
+) -> dict[str, float]:
+    """Queries/s that the memory, the issuing of instructions and waiting allow, each by itself.
+
+    resident: queries that the GPU holds at once. size: bytes read for a query.
+    """
+    seconds = rounds * WAITS_A_ROUND * MEMORY_SECONDS + executed * CYCLES / card.clock_hz
     return {
-        "queries": batch,
-        "warps": plan.definitions["WARPS"],
-        "tag_bits": plan.definitions["TAG_BITS"],
-        "registers": kernel.num_regs,
-        **{name: value for name, value in plan._asdict().items() if name != "definitions"},
+        "memory": card.bytes_per_s / size,
+        "issue": 4 * card.sms * card.clock_hz / executed,  # an SM issues for four warps at a time
+        "waiting": resident / seconds,
     }
 
 
-def spread(seconds: list[float], batch: int) -> dict:
-    """Median, lowest and highest of the times of batches, and queries/s by the median."""
-    return {
-        "seconds": median(seconds),
-        "low": min(seconds),
-        "high": max(seconds),
-        "queries_per_s": batch / median(seconds),
+def resident_queries(index: hnsw_gpu.Index, dtype: str, ef: int, card: Card) -> tuple[int, int]:
+    """Queries on the GPU at once, of a large batch, and bytes of shared memory of each."""
+    limits = launch.of_arch(card.arch)._replace(sms=card.sms)
+    nodes = len(index._graph.neighbors0)
+    plan = launch.plan(
+        "cosine", dtype, index.dim, index.M, walk(ef), queries=10**6, nodes=nodes, limits=limits
+    )
+    return plan.resident * plan.queries_per_block, plan.shared_mem // plan.queries_per_block
+
+
+def model(tool: Tools, index: hnsw_gpu.Index, dataset: datasets.Dataset) -> list[dict]:
+    """A point for each storage dtype and ef."""
+    toolkit = tool.cuda_toolkit.find()
+    points = []
+    for dtype in DTYPES:
+        code = {arch: machine_code(tool, toolkit, index, dtype, arch) for arch in ARCHS}
+        for ef in EFS:
+            click.echo(f"{dtype}, ef {ef} ...", err=True)
+            counted = count(tool, index, dtype, dataset.queries, ef)
+            buckets, _ = launch.visited_cache(walk(ef), len(index._graph.neighbors0))
+            turns = {"beam.cuh": math.log2(ef) + 1, "visited.cuh": buckets / LANES}
+            executed = {arch: instructions(code[arch], counted.meetings, turns) for arch in ARCHS}
+            points.append(point(index, dataset, dtype, ef, counted, executed))
+    return points
+
+
+def point(
+    index: hnsw_gpu.Index,
+    dataset: datasets.Dataset,
+    dtype: str,
+    ef: int,
+    counted: Counted,
+    executed: dict[int, Instructions],
+) -> dict:
+    size = sum(counted.bytes.values())
+    cards = {}
+    for name, card in CARDS.items():
+        resident, shared = resident_queries(index, dtype, ef, card)
+        limits = bounds(card, resident, size, sum(executed[card.arch]), counted.rounds)
+        binding = min(limits, key=lambda bound: limits[bound])
+        cards[name] = {"resident": resident, "queries_per_s": limits, "bound_by": binding}
+    found = {
+        "dtype": dtype,
+        "ef": ef,
+        **{name: value for name, value in counted._asdict().items() if name != "meetings"},
+        "forgotten": counted.distances / counted.exact_distances - 1,
+        "shared_bytes": shared,
+        "instructions": {
+            f"sm_{arch}": {
+                "distance": one.distances / counted.distances,
+                "round": one.others / counted.rounds,
+                "query": sum(one),
+            }
+            for arch, one in executed.items()
+        },
+        "cards": cards,
     }
+    if dtype == "fp32":
+        labels = index.search(dataset.queries, K, ef=ef, expand=EXPAND).labels
+        found["recall"] = datasets.recall(dataset, labels, K)
+    return found
+
+
+def report(points: list[dict]) -> None:
+    """A line a point: counts, then thousand queries/s by each bound, the least one marked."""
+    for one in points:
+        recall = f", recall {one['recall']:.3f}" if "recall" in one else ""
+        click.echo(
+            f"{one['dtype']}, ef {one['ef']}{recall}: {one['distances']:.0f} distances "
+            f"(+{one['forgotten']:.1%}), {one['rounds']:.1f} rounds, "
+            f"{sum(one['bytes'].values()) / 1e3:,.0f} kB a query"
+        )
+        for name, card in one["cards"].items():
+            told = one["instructions"][f"sm_{CARDS[name].arch}"]
+            limits = ", ".join(
+                f"{bound} {rate / 1e3:,.0f}{'*' if bound == card['bound_by'] else ''}"
+                for bound, rate in card["queries_per_s"].items()
+            )
+            click.echo(
+                f"  {name:9} {limits} thousand queries/s; {told['distance']:.1f} instructions a "
+                f"distance, {told['round']:.0f} a round, {card['resident']} queries at once"
+            )
+
+
+def part_of(dataset: datasets.Dataset, queries: int) -> datasets.Dataset:
+    """The data set with an even sample of its queries."""
+    chosen = np.linspace(0, len(dataset.queries) - 1, queries).astype(int)
+    return dataset._replace(queries=dataset.queries[chosen], truth=dataset.truth[chosen])
+
+
+@click.command()
+@click.option("--dataset", "name", default="glove", type=click.Choice(list(datasets.SOURCES)))
+@click.option("--queries", default=QUERIES, show_default=True, type=click.IntRange(min=1))
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="[default: results]")
+def main(name: str, queries: int, out: Path | None) -> None:
+    """Count a search on GloVe-100, estimate its instructions, and say which limit binds where."""
+    dataset = part_of(datasets.load(name), queries)
+    index = hnsw_gpu.Index(dataset.base.shape[1], "cosine", device="cpu", **SETTING._asdict())
+    index.add(dataset.base)
+    with tools() as tool:
+        if missing := tool.emulator.missing("count"):
+            raise click.ClickException(missing)
+        points = model(tool, index, dataset)
+        version = tool.cuda_toolkit.find().version
+    report(points)
+    found = {
+        "about": {
+            "date": about([])["date"],
+            "hnsw_gpu": hnsw_gpu.__version__,
+            "nvrtc": version,
+            "dataset": name,
+            "rows": len(dataset.base),
+            "queries": queries,
+            "metric": "cosine",
+            "k": K,
+            "expand": EXPAND,
+            **SETTING._asdict(),
+        },
+        "assumed": {
+            "memory_seconds": MEMORY_SECONDS,
+            "waits_a_round": WAITS_A_ROUND,
+            "cycles": CYCLES,
+            "cards": {name: card._asdict() for name, card in CARDS.items()},
+        },
+        "points": points,
+    }
+    path = out or RESULTS / "roofline.json"
+    path.write_text(json.dumps(rounded(found), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

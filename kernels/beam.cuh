@@ -79,8 +79,9 @@ __device__ __forceinline__ void merge(Beam& beam, uint64 key) {
         const int i = base + lane_number();
         const bool is_moving = i >= lowest_place && i < beam.size;
         const uint64 old = is_moving ? beam.keys[i] : KEY_NONE;
-        int target = i;
-        for (uint32 left = entering; left; left &= left - 1)
+        int target = i + __popc(lanes_where(is_new && place < base));
+        const bool is_between = is_new && place >= base && place < base + LANES;
+        for (uint32 left = lanes_where(is_between); left; left &= left - 1)
             target += from_lane(place, lowest(left)) <= i;
         sync_warp();
         if (is_moving && target < beam.capacity) beam.keys[target] = old;

@@ -75,7 +75,7 @@ def search(
     """`search.search` by search.cu. `groups` queries a block (one where warps share a query).
 
     `limit` shortens the shared memory by as many bytes, which no launch may survive. `bytes_read`
-    takes what was read of "rows" and "neighbors0" (the "count" build).
+    takes what was read of "rows" and of each array of the graph (the "count" build).
     """
     count = len(queries)
     ef = max(ef, k)
@@ -113,7 +113,7 @@ def search(
     )
     library = build.library("search", has_found)
     if bytes_read is not None:
-        counted = library.count({name: arrays[name] for name in ("rows", "neighbors0")})
+        counted = library.count(arrays)
     library.launch(
         (blocks,),
         (LANES * build.warps * groups,),
@@ -123,7 +123,7 @@ def search(
     )
     del held, held_too
     if bytes_read is not None:
-        bytes_read |= {name: counted[name] for name in ("rows", "neighbors0")}
+        bytes_read |= {name: counted[name] for name in arrays}
     return Result(keys, counts[:, 0], counts[:, 1])
 
 

@@ -7,6 +7,7 @@ catch is planted here, and must be caught by name and line.
 import functools
 import itertools
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -603,6 +604,31 @@ def test_counts_of_bytes():
     assert first["first half"] == 16 * 16
     with pytest.raises(ValueError, match="only the build"):
         kernel("out[0] = 1;").count({"out": out})
+
+
+@pytest.mark.skipif(shutil.which("addr2line") is None, reason="no addr2line")
+def test_meetings():
+    source = f"""__device__ int inner(int x) {{ return __shfl_sync({FULL}, x, 0); }}
+__device__ __forceinline__ int outer(int x) {{
+    return inner(x) + 1;
+}}
+extern "C" __global__ void trial(int* out) {{
+    for (int i = 0; i < 3; i++) out[0] = outer(i);
+    out[1] = static_cast<int>(__shfl_xor_sync({FULL}, 1ull, 1));
+    if (threadIdx.x < 32) __syncwarp({FULL});
+}}"""
+    library = emulator.compile("trial", source=source, sanitizer="count")
+    for _ in range(2):  # of the last launch
+        library.launch((5,), (64,), (np.zeros(2, np.int32),))
+    assert {
+        (one.word, tuple(line for _, line in one.place), one.functions): one.lanes
+        for one in library.meetings()
+    } == {
+        ("__shfl_sync<int>", (1, 3, 6), ("inner", "outer", "trial")): 5 * 64 * 3,
+        ("__shfl_xor_sync<unsigned long long>", (7,), ("trial",)): 5 * 64,
+        ("__syncwarp", (8,), ("trial",)): 5 * 32,
+    }
+    assert {file for one in library.meetings() for file, _ in one.place} == {"trial.cu"}
 
 
 # --- the sanitizers ---

@@ -20,7 +20,7 @@ if emulator.missing():
 import emulated
 
 import hnsw_gpu
-from benchmarks import datasets, gpu, gpu_report, gpu_sides, roofline, stand_in
+from benchmarks import datasets, gpu, gpu_report, gpu_sides, kernel_times, stand_in
 from hnsw_gpu.vectors import encode_queries
 
 ROWS, BATCHES, ROUNDS = 260, [1, 6, 20], 2
@@ -161,9 +161,9 @@ def test_ef_is_the_smallest_for_the_recall(results) -> None:
 
 
 def test_batches_take_the_queries_in_turn() -> None:
-    assert roofline.places(3, 0, 5).tolist() == [0, 1, 2]
-    assert roofline.places(3, 1, 5).tolist() == [3, 4, 0]
-    assert roofline.places(7, 0, 3).tolist() == [0, 1, 2, 0, 1, 2, 0]
+    assert kernel_times.places(3, 0, 5).tolist() == [0, 1, 2]
+    assert kernel_times.places(3, 1, 5).tolist() == [3, 4, 0]
+    assert kernel_times.places(7, 0, 3).tolist() == [0, 1, 2, 0, 1, 2, 0]
 
 
 def test_chosen_ef() -> None:

@@ -11,7 +11,8 @@ the fibers: about 37 million steps of a thread (from one collective to the next)
 
 Builds: plain; "address" (AddressSanitizer and UndefinedBehaviorSanitizer) and "thread"
 (ThreadSanitizer: lanes are ordered by `__syncthreads` and `__syncwarp` alone, blocks by nothing),
-both within `run_sanitized`; and "count", which counts the bytes read of each array.
+both within `run_sanitized`; and "count", which counts the bytes read of each array, and how often
+lanes met in each place.
 """
 
 import ctypes
@@ -43,7 +44,11 @@ INSTRUMENT = {
     "thread": ["-fsanitize=thread"],
     "count": ["-fsanitize=thread", "-fno-tree-sra"],  # a 16-byte load stays one
 }
-TELL = {"address": ["-DEMULATE_ADDRESS"], "thread": ["-DEMULATE_THREAD"]}
+TELL = {
+    "address": ["-DEMULATE_ADDRESS"],
+    "thread": ["-DEMULATE_THREAD"],
+    "count": ["-DEMULATE_COUNT"],
+}
 RUNTIMES = {"address": "libasan.so", "thread": "libtsan.so"}
 
 SCALARS = {
@@ -63,6 +68,19 @@ MAX_SHARED = 227 * 1024  # bytes a block, compute capability 9.0
 
 class KernelError(Exception):
     """The kernel did, or was launched with, what CUDA does not allow."""
+
+
+class Meeting(NamedTuple):
+    """A collective of the kernel, as it is called in one place.
+
+    word: with its type ("__shfl_sync<int>"). place: file and line, then those of the call that this
+    was inlined by, and so on. functions: in whose bodies these are. lanes: how many met.
+    """
+
+    word: str
+    place: tuple[tuple[str, int], ...]
+    functions: tuple[str, ...]
+    lanes: int
 
 
 class Parameter(NamedTuple):
@@ -189,7 +207,8 @@ def _built(name: str, text: str, macros: list[str], sanitizer: str | None) -> Pa
     objects = [
         _object(_text(part), [*FLAGS, *TELL.get(sanitizer, [])], part[:-4]) for part in parts
     ]
-    flags = [*FLAGS, *_processor_flags(), *INSTRUMENT[sanitizer], *macros]
+    told = TELL["count"] if sanitizer == "count" else []
+    flags = [*FLAGS, *_processor_flags(), *INSTRUMENT[sanitizer], *told, *macros]
     objects.append(_object(text, flags, name))
     # -Bsymbolic: a kernel may be named like a function that the process has already.
     link = ["-shared", "-Wl,-Bsymbolic", *([] if sanitizer == "count" else INSTRUMENT[sanitizer])]
@@ -352,6 +371,34 @@ class Library:
             ctypes.c_void_p(counts.bytes.ctypes.data),
         )
         return counts
+
+    def meetings(self) -> list[Meeting]:
+        """Where lanes met in the last launch (the "count" build); needs binutils' addr2line."""
+        size = self._library.emulator_meetings(None, None, ctypes.c_size_t(0))
+        offsets, lanes = (ctypes.c_size_t * size)(), (ctypes.c_uint64 * size)()
+        self._library.emulator_meetings(offsets, lanes, ctypes.c_size_t(size))
+        # the call is just before the place that it returns to
+        command = ["addr2line", "-aifC", "-e", str(self.path), *(hex(at - 1) for at in offsets)]
+        done = _run(command)
+        if done.returncode != 0:
+            raise KernelError(done.stderr)
+        told = re.split(r"^0x[0-9a-f]+\n", done.stdout, flags=re.MULTILINE)[1:]
+        return [_meeting(text, count) for text, count in zip(told, lanes, strict=True)]
+
+
+def _meeting(text: str, lanes: int) -> Meeting:
+    """From what addr2line says: of each inlined function, the innermost first, name and place."""
+    lines = text.splitlines()
+    word, frames = "", []
+    for function, where in zip(lines[::2], lines[1::2], strict=True):
+        name, kind = re.search(r"(\w+)(<[^()]*>)?(?:\(|$)", function).groups()
+        file, line = re.match(r"(?:.*/)?([^/]+):(\d+|\?)", where).groups()
+        if file == "cuda_emulator.h":
+            word = name + (kind or "")  # the last is the one that the kernel calls
+        elif file.endswith((".cu", ".cuh")):
+            frames.append(((file, int(line)), name))
+    place, functions = zip(*frames, strict=True)
+    return Meeting(word, place, functions, lanes)
 
 
 class Counts:

@@ -13,10 +13,17 @@
 #include <stddef.h>
 #include <type_traits>
 
+#define ALWAYS_INLINE inline __attribute__((always_inline))
+
 #define __global__
-#define __device__
 #define __host__
-#define __forceinline__ inline __attribute__((always_inline))
+#ifdef EMULATE_COUNT  // as a compiler for GPUs inlines, so that a place means the same in both
+#define __device__ ALWAYS_INLINE
+#define __forceinline__
+#else
+#define __device__
+#define __forceinline__ ALWAYS_INLINE
+#endif
 #define __restrict__ __restrict
 #define __launch_bounds__(...)
 #define __align__(bytes) __attribute__((aligned(bytes)))
@@ -25,7 +32,6 @@
 #define DYNAMIC_SHARED(type, name) type* const name = reinterpret_cast<type*>(emulator::shared)
 #define SITE_ALONE std::source_location site = std::source_location::current()
 #define SITE , SITE_ALONE
-#define AT_ALONE site
 #define AT_ALONE site
 #define AT , AT_ALONE
 
@@ -68,7 +74,7 @@ Bits to_bits(T value) {
 }
 
 template <typename T>
-T shuffle(const char* word, unsigned mask, T value, int source, Site site) {
+ALWAYS_INLINE T shuffle(const char* word, unsigned mask, T value, int source, Site site) {
     static_assert(sizeof(T) == 4 || sizeof(T) == 8, "CUDA shuffles 4 or 8 bytes");
     const Bits bits = meet(SHUFFLE, word, mask, to_bits(value), source, site);
     memcpy(&value, &bits, sizeof(T));
@@ -92,57 +98,57 @@ constexpr int warpSize = 32;
 
 // --- where lanes meet ---
 
-inline void __syncthreads(SITE_ALONE) {
+ALWAYS_INLINE void __syncthreads(SITE_ALONE) {
     emulator::meet(emulator::SYNC_BLOCK, "__syncthreads", 0, 0, 0, site);
 }
 
-inline void __syncwarp(unsigned mask SITE) {
+ALWAYS_INLINE void __syncwarp(unsigned mask SITE) {
     emulator::meet(emulator::SYNC_WARP, "__syncwarp", mask, 0, 0, site);
 }
 
 template <typename T>
-T __shfl_sync(unsigned mask, T value, int source, int width = 32 SITE) {
+ALWAYS_INLINE T __shfl_sync(unsigned mask, T value, int source, int width = 32 SITE) {
     const int from = emulator::segment(width) + (source & (width - 1));
     return emulator::shuffle("__shfl_sync", mask, value, from, site);
 }
 
 template <typename T>
-T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = 32 SITE) {
+ALWAYS_INLINE T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = 32 SITE) {
     const int own = emulator::lane(), from = own ^ lane_mask;  // a lower segment may be read
     const bool is_inside = from < emulator::segment(width) + width;
     return emulator::shuffle("__shfl_xor_sync", mask, value, is_inside ? from : own, site);
 }
 
 template <typename T>
-T __shfl_up_sync(unsigned mask, T value, unsigned distance, int width = 32 SITE) {
+ALWAYS_INLINE T __shfl_up_sync(unsigned mask, T value, unsigned distance, int width = 32 SITE) {
     const int own = emulator::lane(), from = own - static_cast<int>(distance);
     const bool is_inside = from >= emulator::segment(width);
     return emulator::shuffle("__shfl_up_sync", mask, value, is_inside ? from : own, site);
 }
 
 template <typename T>
-T __shfl_down_sync(unsigned mask, T value, unsigned distance, int width = 32 SITE) {
+ALWAYS_INLINE T __shfl_down_sync(unsigned mask, T value, unsigned distance, int width = 32 SITE) {
     const int own = emulator::lane(), from = own + static_cast<int>(distance);
     const bool is_inside = from < emulator::segment(width) + width;
     return emulator::shuffle("__shfl_down_sync", mask, value, is_inside ? from : own, site);
 }
 
-inline unsigned __ballot_sync(unsigned mask, int is_set SITE) {
+ALWAYS_INLINE unsigned __ballot_sync(unsigned mask, int is_set SITE) {
     const bool bit = is_set != 0;
     return static_cast<unsigned>(
         emulator::meet(emulator::BALLOT, "__ballot_sync", mask, bit, 0, site));
 }
 
-inline int __any_sync(unsigned mask, int is_set SITE) {
+ALWAYS_INLINE int __any_sync(unsigned mask, int is_set SITE) {
     return emulator::meet(emulator::BALLOT, "__any_sync", mask, is_set != 0, 0, site) != 0;
 }
 
-inline int __all_sync(unsigned mask, int is_set SITE) {
+ALWAYS_INLINE int __all_sync(unsigned mask, int is_set SITE) {
     return emulator::meet(emulator::BALLOT, "__all_sync", mask, is_set != 0, 0, site) == mask;
 }
 
 template <typename T>
-unsigned __match_any_sync(unsigned mask, T value SITE) {
+ALWAYS_INLINE unsigned __match_any_sync(unsigned mask, T value SITE) {
     static_assert(sizeof(T) == 4 || sizeof(T) == 8, "CUDA matches 4 or 8 bytes");
     return static_cast<unsigned>(emulator::meet(
         emulator::MATCH, "__match_any_sync", mask, emulator::to_bits(value), 0, site));

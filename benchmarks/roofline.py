@@ -2,7 +2,7 @@
 
     python -m benchmarks.roofline
 
-Bytes, rounds and collectives are counted: the emulator executes the unmodified kernel on GloVe.
+Bytes, steps and collectives are counted: the emulator executes the unmodified kernel on GloVe.
 Instructions are estimated: every instruction of the machine code is taken to be executed as often
 as the collective next to it, which was counted. What memory, the rate of issuing instructions and
 waiting allow follows from the data sheets in `CARDS`. README.md says how to read the results.
@@ -36,7 +36,7 @@ QUERIES = 100
 ARCHS = (75, 80, 86, 89, 90, 100, 120)
 LANES = 32
 MEMORY_SECONDS = 600e-9  # from a load to its value, under load
-WAITS_A_ROUND = 2  # for the links, and then for the rows
+WAITS_A_STEP = 2  # for the links, and then for the rows
 CYCLES = 6  # from an instruction of a warp to its next: most take 4 to 6, shared memory about 25
 COLLECTIVES = ("SHFL", "VOTE", "MATCH")
 
@@ -80,12 +80,12 @@ def tools() -> Iterator[Tools]:
 
 
 class Counted(NamedTuple):
-    """Means of a query. A round lists the neighbours of what is expanded, and reads their rows."""
+    """Means of a query. A step lists the neighbours of what is expanded, and reads their rows."""
 
     hops: float
     distances: float
     exact_distances: float  # of an engine that remembers all it visited
-    rounds: float
+    steps: float
     bytes: dict[str, float]
     meetings: list
 
@@ -116,7 +116,7 @@ def count(tool: Tools, index: hnsw_gpu.Index, dtype: str, queries: np.ndarray, e
         hops=float(found.hops.mean()),
         distances=float(found.distances.mean()),
         exact_distances=float(wanted.distances.mean()),
-        rounds=gathered.lanes / LANES,
+        steps=gathered.lanes / LANES,
         bytes={name: size / len(queries) for name, size in read.items()},
         meetings=meetings,
     )
@@ -211,13 +211,13 @@ def machine_code(tool: Tools, toolkit: Any, index: hnsw_gpu.Index, dtype: str, a
 
 
 def bounds(
-    card: Card, resident: int, size: float, executed: float, rounds: float
+    card: Card, resident: int, size: float, executed: float, steps: float
 ) -> dict[str, float]:
     """Queries/s that the memory, the issuing of instructions and waiting allow, each by itself.
 
     resident: queries that the GPU holds at once. size: bytes read for a query.
     """
-    seconds = rounds * WAITS_A_ROUND * MEMORY_SECONDS + executed * CYCLES / card.clock_hz
+    seconds = steps * WAITS_A_STEP * MEMORY_SECONDS + executed * CYCLES / card.clock_hz
     return {
         "memory": card.bytes_per_s / size,
         "issue": 4 * card.sms * card.clock_hz / executed,  # an SM issues for four warps at a time
@@ -263,7 +263,7 @@ def point(
     cards = {}
     for name, card in CARDS.items():
         resident, shared = resident_queries(index, dtype, ef, card)
-        limits = bounds(card, resident, size, sum(executed[card.arch]), counted.rounds)
+        limits = bounds(card, resident, size, sum(executed[card.arch]), counted.steps)
         binding = min(limits, key=lambda bound: limits[bound])
         cards[name] = {"resident": resident, "queries_per_s": limits, "bound_by": binding}
     found = {
@@ -275,7 +275,7 @@ def point(
         "instructions": {
             f"sm_{arch}": {
                 "distance": one.distances / counted.distances,
-                "round": one.others / counted.rounds,
+                "step": one.others / counted.steps,
                 "query": sum(one),
             }
             for arch, one in executed.items()
@@ -294,7 +294,7 @@ def report(points: list[dict]) -> None:
         recall = f", recall {one['recall']:.3f}" if "recall" in one else ""
         click.echo(
             f"{one['dtype']}, ef {one['ef']}{recall}: {one['distances']:.0f} distances "
-            f"(+{one['forgotten']:.1%}), {one['rounds']:.1f} rounds, "
+            f"(+{one['forgotten']:.1%}), {one['steps']:.1f} steps, "
             f"{sum(one['bytes'].values()) / 1e3:,.0f} kB a query"
         )
         for name, card in one["cards"].items():
@@ -305,7 +305,7 @@ def report(points: list[dict]) -> None:
             )
             click.echo(
                 f"  {name:9} {limits} thousand queries/s; {told['distance']:.1f} instructions a "
-                f"distance, {told['round']:.0f} a round, {card['resident']} queries at once"
+                f"distance, {told['step']:.0f} a step, {card['resident']} queries at once"
             )
 
 
@@ -345,7 +345,7 @@ def main(name: str, queries: int, out: Path | None) -> None:
         },
         "assumed": {
             "memory_seconds": MEMORY_SECONDS,
-            "waits_a_round": WAITS_A_ROUND,
+            "waits_a_step": WAITS_A_STEP,
             "cycles": CYCLES,
             "cards": {name: card._asdict() for name, card in CARDS.items()},
         },

@@ -54,8 +54,8 @@ def test_counts_are_those_of_the_walk(tools, index, dtype) -> None:
     assert counted.distances >= counted.exact_distances
     links = index._graph.neighbors0.shape[1] * 4
     assert 0 < counted.bytes["neighbors0"] <= counted.hops * links
-    # a round lists the neighbours of up to `expand` nodes, 128 links at most
-    assert counted.hops / roofline.EXPAND <= counted.rounds <= counted.hops + 1
+    # a step lists the neighbours of up to `expand` nodes, 128 links at most
+    assert counted.hops / roofline.EXPAND <= counted.steps <= counted.hops + 1
     if dtype == "fp32":
         rows = index._rows[: len(index._graph.neighbors0)]
         asked = encode_queries(QUERIES, "cosine", "fp32")
@@ -157,7 +157,7 @@ def test_instructions_by_hand() -> None:
 
 def test_bounds() -> None:
     card = roofline.Card(90, sms=10, clock_hz=1e9, bytes_per_s=1e12)
-    found = roofline.bounds(card, resident=160, size=1e6, executed=50_000, rounds=40)
+    found = roofline.bounds(card, resident=160, size=1e6, executed=50_000, steps=40)
     assert found["memory"] == pytest.approx(1e6)
     assert found["issue"] == pytest.approx(4 * 10 * 1e9 / 50_000)
     assert found["waiting"] == pytest.approx(160 / (40 * 2 * 600e-9 + 50_000 * 6 / 1e9))
@@ -187,12 +187,12 @@ def test_what_is_committed_follows_from_its_counts() -> None:
             assert one["shared_bytes"] == plan.shared_mem // plan.queries_per_block
             executed = one["instructions"][f"sm_{card.arch}"]
             assert executed["query"] == pytest.approx(
-                executed["distance"] * one["distances"] + executed["round"] * one["rounds"],
+                executed["distance"] * one["distances"] + executed["step"] * one["steps"],
                 rel=1e-4,
             )
             size = sum(one["bytes"].values())
             expected = roofline.bounds(
-                card, given["resident"], size, executed["query"], one["rounds"]
+                card, given["resident"], size, executed["query"], one["steps"]
             )
             assert given["queries_per_s"] == pytest.approx(expected, rel=1e-4)
             assert given["bound_by"] == min(expected, key=lambda bound: expected[bound])

@@ -185,12 +185,17 @@ class DeviceIndex:
         kernel((planned.grid,), (planned.block,), (graph, task), shared_mem=planned.shared_mem)
         if not self._refine:
             return keys
+        if k <= launch.MOST_KEPT:
+            return self._keep_nearest(batch, k, candidates=keys)
         keys = self.compare_keys(batch, candidates=keys)
         keys.sort(axis=1)
         return _cut(keys, k)
 
     def compare(self, batch: Queries, ids: np.ndarray, k: int) -> Any:
         """Keys (q, k or fewer), ascending, of the nearest of int32 ids (m,)."""
+        k = min(k, len(ids))
+        if 0 < k <= launch.MOST_KEPT:
+            return self._keep_nearest(batch, k, ids=self._cupy.asarray(ids))
         best = self._cupy.empty((len(batch.fine), 0), np.uint64)
         for start in range(0, len(ids), BLOCK_IDS):
             part = self._cupy.asarray(ids[start : start + BLOCK_IDS])
@@ -200,10 +205,26 @@ class DeviceIndex:
             best = _cut(keys, k)
         return best
 
+    def _keep_nearest(self, batch: Queries, k: int, ids: Any = None, candidates: Any = None) -> Any:
+        """Keys (q, k), ascending, of the nearest of ids (m,) or of keys `candidates` (q, m)."""
+        m = len(ids) if candidates is None else candidates.shape[1]
+        _, shares = launch.compare_grid(len(batch.fine), m, self.limits)
+        keys = self._cupy.empty((len(batch.fine), shares * k), np.uint64)
+        self._launch_compare(batch, ids, candidates, keys, k)
+        if shares == 1:
+            return keys
+        keys.sort(axis=1)
+        return _cut(keys, k)
+
     def compare_keys(self, batch: Queries, ids: Any = None, candidates: Any = None) -> Any:
         """Keys (q, m), in order of ids (m,) or of the keys `candidates` (q, m)."""
+        m = len(ids) if candidates is None else candidates.shape[1]
+        keys = self._cupy.empty((len(batch.fine), m), np.uint64)
+        self._launch_compare(batch, ids, candidates, keys, k=0)
+        return keys
+
+    def _launch_compare(self, batch: Queries, ids: Any, candidates: Any, keys: Any, k: int) -> None:
         count, m = len(batch.fine), len(ids) if candidates is None else candidates.shape[1]
-        keys = self._cupy.empty((count, m), np.uint64)
         task = self._struct(
             "Comparison",
             rows=self._arrays["refine_rows" if self._refine else "rows"],
@@ -213,10 +234,12 @@ class DeviceIndex:
             keys=keys,
             query_count=count,
             count=m,
+            k=k,
         )
         kernel = self._kernel("compare", self._definitions(self._refine or self._dtype))
-        kernel(launch.compare_grid(count, m, self.limits), (launch.COMPARE_BLOCK,), (task,))
-        return keys
+        grid = launch.compare_grid(count, m, self.limits)
+        shared_mem = launch.compare_shared_mem(k)
+        kernel(grid, (launch.COMPARE_BLOCK,), (task,), shared_mem=shared_mem)
 
     def compile_encoder(self) -> None:
         """The smallest kernel: RuntimeError where kernels cannot be compiled here."""
@@ -301,13 +324,18 @@ def mask_stride(allowed: Any) -> int:
 
 
 def keys_walked(walk: launch.Walk, k: int, refine: str) -> int:
-    """Keys a query that `walk` holds at once: as found; as compared again, and cut to k."""
-    return walk.k + (walk.k + min(k, walk.k) if refine else 0)
+    """Keys a query that `walk` holds at once: as found, and as compared again."""
+    return walk.k + (keys_compared(walk.k, k) if refine else 0)
 
 
 def keys_compared(ids: int, k: int) -> int:
-    """Keys a query that `compare` holds at once: of a block, merged with the best so far."""
+    """Keys a query that `compare` holds at once: those kept; or a block, and the best so far.
+
+    Shares are merged where queries are few: together they hold some 10,000 times k keys at most.
+    """
     block, best = min(ids, BLOCK_IDS), min(ids, k)
+    if best <= launch.MOST_KEPT:
+        return 2 * best
     return block + best if ids <= BLOCK_IDS else 2 * (block + best)
 
 

@@ -28,6 +28,9 @@ TAGS = 16  # visited numbers that the cache remembers, for every one in the beam
 MOST_TAG = 65535  # of 16 bits, less the one that is no tag
 COMPARE_BLOCK = 256  # threads: eight warps, a query each
 COMPARE_STEP = 64  # ids that a warp of compare.cu may take at a time
+MOST_KEPT = (
+    512  # keys that a warp of compare.cu keeps: 32 KB a block, which every GPU gives unasked
+)
 THREAD_BLOCK = 128  # threads of encode.cu, a warp a query, and of labels.cu, a thread a query
 
 
@@ -227,6 +230,11 @@ def compare_grid(queries: int, ids: int, limits: Limits) -> tuple[int, int]:
     rows = -(-queries // (COMPARE_BLOCK // LANES))
     wanted = -(-8 * limits.sms // max(rows, 1))
     return rows, min(max(wanted, 1), -(-ids // COMPARE_STEP), 65535)
+
+
+def compare_shared_mem(k: int) -> int:
+    """Bytes of a block of compare.cu that keeps k keys a query."""
+    return COMPARE_BLOCK // LANES * KEY_BYTES * k
 
 
 def warp_grid(queries: int) -> int:

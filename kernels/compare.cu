@@ -1,8 +1,9 @@
 // Keys (R1, R2) of listed candidates, for re-ranking a beam and for comparing all allowed ids.
 //
 // A warp holds one query; the warps of a block take different queries and the same ids, so that a row
-// read by one is in the cache for the others. blockIdx.y takes a share of the candidates. The keys
-// come out unsorted: the host sorts them and cuts off k.
+// read by one is in the cache for the others. blockIdx.y takes a share of the candidates, and keeps
+// the k smallest keys of it, which the host merges; or, for a k too large, all keys go out unsorted.
+// Shared memory: k keys a warp.
 
 #include "warp.cuh"
 #include "distance.cuh"
@@ -13,14 +14,20 @@ struct Comparison {
     const unsigned char* queries;          // (q, QUERY_BYTES) encoded
     const int* ids;                        // (m,) compared with every query; null: candidates tell
     const unsigned long long* candidates;  // (q, m) keys whose ids are compared; KEY_NONE stays
-    unsigned long long* keys;              // (q, m)
+    unsigned long long* keys;              // (q, shares, k) ascending; (q, m) where k is 0
     int query_count;
     int count;                             // m
+    int k;                                 // keys kept of a share; 0: all, each in its place
 };
 
 extern "C" __global__ void __launch_bounds__(256, 2) compare(const Comparison task) {
     const int q = blockIdx.x * (blockDim.x / LANES) + threadIdx.x / LANES;
     if (q >= task.query_count) return;
+    DYNAMIC_SHARED(unsigned char, memory);
+    Beam beam;
+    beam.keys = reinterpret_cast<uint64*>(memory) + threadIdx.x / LANES * task.k;
+    beam.capacity = task.k;
+    beam.size = beam.first = 0;
     const Query query = load_query(task.queries, q);
     const long long first = static_cast<long long>(q) * task.count;
     const int team = lane_number() / TEAM;
@@ -42,9 +49,18 @@ extern "C" __global__ void __launch_bounds__(256, 2) compare(const Comparison ta
         }
         compute_distances(task.rows, query, nodes, distances);
 #pragma unroll
-        for (int r = 0; r < ROWS_AT_ONCE; r++)
-            if (lane_number() % TEAM == 0 && places[r] < task.count)
-                task.keys[first + places[r]] =
-                    nodes[r] < 0 ? KEY_NONE : make_key(distances[r], nodes[r]);
+        for (int r = 0; r < ROWS_AT_ONCE; r++) {
+            const bool is_own = lane_number() % TEAM == 0 && places[r] < task.count;
+            const uint64 key =
+                is_own && nodes[r] >= 0 ? make_key(distances[r], nodes[r]) : KEY_NONE;
+            if (task.k == 0) {
+                if (is_own) task.keys[first + places[r]] = key;
+            } else if (any_lane(key < worst(beam))) {
+                merge(beam, key);
+            }
+        }
     }
+    uint64* kept = task.keys + (static_cast<long long>(q) * gridDim.y + blockIdx.y) * task.k;
+    for (int i = lane_number(); i < task.k; i += LANES)
+        kept[i] = i < beam.size ? beam.keys[i] : KEY_NONE;
 }

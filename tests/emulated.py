@@ -127,10 +127,15 @@ def search(
     return Result(keys, counts[:, 0], counts[:, 1])
 
 
-def compare(build: Build, rows, queries, *, ids=None, candidates=None, seed: int = 0) -> np.ndarray:
-    """Sorted keys (q, m) of ids (m,), or of each query's candidates (q, m), by compare.cu."""
+def compare(
+    build: Build, rows, queries, *, ids=None, candidates=None, k=0, shares=2, seed: int = 0
+) -> np.ndarray:
+    """Sorted keys (q, m) of ids (m,), or of each query's candidates (q, m), by compare.cu.
+
+    k: keys kept of each share, the k smallest of which are returned; 0: all.
+    """
     count = len(ids) if candidates is None else candidates.shape[1]
-    keys = np.full((len(queries), count), 7, np.uint64)
+    keys = np.full((len(queries), shares * k or count), 7, np.uint64)
     task, held = struct(
         "Comparison",
         rows=own_memory(rows),
@@ -140,11 +145,14 @@ def compare(build: Build, rows, queries, *, ids=None, candidates=None, seed: int
         keys=keys,
         query_count=len(queries),
         count=count,
+        k=k,
     )
-    grid = (-(-len(queries) // 8), 2)
-    build.library("compare").launch(grid, (256,), (task,), seed=seed)
+    grid = (-(-len(queries) // 8), shares)
+    build.library("compare").launch(grid, (256,), (task,), shared_mem=8 * 8 * k, seed=seed)
     del held
-    return np.sort(keys, axis=1)
+    if k:  # each share is sorted
+        assert (np.diff(keys.reshape(-1, k).astype(object), axis=1) >= 0).all()
+    return np.sort(keys, axis=1)[:, : k or count]
 
 
 def encode(build: Build, vectors: np.ndarray, width: int) -> np.ndarray:

@@ -256,6 +256,7 @@ def test_a_k_beyond_shared_memory_compares_all(
     machine: cupy_stand_in.Machine, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("hnsw_gpu.device.BLOCK_IDS", 48)  # several merges
+    monkeypatch.setattr("hnsw_gpu.launch.MOST_KEPT", 0)
     case = make_case().upload()
     few_shared_bytes(case.gpu, 4096)
     mask = {"shared": mask_of((NODES,)), "per query": mask_of((QUERIES, NODES))}.get(mode)
@@ -288,7 +289,7 @@ def test_small_batches_give_the_same_bits(
     whole = case.gpu.walk(case.queries, 5, 12, allowed=bits)
     assert machine.names().count("search") == 1
     a_query = (
-        launch.bytes_a_query("int8", refine, DIM, 2 * 12 + 5 if refine else 5) + bits[0].nbytes
+        launch.bytes_a_query("int8", refine, DIM, 12 + 2 * 5 if refine else 5) + bits[0].nbytes
     )
     searches = 1
     for size in (QUERIES - 1, 2, 1):  # queries a batch, of which two are a quarter of what is free
@@ -301,12 +302,18 @@ def test_small_batches_give_the_same_bits(
         case.gpu.walk(case.queries, 5, 12, allowed=bits)
 
 
+@pytest.mark.parametrize("most_kept", [0, 512])
 @pytest.mark.parametrize(("refine", "ids"), [("", 0), ("fp32", 0), ("fp32", 20), ("fp32", 150)])
 def test_what_a_batch_takes_is_what_was_reckoned(
-    machine: cupy_stand_in.Machine, refine: str, ids: int, monkeypatch: pytest.MonkeyPatch
+    machine: cupy_stand_in.Machine,
+    refine: str,
+    ids: int,
+    most_kept: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The two batches in flight take more than half of their share, and no more."""
     monkeypatch.setattr("hnsw_gpu.device.BLOCK_IDS", 64)
+    monkeypatch.setattr("hnsw_gpu.launch.MOST_KEPT", most_kept)
     case = make_case("l2", "int8", refine).upload()
     queries = np.repeat(case.queries, 100 if ids else 30, axis=0)
     before = machine.peak()
@@ -615,7 +622,7 @@ def test_the_host_waits_for_nothing(machine: cupy_stand_in.Machine, refine: str)
     assert steps[-1].what == "record"
     kernels = {"encode", "search", "compare", "spread", "sort"}
     chain = [step.what for step in steps if step.what in kernels]
-    refined = ["compare", "sort"] if refine else []
+    refined = ["compare"] if refine else []
     assert chain == ["encode"] * (2 if refine else 1) + ["search", *refined, "spread"]
     wanted = labels.spread(case.cpu.walk(case.queries, 6, 12), 6)
     np.testing.assert_array_equal(found[0].get(mine), wanted[0])
@@ -665,10 +672,11 @@ def test_queries_are_held_until_they_were_read(machine: cupy_stand_in.Machine) -
 
 
 def test_a_large_k_on_the_device_compares_all(
-    machine: cupy_stand_in.Machine,
+    machine: cupy_stand_in.Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import cupy
 
+    monkeypatch.setattr("hnsw_gpu.launch.MOST_KEPT", 64)  # as if k were larger still
     machine.limits = machine.limits._replace(shared_per_block=5 * 1024)
     case = make_case().upload()
     queries = cupy.asarray(case.queries)

@@ -164,10 +164,16 @@ def test_offsets_of_the_other_kernels() -> None:
         keys=kernel_cases.before(keys, q * 200 * 8),
         query_count=q + len(made.queries),
         count=200,
+        k=0,
     )
     far.library("compare").launch((1, 2), (256,), (task,))
     keys -= np.uint64(id_base << 1)
     np.testing.assert_array_equal(np.sort(keys, axis=1), wanted)
+    kept = np.zeros((len(made.queries), 2, 100), np.uint64)
+    task["k"], task["keys"] = 100, kernel_cases.before(kept, q * kept[0].nbytes)
+    far.library("compare").launch((1, 2), (256,), (task,), shared_mem=8 * 8 * 100)
+    nearest = np.sort(kept.reshape(len(kept), -1), axis=1)[:, :100] - np.uint64(id_base << 1)
+    np.testing.assert_array_equal(nearest, wanted[:, :100])
     del held
 
     q = 4 * block  # a warp a query
@@ -333,6 +339,30 @@ def test_compare_equals_exact_on_integers(comparing, dtype) -> None:
         np.testing.assert_array_equal(again, wanted)
 
 
+@pytest.mark.parametrize("shares", [1, 2, 5])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_compare_keeps_the_nearest(comparing, dtype, shares) -> None:
+    """Of ids, and of candidates with empty places among them; also where there are fewer than k."""
+    made = kernel_cases.data("l2", dtype, 31)
+    build = emulated.Build("l2", dtype, 31, 4)
+    rng = np.random.default_rng(5)
+    for m, k in ((1, 1), (1, 3), (130, 1), (130, 40), (130, 130), (150, 200), (150, 512)):
+        ids = rng.choice(len(made.rows), m, replace=False).astype(np.int32)
+        keys = emulated.compare(build, made.rows, made.queries, ids=ids)
+        wanted = np.full((len(keys), k), KEY_NONE, np.uint64)
+        wanted[:, : min(k, m)] = keys[:, :k]
+        found = emulated.compare(build, made.rows, made.queries, ids=ids, k=k, shares=shares)
+        np.testing.assert_array_equal(found, wanted)
+        given = rng.permuted(np.where(rng.random(keys.shape) < 0.4, KEY_NONE, keys), axis=1)
+        left = np.sort(given, axis=1)[:, :k]
+        wanted[:] = KEY_NONE
+        wanted[:, : left.shape[1]] = left
+        found = emulated.compare(
+            build, made.rows, made.queries, candidates=given, k=k, shares=shares
+        )
+        np.testing.assert_array_equal(found, wanted)
+
+
 # --- encode.cu ------------------------------------------------------------------------------------
 
 
@@ -407,6 +437,8 @@ def test_queries_without_an_answer(asking, metric, dtype) -> None:
     assert (found.keys[empty:] != KEY_NONE).all()
     every = np.arange(len(made.rows), dtype=np.int32)
     keys = emulated.compare(build, made.rows, queries, ids=every)
+    kept = emulated.compare(build, made.rows, queries, ids=every, k=7)
+    np.testing.assert_array_equal(kept, keys[:, :7])
     assert (keys[:empty] == KEY_NONE).all()
     assert (keys[empty:] != KEY_NONE).all()
 

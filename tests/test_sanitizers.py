@@ -72,6 +72,9 @@ def run_others(sanitizer: str) -> int:
     keys = emulated.compare(build, made.rows, made.queries, ids=ids)
     again = emulated.compare(build, made.rows, made.queries, candidates=keys)
     np.testing.assert_array_equal(again, keys)
+    for k in (9, 150):
+        kept = emulated.compare(build, made.rows, made.queries, candidates=keys, k=k)
+        np.testing.assert_array_equal(kept[:, :101], keys[:, :k])
     width = made.queries.shape[1]
     asked = made.vectors[:3].copy()
     asked[1, 99], asked[2] = np.nan, 0
@@ -82,7 +85,7 @@ def run_others(sanitizer: str) -> int:
     labels, _ = emulated.spread(build, keys, offsets, offsets[:-1] * 2, 150, root=True)
     assert (labels[:, :101] % 2 == 0).all()
     assert (labels[:, 101:] == -1).all()
-    return 4
+    return 6
 
 
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
@@ -91,7 +94,7 @@ def test_no_report(sanitizer) -> None:
     if missing:
         pytest.skip(missing)
     said = emulator.run_sanitized(sanitizer, __file__, sanitizer)
-    assert said.split() == [str(2 * len(ROWS + smaller_half()) + 1), "4"]
+    assert said.split() == [str(2 * len(ROWS + smaller_half()) + 1), "6"]
 
 
 if __name__ == "__main__":

@@ -159,9 +159,9 @@ def group_bytes(walk: Walk, buckets: int, warps: int) -> int:
     """Bytes of shared memory that the walk of one query takes; `divide` in search.cu."""
     slots = _even(max(walk.ef, walk.k, walk.ef_upper))
     found = _even(walk.k) if walk.has_found else 0
-    batch = LANES if warps == 1 else PENDING
+    fresh = 0 if warps == 1 else PENDING
     ids = 4 * (PENDING + LANES)
-    return KEY_BYTES * (slots + found + STAGE + batch) + BUCKET_BYTES * buckets + ids + STATE_BYTES
+    return KEY_BYTES * (slots + found + STAGE + fresh) + BUCKET_BYTES * buckets + ids + STATE_BYTES
 
 
 def _even(count: int) -> int:

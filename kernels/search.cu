@@ -42,6 +42,7 @@ struct Task {
 constexpr int STAGE = 64;                           // keys on their way into the beam
 constexpr int PENDING = 128;                        // unvisited neighbours of one round
 constexpr int BATCH = WARPS == 1 ? LANES : PENDING; // distances between two looks at the beam
+constexpr int FRESH = WARPS == 1 ? 0 : BATCH;       // one warp's fresh keys lie on the stage
 constexpr int LINKS_AT_ONCE = PENDING / LANES;      // links that a lane asks for at once
 
 struct State {
@@ -55,7 +56,7 @@ struct Shared {
     uint64* beam;
     uint64* found;
     uint64* stage;    // (STAGE,)
-    uint64* fresh;    // (BATCH,) keys as they were computed
+    uint64* fresh;    // (FRESH,) keys as they were computed
     uint4* buckets;
     int* pending;     // (PENDING,) numbers on the layer
     int* picked;      // (LANES,)
@@ -66,14 +67,14 @@ __device__ __forceinline__ int even(int count) { return (count + 1) & ~1; }
 
 __device__ __forceinline__ Shared divide(unsigned char* shared, const Task& task, int group) {
     const int slots = even(max(task.ef, task.ef_upper)), found = HAS_FOUND ? even(task.k) : 0;
-    const int bytes = 8 * (slots + found + STAGE + BATCH) + 16 * task.visited_buckets +
+    const int bytes = 8 * (slots + found + STAGE + FRESH) + 16 * task.visited_buckets +
                       4 * (PENDING + LANES) + static_cast<int>(sizeof(State));
     Shared parts;
     parts.beam = reinterpret_cast<uint64*>(shared + group * bytes);
     parts.found = parts.beam + slots;
     parts.stage = parts.found + found;
     parts.fresh = parts.stage + STAGE;
-    parts.buckets = reinterpret_cast<uint4*>(parts.fresh + BATCH);
+    parts.buckets = reinterpret_cast<uint4*>(parts.fresh + FRESH);
     parts.pending = reinterpret_cast<int*>(parts.buckets + task.visited_buckets);
     parts.picked = parts.pending + PENDING;
     parts.state = reinterpret_cast<State*>(parts.picked + LANES);
@@ -198,16 +199,23 @@ struct Walk {
         return count;
     }
 
+    // Where the next keys are written: of one warp, behind what is staged.
+    __device__ __forceinline__ uint64* fresh() const {
+        return WARPS == 1 ? shared.stage + staged : shared.fresh;
+    }
+
     // Put fresh keys that can enter the beam (R4) or the allowed list (R8) on the stage, and merge
     // what is there when it may overflow or, at the end of a round, all.
     __device__ void stage(int count, bool is_last) {
+        const uint64* keys = fresh();
 #pragma unroll 1
         for (int base = 0; base < count; base += LANES) {
             const int i = base + lane_number();
-            const uint64 key = i < count ? shared.fresh[i] : KEY_NONE;
+            const uint64 key = i < count ? keys[i] : KEY_NONE;
             bool is_wanted = key < worst(beam);
             if (keeps_found()) is_wanted |= key < worst(found) && is_allowed(key);
             const uint32 wanted = lanes_where(is_wanted);
+            if (WARPS == 1) sync_warp();  // read before they are written over
             if (is_wanted) shared.stage[staged + __popc(wanted & lanes_below())] = key;
             staged += __popc(wanted);
             sync_warp();
@@ -270,7 +278,7 @@ struct Walk {
 
 // Keys of pending[0..count), count <= BATCH, to fresh; every warp of the group takes its rows.
 __device__ __forceinline__ void compute_keys(const Graph& graph, const Query& query,
-                                             const Shared& shared, const int* pending, int count,
+                                             uint64* fresh, const int* pending, int count,
                                              const int* layer_nodes, int warp) {
     const int team = warp * TEAMS + lane_number() / TEAM;
     for (int base = 0; base < count; base += WARPS * TEAMS * ROWS_AT_ONCE) {
@@ -286,7 +294,7 @@ __device__ __forceinline__ void compute_keys(const Graph& graph, const Query& qu
 #pragma unroll
         for (int r = 0; r < ROWS_AT_ONCE; r++)
             if (lane_number() % TEAM == 0 && places[r] < count)
-                shared.fresh[places[r]] = make_key(distances[r], pending[places[r]]);
+                fresh[places[r]] = make_key(distances[r], pending[places[r]]);
     }
 }
 
@@ -312,7 +320,8 @@ search(const Graph graph, const Task task) {
                 layer ? graph.nodes + __ldg(graph.layer_offsets + layer - 1) : nullptr;
             for (int base = 0; base < count; base += BATCH) {
                 const int batch = min(count - base, BATCH);
-                compute_keys(graph, query, shared, shared.pending + base, batch, layer_nodes, warp);
+                compute_keys(graph, query, walk.fresh(), shared.pending + base, batch, layer_nodes,
+                             warp);
                 sync_group();
                 if (warp == 0) walk.stage(batch, base + batch == count);
             }

@@ -49,8 +49,8 @@ def shared_bytes(build: Build, *, ef, ef_upper, k, visited_buckets, has_found) -
     """Of one query: what `divide` in search.cu hands out."""
     slots = max(ef, ef_upper) + 1 & ~1
     found = (k + 1 & ~1) if has_found else 0
-    batch = 32 if build.warps == 1 else 128
-    return 8 * (slots + found + 64 + batch) + 16 * visited_buckets + 4 * (128 + 32) + 16
+    fresh = 0 if build.warps == 1 else 128
+    return 8 * (slots + found + 64 + fresh) + 16 * visited_buckets + 4 * (128 + 32) + 16
 
 
 def search(

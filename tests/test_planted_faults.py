@@ -105,6 +105,13 @@ FAULTS = [
         "emulator",
     ),
     Fault(
+        "fresh keys are written over before they are read",
+        "search.cu",
+        "if (WARPS == 1) sync_warp();",
+        "",
+        "thread",
+    ),
+    Fault(
         "fresh is read before other warps wrote it",
         "search.cu",
         "                sync_group();\n                if (warp == 0) walk.stage(batch, ",

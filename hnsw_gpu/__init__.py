@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from hnsw_gpu.deduplication import DedupResult, dedup
     from hnsw_gpu.index import Index, RadiusResult, SearchResult, exact_search, load
     from hnsw_gpu.storage import CorruptIndexError
 
@@ -18,19 +19,23 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CorruptIndexError",
+    "DedupResult",
     "Index",
     "RadiusResult",
     "SearchResult",
     "__version__",
+    "dedup",
     "exact_search",
     "load",
 ]
 
 _HOME = {
     "CorruptIndexError": "storage",
+    "DedupResult": "deduplication",
     "Index": "index",
     "RadiusResult": "index",
     "SearchResult": "index",
+    "dedup": "deduplication",
     "exact_search": "index",
     "load": "index",
 }

@@ -277,7 +277,7 @@ class DeviceIndex:
             root=root,
         )
         kernel = self._kernel("spread", self._definitions(self._dtype))
-        kernel((launch.thread_grid(len(keys)),), (launch.THREAD_BLOCK,), (task,))
+        kernel((launch.warp_grid(len(keys)),), (launch.THREAD_BLOCK,), (task,))
 
     def _definitions(self, dtype: str) -> dict[str, int]:
         """For the kernels that have no plan."""

@@ -115,6 +115,14 @@ def float_vectors(
     return result
 
 
+def are_valid(part: np.ndarray, metric: str) -> np.ndarray:
+    """bool (m,): which of these vectors `float_vectors` would not refuse, stored as fp32."""
+    with np.errstate(over="ignore"):
+        squared = squared_lengths(np.ascontiguousarray(part, np.float32))
+    is_valid = squared <= LONGEST_SQUARED  # NaN is not
+    return is_valid & (squared > 0) if metric == "cosine" else is_valid
+
+
 def refuse(name: str, is_bad: np.ndarray, what: str, first: int = 0) -> None:
     """ValueError that names the first rows where `is_bad`."""
     if is_bad.any():

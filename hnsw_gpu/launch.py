@@ -28,10 +28,8 @@ TAGS = 16  # visited numbers that the cache remembers, for every one in the beam
 MOST_TAG = 65535  # of 16 bits, less the one that is no tag
 COMPARE_BLOCK = 256  # threads: eight warps, a query each
 COMPARE_STEP = 64  # ids that a warp of compare.cu may take at a time
-MOST_KEPT = (
-    512  # keys that a warp of compare.cu keeps: 32 KB a block, which every GPU gives unasked
-)
-THREAD_BLOCK = 128  # threads of encode.cu, a warp a query, and of labels.cu, a thread a query
+MOST_KEPT = 512  # keys that a warp of compare.cu keeps: 32 KB a block, which none must ask for
+THREAD_BLOCK = 128  # threads of encode.cu and of labels.cu: four warps, a query each
 
 
 class Limits(NamedTuple):
@@ -238,13 +236,8 @@ def compare_shared_mem(k: int) -> int:
 
 
 def warp_grid(queries: int) -> int:
-    """Blocks of encode.cu, of THREAD_BLOCK threads."""
+    """Blocks of encode.cu and of labels.cu, of THREAD_BLOCK threads."""
     return -(-queries * LANES // THREAD_BLOCK)
-
-
-def thread_grid(queries: int) -> int:
-    """Blocks of labels.cu, of THREAD_BLOCK threads."""
-    return -(-queries // THREAD_BLOCK)
 
 
 def memory(

@@ -55,6 +55,16 @@ __device__ __forceinline__ T team_sum(T value SITE) {
     return value;
 }
 
+// The sum over the lanes up to this one.
+__device__ __forceinline__ long long sum_up_to(long long value SITE) {
+#pragma unroll
+    for (int distance = 1; distance < LANES; distance *= 2) {
+        const long long lower = __shfl_up_sync(FULL_WARP, value, distance, LANES AT);
+        if (lane_number() >= distance) value += lower;
+    }
+    return value;
+}
+
 // The largest value of the warp, in each lane.
 __device__ __forceinline__ float warp_max(float value SITE) {
 #pragma unroll

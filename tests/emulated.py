@@ -166,7 +166,7 @@ def encode(build: Build, vectors: np.ndarray, width: int) -> np.ndarray:
     return queries
 
 
-def spread(build: Build, keys, offsets, entry_labels, k, allowed=None, root=False):
+def spread(build: Build, keys, offsets, entry_labels, k, allowed=None, root=False, seed: int = 0):
     """Labels and distances (q, k) of keys (q, m), by labels.cu."""
     labels = np.zeros((len(keys), k), np.int64)
     distances = np.zeros((len(keys), k), np.float32)
@@ -185,7 +185,7 @@ def spread(build: Build, keys, offsets, entry_labels, k, allowed=None, root=Fals
         k=k,
         root=int(root),
     )
-    build.library("spread").launch((-(-len(keys) // 128),), (128,), (task,))
+    build.library("spread").launch((-(-len(keys) // 4),), (128,), (task,), seed=seed)
     del held
     return labels, distances
 

@@ -188,7 +188,7 @@ def test_offsets_of_the_other_kernels() -> None:
     far.library("encode").launch((1,), (128,), (task,))
     np.testing.assert_array_equal(out, emulated.encode(build, made.vectors[:4], 128))
 
-    q = 128 * block  # a thread a query
+    q = 4 * block
     offsets = np.arange(201, dtype=np.int64)
     names = np.arange(200, dtype=np.int64) * 7
     labels, far_off = np.zeros((4, 9), np.int64), np.zeros((4, 9), np.float32)
@@ -307,6 +307,8 @@ def test_distances(comparing, build) -> None:
         assert sorted(found) == sorted(ids)
         error = np.abs(np.float64(distances(keys[q])) - truth[q, found])
         assert (error <= bound[q, found]).all()
+    kept = emulated.compare(build, rows, queries, ids=ids, k=10)
+    np.testing.assert_array_equal(kept, keys[:, :10])
     wanted = exact.exact_ids(rows, ids, queries, build.metric, k=37, threads=1)
     if build.dtype == "int8":
         np.testing.assert_array_equal(keys, wanted)
@@ -314,6 +316,8 @@ def test_distances(comparing, build) -> None:
     candidates = rng.permuted(np.where(rng.random(keys.shape) < 0.3, KEY_NONE, keys), axis=1)
     again = emulated.compare(build, rows, queries, candidates=candidates)
     np.testing.assert_array_equal(again, np.sort(candidates, axis=1))
+    kept = emulated.compare(build, rows, queries, candidates=candidates, k=30)
+    np.testing.assert_array_equal(kept, again[:, :30])
     if build.dtype == "int8":
         found = exact.rerank(
             np.sort(candidates, axis=1), rows, queries, build.metric, k=37, threads=1
@@ -333,10 +337,14 @@ def test_compare_equals_exact_on_integers(comparing, dtype) -> None:
         np.testing.assert_array_equal(
             keys, np.sort([[row[i] for i in ids] for row in made.table], axis=1)
         )
+        kept = emulated.compare(build, made.rows, made.queries, ids=ids, k=40, shares=3)
+        np.testing.assert_array_equal(kept, wanted[:, :40])
         other = vectors_module.encode_queries(-made.vectors[:4], metric, dtype)
         again = emulated.compare(build, made.rows, other, candidates=keys)
         wanted = exact.rerank(keys, made.rows, other, metric, k=100, threads=1)
         np.testing.assert_array_equal(again, wanted)
+        kept = emulated.compare(build, made.rows, other, candidates=keys, k=40, shares=1)
+        np.testing.assert_array_equal(kept, wanted[:, :40])
 
 
 @pytest.mark.parametrize("shares", [1, 2, 5])
@@ -346,7 +354,8 @@ def test_compare_keeps_the_nearest(comparing, dtype, shares) -> None:
     made = kernel_cases.data("l2", dtype, 31)
     build = emulated.Build("l2", dtype, 31, 4)
     rng = np.random.default_rng(5)
-    for m, k in ((1, 1), (1, 3), (130, 1), (130, 40), (130, 130), (150, 200), (150, 512)):
+    sizes = [(1, 1), (1, 3), (130, 1), (130, 40), (130, 130), (150, 200)]
+    for m, k in [*sizes, (150, 512), (600, 512), (600, 513)]:
         ids = rng.choice(len(made.rows), m, replace=False).astype(np.int32)
         keys = emulated.compare(build, made.rows, made.queries, ids=ids)
         wanted = np.full((len(keys), k), KEY_NONE, np.uint64)
@@ -450,28 +459,32 @@ def test_queries_without_an_answer(asking, metric, dtype) -> None:
 @pytest.mark.parametrize("mask", ["none", "shared", "per query"])
 def test_spread(mask, root) -> None:
     rng = np.random.default_rng(6)
-    n, count, m = 40, 140, 12
-    carried = rng.integers(0, 5, n)  # labels a node: none to four copies
+    n, count = 90, 30
+    carried = rng.integers(0, 6, n)  # labels a node: none to five copies
+    carried[7] = 200
     offsets = np.concatenate([[0], np.cumsum(carried)]).astype(np.int64)
     entries = int(offsets[-1])
     names = (rng.permutation(entries) * 2**40 // 7 - 2**41).astype(np.int64)
     for node in range(n):
         names[offsets[node] : offsets[node + 1]].sort()
     labels = Labels(offsets, names)
-    keys = np.full((count, m), KEY_NONE, np.uint64)
-    for q in range(count):
-        length = int(rng.integers(0, m + 1))
-        far = rng.random(length).astype(np.float32) * 9
-        keys[q, :length] = sorted(
-            reference.key(value, int(node))
-            for value, node in zip(far, rng.choice(n, length, replace=False), strict=True)
-        )
     shapes = {"none": None, "shared": (1, entries), "per query": (count, entries)}
     bits = None if mask == "none" else pack_bits(rng.random(shapes[mask]) < 0.5)
     build = emulated.Build("l2", "fp32", 8, 4)
-    for k in (1, 7, 60):
-        wanted = labels.spread(keys, k, bits)
-        found = emulated.spread(build, keys, offsets, names, k, bits, root)
-        far = np.sqrt(wanted[1]) if root else wanted[1]
-        np.testing.assert_array_equal(found[0], wanted[0])
-        np.testing.assert_array_equal(found[1], far)
+    for m in (1, 12, 32, 33, 80):
+        keys = np.full((count, m), KEY_NONE, np.uint64)
+        for q in range(count):
+            length = (0, m, m, m)[q] if q < 4 else int(rng.integers(0, m + 1))
+            far = rng.random(length).astype(np.float32) * 9
+            chosen = rng.choice(n, length, replace=False)
+            if q % 3 == 1 and length and 7 not in chosen:
+                chosen[0] = 7  # the one with many labels; near or far
+            keys[q, :length] = sorted(
+                reference.key(value, int(node)) for value, node in zip(far, chosen, strict=True)
+            )
+        for k in (1, 7, 70, 500):
+            wanted = labels.spread(keys, k, bits)
+            found = emulated.spread(build, keys, offsets, names, k, bits, root)
+            far = np.sqrt(wanted[1]) if root else wanted[1]
+            np.testing.assert_array_equal(found[0], wanted[0])
+            np.testing.assert_array_equal(found[1], far)

@@ -146,7 +146,7 @@ def test_compare_grid(queries, ids):
         assert x == -(-queries // 8)
         assert 1 <= y <= min(65535, -(-ids // 64))
         assert x * y >= min(8 * limits.sms, x * -(-ids // 64))  # enough, where there is enough
-    assert launch.thread_grid(128) == 1 and launch.thread_grid(129) == 2
+    assert launch.warp_grid(4) == 1 and launch.warp_grid(5) == 2
 
 
 def test_limits_of_a_device():

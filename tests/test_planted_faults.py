@@ -13,12 +13,15 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import emulator
 import numpy as np
 import pytest
+
+from hnsw_gpu.labels import Labels
 
 TESTS = Path(__file__).parent
 SANITIZERS = ("address", "thread")
@@ -65,6 +68,8 @@ SETTINGS = {
     "part of a chunk": NARROW | {"metric": "ip", "dim": 100},
     "odd": NARROW | {"ef": 31, "k": 1, "ef_upper": 1},
     "far": NARROW | {"tag_bits": 32},
+    "compare": NARROW,  # of the two other kernels, the data and k
+    "spread": NARROW | {"k": 100},
 }
 
 FAULTS = [
@@ -394,6 +399,39 @@ FAULTS = [
         "parity",
         "int8",
     ),
+    # --- the other kernels ---
+    Fault(
+        "the kept keys begin with one that nobody wrote",
+        "compare.cu",
+        "beam.size = beam.first = 0;",
+        "beam.size = 1;\n    beam.first = 0;",
+        "parity",
+        "compare",
+    ),
+    Fault(
+        "a share's keys lie in another's place",
+        "compare.cu",
+        "* gridDim.y + blockIdx.y) * task.k",
+        "* gridDim.y) * task.k",
+        "parity",
+        "compare",
+    ),
+    Fault(
+        "the sum over lower lanes lacks its last distance",
+        "warp.cuh",
+        "distance = 1; distance < LANES;",
+        "distance = 1; distance < LANES / 2;",
+        "parity",
+        "spread",
+    ),
+    Fault(
+        "a place after the last label is not filled",
+        "labels.cu",
+        "place = count + lane_number(); place < task.k;",
+        "place = count + lane_number() + 1; place < task.k;",
+        "parity",
+        "spread",
+    ),
 ]
 
 # --- the process that runs one fault --------------------------------------------------------------
@@ -410,39 +448,79 @@ def plant(fault: Fault, folder: Path) -> None:
     kernel_source.folder = lambda: folder
 
 
+class Asked(NamedTuple):
+    """A kernel, what it answers by a seed, and what it must answer.
+
+    An answer is of two arrays at most, and of search.cu the distances computed are a third.
+    """
+
+    library: emulator.Library
+    answer: Callable[[int], tuple[np.ndarray, ...]]
+    wanted: tuple[np.ndarray, ...]
+
+
+def asked_of(setting: str, build) -> Asked:
+    import emulated
+    import kernel_cases
+
+    row = SETTINGS[setting]
+    asked = kernel_cases.question(row)
+    made, k = asked.data, asked.settings["k"]
+    every = np.sort(np.array(made.table, np.uint64), axis=1)
+    if setting == "compare":
+        ids = np.arange(len(made.rows), dtype=np.int32)
+
+        def compare(seed: int) -> tuple[np.ndarray]:
+            found = emulated.compare(build, made.rows, made.queries, ids=ids, k=k, seed=seed)
+            return (found,)
+
+        return Asked(build.library("compare"), compare, (every[:, :k],))
+    if setting == "spread":
+        offsets = np.cumsum([0, *(np.arange(len(made.rows)) % 5)])  # labels a node: none to four
+        labels, keys = Labels(offsets, np.arange(offsets[-1])), every[:, :40]
+
+        def spread(seed: int) -> tuple[np.ndarray, np.ndarray]:
+            return emulated.spread(build, keys, offsets, labels.labels, k, seed=seed)
+
+        return Asked(build.library("spread"), spread, labels.spread(keys, k))
+    if setting == "far":
+        asked = asked._replace(settings=asked.settings | {"k": 100})
+
+    def search(seed: int) -> tuple[np.ndarray, ...]:
+        if setting == "far":
+            return kernel_cases.ask_far(asked, build, seed)
+        return asked.ask(build, **kernel_cases.launch_of(row), seed=seed)
+
+    has_found = asked.mask is not None or asked.own is not None
+    return Asked(build.library("search", has_found), search, asked.wanted())
+
+
 def outcome(fault: Fault, sanitizer: str | None) -> set[str]:
     """The gates that catch it; a sanitizer ends the process instead."""
     import kernel_cases
 
     row = SETTINGS[fault.setting]
-    asked = kernel_cases.question(row)
-    if fault.setting == "far":
-        asked = asked._replace(settings=asked.settings | {"k": 100})
-    build = kernel_cases.build_of(row, sanitizer=sanitizer)
-    library = build.library("search", asked.mask is not None or asked.own is not None)
-    library.limit_s = 10
-    wanted = asked.wanted()
+    asked = asked_of(fault.setting, kernel_cases.build_of(row, sanitizer=sanitizer))
+    asked.library.limit_s = 10
     results, gates = [], set()
     for seed in range(2 if sanitizer else 3):
         try:
-            if fault.setting == "far":
-                results.append(kernel_cases.ask_far(asked, build, seed))
-            else:
-                results.append(asked.ask(build, **kernel_cases.launch_of(row), seed=seed))
+            results.append(asked.answer(seed))
         except emulator.KernelError as error:
             print(str(error)[:300], file=sys.stderr)
             gates.add("emulator")
     for found in results:
-        if not (
-            np.array_equal(found.keys, wanted.keys) and np.array_equal(found.hops, wanted.hops)
-        ):
+        if not are_equal(found[:2], asked.wanted[:2]):
             gates.add("parity")
-        if row["buckets"] == 256 and not np.array_equal(found.distances, wanted.distances):
+        if row["buckets"] == 256 and not are_equal(found[2:], asked.wanted[2:]):
             gates.add("count")
-        for one, other in zip(found, results[0], strict=True):
-            if not np.array_equal(one, other):
-                gates.add("seeds")
+        if not are_equal(found, results[0]):
+            gates.add("seeds")
     return gates
+
+
+def are_equal(one: tuple[np.ndarray, ...], other: tuple[np.ndarray, ...]) -> bool:
+    return all(map(np.array_equal, one, other))
 
 
 def main(name: str, gate: str) -> None:

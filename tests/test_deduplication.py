@@ -1,0 +1,256 @@
+"""dedup beside slow, obvious Python that compares all with all in float64."""
+
+import itertools
+
+import numpy as np
+import oracle
+import pytest
+
+from hnsw_gpu import dedup, deduplication
+from hnsw_gpu.deduplication import wilson
+
+LINKAGES = ("star", "components", "any-earlier")
+
+
+def made(n: int = 600, dim: int = 12, seed: int = 0) -> np.ndarray:
+    """Rows in tight clusters, some of them copies, shuffled."""
+    rows = oracle.gaussian(n, dim, seed=seed, clusters=n // 8, spread=0.12)
+    rng = np.random.default_rng(seed + 1)
+    rows[rng.integers(n, size=n // 6)] = rows[rng.integers(n, size=n // 6)]
+    return rows
+
+
+def near_table(rows: np.ndarray, metric: str, limit: float) -> np.ndarray:
+    """bool (n, n), float64; no distance may be so near to the limit that rounding decides.
+
+    Copies are near, also where a metric does not say so.
+    """
+    distances = oracle.distances(rows, rows, metric)
+    assert np.abs(distances - limit).min() > 1e-7
+    table = (distances <= limit) | (rows[:, None] == rows).all(axis=2)
+    np.fill_diagonal(table, False)
+    return table
+
+
+def expected(near: np.ndarray, order: list[int], linkage: str) -> list[int]:
+    """The row that stands for each row, by the words of the definitions. Copies are near rows."""
+    position = {row: place for place, row in enumerate(order)}
+    others = [np.flatnonzero(row) for row in near]
+    if linkage == "star":
+        kept: set[int] = set()
+        for row in order:
+            if not kept & set(others[row]):
+                kept.add(row)
+        return [row if row in kept else -1 for row in range(len(near))]
+    if linkage == "any-earlier":
+        return [
+            -1 if any(position[other] < position[row] for other in others[row]) else row
+            for row in range(len(near))
+        ]
+    first = list(range(len(near)))
+    changed = True
+    while changed:
+        changed = False
+        for row, other in itertools.product(range(len(near)), repeat=2):
+            if near[row, other] and position[first[other]] < position[first[row]]:
+                first[row], changed = first[other], True
+    return first
+
+
+def order_of(keep, near: np.ndarray) -> list[int]:
+    rows = range(len(near))
+    if keep == "first":
+        return list(rows)
+    if keep == "last":
+        return list(rows)[::-1]
+    if keep == "medoid":
+        return sorted(rows, key=lambda row: (-int(near[row].sum()), row))
+    which, values = keep
+    return sorted(rows, key=lambda row: ((-1 if which == "max" else 1) * values[row], row))
+
+
+VALUES = np.random.default_rng(9).integers(0, 50, 600)
+KEEPS = ["first", "last", "medoid", ("max", VALUES), ("min", VALUES)]
+
+
+@pytest.mark.parametrize("method", ["exact", "hnsw"])
+@pytest.mark.parametrize("keep", KEEPS, ids=lambda keep: keep if keep in KEEPS[:3] else keep[0])
+@pytest.mark.parametrize("linkage", LINKAGES)
+def test_who_is_kept(linkage, keep, method) -> None:
+    rows = made()
+    near = near_table(rows, "cosine", 0.02)
+    found = dedup(rows, 0.98, keep=keep, linkage=linkage, method=method, threads=2)
+    wanted = expected(near, order_of(keep, near), linkage)
+    np.testing.assert_array_equal(found.keep, [wanted[i] == i for i in range(600)])
+    assert 0 < found.keep.sum() < 500
+    dropped = np.flatnonzero(~found.keep)
+    assert found.keep[found.duplicate_of[dropped]].all()
+    assert (found.duplicate_of[found.keep] == -1).all()
+    np.testing.assert_array_equal(
+        found.group, np.where(found.keep, np.arange(600), found.duplicate_of)
+    )
+    truth = 1 - oracle.distances(rows, rows, "cosine")
+    error = found.similarity[dropped] - truth[dropped, found.duplicate_of[dropped]]
+    assert np.abs(error).max() < 1e-6
+    assert np.isnan(found.similarity[found.keep]).all()
+    if linkage == "components":
+        np.testing.assert_array_equal(found.group, wanted)
+    if linkage == "star":  # of the kept ones within the threshold, the nearest
+        assert (found.similarity[dropped] >= np.float32(0.98)).all()
+        for row in dropped:
+            kept = np.flatnonzero(near[row] & found.keep)
+            assert truth[row, found.duplicate_of[row]] >= truth[row, kept].max() - 1e-6
+
+
+@pytest.mark.parametrize("method", ["exact", "hnsw"])
+@pytest.mark.parametrize(("metric", "limit"), [("l2", 0.05), ("euclidean", 0.2), ("ip", -1.5)])
+def test_other_metrics(metric, limit, method) -> None:
+    rows = made()
+    base = "l2" if metric == "euclidean" else metric
+    near = near_table(rows, base, limit**2 if metric == "euclidean" else limit)
+    found = dedup(rows, max_distance=limit, metric=metric, method=method, ef=200)
+    wanted = expected(near, list(range(600)), "star")
+    np.testing.assert_array_equal(found.keep, [wanted[i] == i for i in range(600)])
+
+
+def test_pairs_and_their_regrouping() -> None:
+    pytest.importorskip("pyarrow")
+    rows = made()
+    found = dedup(rows, 0.96)
+    table = found.pairs
+    a, b = table["row_a"].to_numpy(), table["row_b"].to_numpy()
+    similarity = table["similarity"].to_numpy()
+    assert (a < b).all() and (similarity >= np.float32(0.96)).all()
+    near = near_table(rows, "cosine", 0.04)
+    first = {row.tobytes(): i for i, row in reversed(list(enumerate(rows)))}
+    of = [first[row.tobytes()] for row in rows]
+    wanted = {
+        (i, j)
+        for i, j in itertools.combinations(range(600), 2)
+        if (of[i] == i and of[j] == j and near[i, j]) or (of[i] == of[j] and i == of[i])
+    }
+    assert set(zip(a.tolist(), b.tolist(), strict=True)) == wanted
+    assert found.report["pairs"] == len(wanted)
+    for linkage, keep in itertools.product(LINKAGES, ("first", "medoid")):
+        again = found.regroup(0.98, linkage=linkage, keep=keep)
+        once = dedup(rows, 0.98, linkage=linkage, keep=keep)
+        np.testing.assert_array_equal(again.duplicate_of, once.duplicate_of)
+        np.testing.assert_array_equal(again.similarity, once.similarity)
+        assert again.report["kept"] == once.report["kept"]
+    with pytest.raises(ValueError, match="the limit is wider"):
+        found.regroup(0.95)
+
+
+@pytest.mark.parametrize("method", ["exact", "hnsw"])
+@pytest.mark.parametrize("linkage", ["star", "any-earlier"])
+def test_a_heap_is_decided_though_its_pairs_are_too_many(monkeypatch, linkage, method) -> None:
+    """300 rows all near each other beside others: k stops growing, the decision is the same."""
+    rng = np.random.default_rng(3)
+    rows = made()
+    rows[:300] = rows[0] + 0.01 * rng.normal(size=(300, 12))
+    rows = rows[rng.permutation(600)]
+    wanted = dedup(rows, 0.98, linkage=linkage, method="exact")
+    assert wanted.report["open_rows"] == 0
+    monkeypatch.setattr(deduplication, "LEAST_PAIRS", 0)
+    monkeypatch.setattr(deduplication, "PAIRS_A_ROW", 8)
+    found = dedup(rows, 0.98, linkage=linkage, method=method)
+    assert found.report["open_rows"] >= 200
+    assert found.report["pairs"] < wanted.report["pairs"] / 2
+    np.testing.assert_array_equal(found.keep, wanted.keep)
+    assert found.keep[found.duplicate_of[~found.keep]].all()
+
+
+def test_threads_and_methods_agree_bit_for_bit() -> None:
+    rows = made(2000, 24)
+    wanted = dedup(rows, 0.97, method="exact", threads=1)
+    for method, threads in (("exact", 2), ("hnsw", 1), ("hnsw", 2), ("hnsw", 4)):
+        found = dedup(rows, 0.97, method=method, threads=threads)
+        for name in ("keep", "duplicate_of", "distance", "group"):
+            np.testing.assert_array_equal(getattr(found, name), getattr(wanted, name))
+        assert found.report["recall"]["recall"] == 1
+        assert found.report["histogram"] == wanted.report["histogram"]
+
+
+def test_the_threshold_is_met_by_what_is_reported() -> None:
+    """A pair whose similarity, rounded to float32, is the threshold is within it."""
+    rng = np.random.default_rng(5)
+    rows = rng.normal(size=(400, 6))
+    every = dedup(rows, -1.0)
+    similarity = np.sort(every._join.row_pairs()[2])
+    for place in range(0, len(similarity), 997):
+        threshold = np.float32(1) - similarity[place]
+        count = int((np.float32(1) - similarity >= threshold).sum())
+        assert dedup(rows, float(threshold)).report["pairs"] == count
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [np.zeros((0, 4)), np.ones((1, 4)), np.ones((50, 4)), np.eye(7), np.repeat(np.eye(5), 9, 0)],
+    ids=["none", "one", "all equal", "none equal", "each nine times"],
+)
+@pytest.mark.parametrize("method", ["exact", "hnsw"])
+def test_extremes(rows, method) -> None:
+    distinct = len(np.unique(rows, axis=0))
+    for linkage in LINKAGES:
+        found = dedup(rows, method=method, linkage=linkage)
+        assert found.keep.sum() == distinct == found.report["kept"]
+        assert found.report["exact_copies"] == len(rows) - distinct
+        assert found.report["near_duplicates"] == 0
+        assert (found.similarity[~found.keep] == 1).all()
+
+
+def test_invalid_rows() -> None:
+    rows = made()
+    rows[5], rows[7] = np.nan, np.inf
+    rows[9] = 0
+    with pytest.raises(ValueError, match="NaN or infinite values in rows 5, 7"):
+        dedup(rows)
+    found = dedup(rows, 0.98, on_invalid="drop")
+    assert found.report["invalid"] == 3
+    assert not found.keep[[5, 7, 9]].any()
+    assert (found.duplicate_of[[5, 7, 9]] == -1).all() and (found.group[[5, 7, 9]] == -1).all()
+    left = np.delete(np.arange(600), [5, 7, 9])
+    alone = dedup(rows[left], 0.98)
+    np.testing.assert_array_equal(found.keep[left], alone.keep)
+    rows[9] = 1
+    with pytest.raises(ValueError, match="rows 5, 7"):
+        dedup(rows, metric="l2", max_distance=1)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"threshold": 1.5}, "threshold=1.5: expected a cosine similarity"),
+        ({"threshold": float("nan")}, "threshold: NaN"),
+        ({"threshold": 0.9, "max_distance": 0.1}, "say one of them"),
+        ({"metric": "l2"}, "say max_distance"),
+        ({"linkage": "average"}, "expected one of 'star', 'components', 'any-earlier'"),
+        ({"keep": "best"}, "expected one of 'first', 'last', 'medoid'"),
+        ({"keep": ("max", np.ones(3))}, r"keep: float64 \(3,\), expected \(600,\) numbers"),
+        ({"keep": ("max", np.full(600, np.nan))}, "keep: NaN in rows 0, 1"),
+        ({"method": "fast"}, "expected one of 'auto', 'exact', 'hnsw'"),
+        ({"on_invalid": "skip"}, "expected one of 'raise', 'drop'"),
+    ],
+)
+def test_bad_input(given, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        dedup(made(), **given)
+
+
+def test_sampled_recall_counts_what_is_missing(monkeypatch) -> None:
+    rows = made(1500)
+    found = dedup(rows, 0.98)
+    told = found.report["recall"]
+    assert told["sampled_rows"] == 500 and told["recall"] == 1 and told["true_pairs"] > 100
+    join = found._join
+    half = join.found._replace(**{name: getattr(join.found, name)[::2] for name in ("a", "b")})
+    monkeypatch.setattr(join, "found", half)
+    told = join.recall(0, 1)
+    assert 0.4 < told["recall"] < 0.6
+    assert told["interval"] == list(wilson(told["found_pairs"], told["true_pairs"]))
+
+
+def test_wilson() -> None:
+    assert wilson(10, 10) == pytest.approx((0.7224672, 1.0), abs=1e-6)
+    assert wilson(50, 100) == pytest.approx((0.4038315, 0.5961685), abs=1e-6)
+    assert wilson(0, 0) == (0, 1)

@@ -24,7 +24,7 @@ from hnsw_gpu.workers import thread_count
 if TYPE_CHECKING:
     import pyarrow
 
-EXACT_ROWS = 50_000  # up to here comparing all costs no more than building a graph
+EXACT_ROWS = 25_000  # up to here comparing all costs no more than building a graph
 PAIRS_A_ROW = 64  # that may be kept, of all rows together; and at least LEAST_PAIRS
 LEAST_PAIRS = 10_000_000
 SAMPLED = 500  # nodes by which recall is judged
@@ -325,7 +325,7 @@ def dedup(
     "first", "last", "medoid" (who has most near ones), ("max", values) or ("min", values) with
     values (n,); ties go to the lower row. linkage: "star", "components" or "any-earlier", see
     linkage.py. method: "exact" compares all with all, "hnsw" searches a graph with M,
-    ef_construction and ef; "auto" takes "exact" up to 50,000 distinct rows. on_invalid: "raise" or
+    ef_construction and ef; "auto" takes "exact" up to 25,000 distinct rows. on_invalid: "raise" or
     "drop" rows that are NaN, infinite, or zero under cosine. The same result for any `threads`.
     """
     name = inputs.metric(metric)

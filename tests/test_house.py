@@ -18,17 +18,8 @@ PACKAGE = ROOT / "hnsw_gpu"
 # From top to bottom. A module may import from lower rows, and within its row as ARROWS says.
 LAYERS = {
     "programs": ["__main__", "cli", "demo"],
-    "jobs": [
-        "server",
-        "batching",
-        "deduplication",
-        "sharding",
-        "verses",
-        "recall",
-        "doctor",
-        "terminal",
-    ],
-    "their parts": ["pairs", "linkage"],
+    "jobs": ["server", "batching", "deduplication", "sharding"],
+    "their parts": ["pairs", "linkage", "verses", "recall", "doctor", "terminal"],
     "public": ["__init__", "index"],
     "its parts": ["inputs", "labels", "copies"],
     "files": ["storage", "hnswlib_format", "vector_files"],
@@ -42,6 +33,7 @@ ARROWS = {
     ("cli", "demo"),
     ("server", "batching"),
     ("__init__", "index"),
+    ("__init__", "deduplication"),  # a public name, brought when it is first used
     ("build", "search"),
     ("cpu", "exact"),
     ("cpu", "search"),

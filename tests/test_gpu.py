@@ -77,14 +77,16 @@ class Case(NamedTuple):
         return self
 
 
-def make_case(metric: str = "l2", dtype: str = "fp32", refine: str = "", seed: int = 5) -> Case:
+def make_case(
+    metric: str = "l2", dtype: str = "fp32", refine: str = "", seed: int = 5, count: int = NODES
+) -> Case:
     """Integer vectors on a random graph, not uploaded; some queries are stored vectors."""
     rng = np.random.default_rng(seed)
     # int8 distances tie where codes are the same few, and are off where they are many
     largest = 1 if dtype == "int8" and not refine else 3
-    pool = reference.integer_vectors(NODES + QUERIES // 2, DIM, metric, rng, largest)
-    vectors = pool[:NODES]
-    queries = np.concatenate([vectors[: QUERIES - QUERIES // 2], pool[NODES:]])
+    pool = reference.integer_vectors(count + QUERIES // 2, DIM, metric, rng, largest)
+    vectors = pool[:count]
+    queries = np.concatenate([vectors[: QUERIES - QUERIES // 2], pool[count:]])
     rows = vectors_module.encode(vectors, metric, dtype)
     fine = vectors_module.encode(vectors, metric, refine) if refine else None
     graph = reference.random_graph(vectors, M, seed)
@@ -275,6 +277,38 @@ def test_a_k_beyond_shared_memory_compares_all(
         asked = None if queries is None else queries[i : i + 1]
         wanted = case.cpu.compare(asked, np.flatnonzero(masks[i]), k, own=one)
         np.testing.assert_array_equal(found[i : i + 1], wanted)
+
+
+@pytest.mark.parametrize(("k", "shared_mem"), [(512, 32768), (513, 0)])
+def test_a_warp_keeps_up_to_512_keys(
+    machine: cupy_stand_in.Machine, k: int, shared_mem: int
+) -> None:
+    """In what shared memory a block has unasked; more are all written, and sorted."""
+    case = make_case("l2", "int8", "fp32", count=600).upload()
+    queries, ids = case.queries[-2:], np.arange(599, -1, -1)
+    np.testing.assert_array_equal(case.gpu.walk(queries, k, 600), case.cpu.walk(queries, k, 600))
+    found = case.gpu.compare(queries, ids, k)
+    np.testing.assert_array_equal(found, case.cpu.compare(queries, ids, k))
+    launches = [it for it in machine.launches if it.kernel == "compare"]
+    assert [it.shared_mem for it in launches] == 2 * [shared_mem]
+
+
+@pytest.mark.parametrize("sms", [1, 9])
+def test_shares_are_sorted_together(sms: int) -> None:
+    """Where queries fill the GPU, a warp compares all for its query, and nothing is sorted."""
+    if emulator.missing():
+        pytest.skip(emulator.missing())
+    with cupy_stand_in.installed(sms=sms) as machine:
+        case = make_case("l2", "int8", "fp32").upload()
+        queries = np.repeat(case.queries, 8, axis=0)
+        for ids in (np.arange(NODES), np.array([5])):
+            found = case.gpu.compare(queries, ids, 7)
+            np.testing.assert_array_equal(found, case.cpu.compare(queries, ids, 7))
+        assert [it.grid for it in machine.launches if it.kernel == "compare"] == [
+            (9, {1: 1, 9: 4}[sms]),
+            (9, 1),
+        ]
+        assert machine.names().count("sort") == (sms > 1)
 
 
 # --- memory ---------------------------------------------------------------------------------------

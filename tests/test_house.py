@@ -50,7 +50,7 @@ CORE = {"click", "llvmlite", "numba", "numpy", "tqdm"}
 
 BANNED_FILES = {"utils", "util", "helpers", "common", "base", "types", "config", "manager"}
 SIMILARITY = r"(?<![a-z])similarit"
-SIMILAR = {"deduplication", "test_deduplication"}  # its users think in cosine similarity
+SIMILAR = {"deduplication", "test_deduplication", "README"}  # users think in it, of duplicates
 BANNED_WORDS = {
     r"beam[ _-]?width": "ef, or expand",
     r"prun(e|es|ed|ing)\b": "select",

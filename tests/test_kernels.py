@@ -176,7 +176,8 @@ def test_offsets_of_the_other_kernels() -> None:
     np.testing.assert_array_equal(nearest, wanted)
     del held
 
-    q = 4 * block  # a warp a query
+    block = 2**26
+    q = 4 * block  # a warp a query, in these two
     out = np.zeros((4, 128), np.uint8)
     task, held = emulated.struct(
         "Encoding",
@@ -188,11 +189,10 @@ def test_offsets_of_the_other_kernels() -> None:
     far.library("encode").launch((1,), (128,), (task,))
     np.testing.assert_array_equal(out, emulated.encode(build, made.vectors[:4], 128))
 
-    q = 4 * block
     offsets = np.arange(201, dtype=np.int64)
     names = np.arange(200, dtype=np.int64) * 7
     labels, far_off = np.zeros((4, 9), np.int64), np.zeros((4, 9), np.float32)
-    bits = pack_bits(np.random.default_rng(1).random((4, 200)) < 0.5)
+    bits = pack_bits(np.random.default_rng(1).random((4, 288)) < 0.5)  # 9 words: q * 9 > 2**31
     near = emulated.spread(build, wanted, offsets, names, 9, bits)
     task, held_too = emulated.struct(
         "Spread",

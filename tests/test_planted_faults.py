@@ -68,8 +68,8 @@ SETTINGS = {
     "part of a chunk": NARROW | {"metric": "ip", "dim": 100},
     "odd": NARROW | {"ef": 31, "k": 1, "ef_upper": 1},
     "far": NARROW | {"tag_bits": 32},
-    "compare": NARROW
-    | {"k": 100},  # of the two other kernels: the data, and k beyond what it gives
+    # of the two other kernels: the data, and k beyond what there is
+    "compare": NARROW | {"k": 100},
     "spread": NARROW | {"k": 100},
 }
 

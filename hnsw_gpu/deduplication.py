@@ -68,9 +68,9 @@ class DedupResult:
 
     @property
     def similarity(self) -> np.ndarray:
-        """float32 (n,): 1 - distance; ValueError for l2, which has none."""
+        """float32 (n,): 1 - distance; ValueError for l2 and euclidean, which have none."""
         if self._join.metric == "l2":
-            raise ValueError("metric 'l2' has no similarity; see distance")
+            raise ValueError(f"metric {self._join.name!r} has no similarity; see distance")
         return np.float32(1) - self.distance
 
     @property
@@ -100,7 +100,7 @@ class DedupResult:
         join = self._join
         limit = join.limit
         if threshold is not None or max_distance is not None:
-            limit = _limit(join.metric, threshold, max_distance)
+            limit = _limit(join.name, threshold, max_distance)
         if limit > join.limit:
             raise ValueError("regroup: the limit is wider than the one that pairs were found with")
         parameters = dict(self.report["parameters"])
@@ -108,8 +108,8 @@ class DedupResult:
         keep = self._join.keep if keep is None else keep
         start = time.perf_counter()
         dropped = join.decide(limit, linkage, keep)
-        report = {**self.report, **join.counts(dropped)}
-        report["parameters"] = parameters | _named(join.metric, limit, linkage, keep)
+        report = {**self.report, **join.counts(dropped, limit)}
+        report["parameters"] = parameters | _named(join.name, limit, linkage, keep)
         report["seconds"] = {"group": time.perf_counter() - start}
         return DedupResult(join, dropped, report)
 
@@ -120,7 +120,7 @@ class Join:
     def __init__(
         self,
         vectors: np.ndarray,
-        metric: str,
+        name: str,
         valid: np.ndarray,
         node_of: np.ndarray,
         first_row: np.ndarray,
@@ -129,7 +129,8 @@ class Join:
         lists: pairs.Lists,
         keep: Any,
     ) -> None:
-        self.vectors, self.metric, self.limit, self.keep = vectors, metric, limit, keep
+        self.vectors, self.limit, self.keep = vectors, limit, keep
+        self.name, self.metric = name, inputs.METRICS[name]  # the caller's, and the engines'
         self.valid = valid  # int64 (m,): rows that are neither NaN nor infinite nor zero
         self.node_of = node_of  # int64 (m,), of those
         self.first_row = first_row  # int64 (nodes,)
@@ -148,7 +149,10 @@ class Join:
         distance = np.concatenate([self.found.distances, np.zeros(int(is_copy.sum()), np.float32)])
         a, b = np.minimum(a, b), np.maximum(a, b)
         order = np.lexsort((b, a))
-        return a[order], b[order], distance[order]
+        return a[order], b[order], self._as_asked(distance[order])
+
+    def _as_asked(self, distances: np.ndarray) -> np.ndarray:
+        return np.sqrt(distances) if self.name == "euclidean" else distances
 
     def decide(self, limit: float, link: str, keep: Any) -> Dropped:
         is_near = self.found.distances <= np.float32(limit)
@@ -233,7 +237,8 @@ class Join:
         keep[self.valid] = is_kept
         dropped = self.valid[~is_kept]
         duplicate_of[dropped] = group[dropped]
-        distance[dropped] = self._distances(self.node_of[~is_kept], root[self.node_of[~is_kept]])
+        nodes = self.node_of[~is_kept]
+        distance[dropped] = self._as_asked(self._distances(nodes, root[nodes]))
         return Dropped(keep, duplicate_of, distance, group)
 
     def _distances(self, one: np.ndarray, other: np.ndarray) -> np.ndarray:
@@ -252,7 +257,7 @@ class Join:
     def _floats(self, rows: np.ndarray) -> np.ndarray:
         return np.ascontiguousarray(self.vectors[rows], np.float32)
 
-    def counts(self, dropped: Dropped) -> dict[str, int]:
+    def counts(self, dropped: Dropped, limit: float) -> dict[str, int]:
         """Of the report."""
         copies_dropped = len(self.valid) - self.nodes
         kept = int(dropped.keep.sum())
@@ -262,7 +267,7 @@ class Join:
             "kept": kept,
             "exact_copies": copies_dropped,
             "near_duplicates": len(self.valid) - kept - copies_dropped,
-            "pairs": len(self.found.a) + copies_dropped,
+            "pairs": int((self.found.distances <= np.float32(limit)).sum()) + copies_dropped,
             "open_rows": int(self.found.is_open[self.node_of].sum()),
         }
 
@@ -270,7 +275,7 @@ class Join:
         """Rows by the similarity (distance, for l2) of the most similar other row."""
         nearest = self.found.nearest[self.node_of]
         nearest[np.bincount(self.node_of, minlength=self.nodes)[self.node_of] > 1] = 0
-        values = nearest[np.isfinite(nearest)].astype(np.float64)
+        values = self._as_asked(nearest[np.isfinite(nearest)]).astype(np.float64)
         if self.metric == "l2":
             counts, edges = np.histogram(values, BINS)
         else:
@@ -319,7 +324,8 @@ def dedup(
 ) -> DedupResult:
     """Find near-duplicates among vectors (n, dim), any array-like of real numbers.
 
-    threshold: least cosine similarity of near-duplicates (0.95 where nothing is said).
+    threshold: least cosine similarity of near-duplicates, or least dot product under ip (0.95 where
+    nothing is said).
     max_distance: instead of it, the largest distance, as an Index of that metric returns it. keep:
     who stays,
     "first", "last", "medoid" (who has most near ones), ("max", values) or ("min", values) with
@@ -358,10 +364,10 @@ def dedup(
         most = max(LEAST_PAIRS, PAIRS_A_ROW * len(first_row))
         found = pairs.find_pairs(lists, len(first_row), limit, most, bar.update)
     seconds["join"] = clock.lap()
-    join = Join(given, engine_metric, valid, node_of, first_row, limit, found, lists, keep)
+    join = Join(given, name, valid, node_of, first_row, limit, found, lists, keep)
     dropped = join.decide(limit, linkage, keep)
     seconds["group"] = clock.lap()
-    report = {**join.counts(dropped), "histogram": join.histogram()}
+    report = {**join.counts(dropped, limit), "histogram": join.histogram()}
     report["recall"] = join.recall(seed, threads)
     seconds["recall"] = clock.lap()
     report["seconds"] = seconds
@@ -369,7 +375,7 @@ def dedup(
         "metric": name,
         "method": method,
         "seed": seed,
-        **_named(engine_metric, limit, linkage, keep),
+        **_named(name, limit, linkage, keep),
         **({"M": M, "ef_construction": ef_construction, "ef": ef} if method == "hnsw" else {}),
     }
     return DedupResult(join, dropped, report)
@@ -380,10 +386,13 @@ def _limit(metric: str, threshold: float | None, max_distance: float | None) -> 
     if max_distance is not None:
         if threshold is not None:
             raise ValueError("threshold and max_distance: say one of them")
-        limit = inputs.number("max_distance", max_distance)
-        if metric == "euclidean":
-            limit *= abs(limit)
-        return float(np.float32(limit))
+        limit = np.float32(inputs.number("max_distance", max_distance))
+        if metric != "euclidean":
+            return float(limit)
+        squared = limit * abs(limit)
+        while squared < np.inf and np.sqrt(np.nextafter(squared, np.float32(np.inf))) <= limit:
+            squared = np.nextafter(squared, np.float32(np.inf))  # the root is rounded
+        return float(squared)
     if metric in ("l2", "euclidean"):
         raise ValueError(f"metric {metric!r}: say max_distance, there is no similarity")
     least = np.float32(inputs.number("threshold", 0.95 if threshold is None else threshold))
@@ -400,8 +409,8 @@ def _limit(metric: str, threshold: float | None, max_distance: float | None) -> 
 def _named(metric: str, limit: float, link: str, keep: Any) -> dict[str, Any]:
     """The decision's parameters, as the caller knows them."""
     named: dict[str, Any] = {"linkage": link, "keep": keep if isinstance(keep, str) else keep[0]}
-    if metric == "l2":
-        return named | {"max_distance": limit}
+    if metric in ("l2", "euclidean"):
+        return named | {"max_distance": limit if metric == "l2" else limit**0.5}
     return named | {"threshold": float(np.float32(1) - np.float32(limit)), "max_distance": limit}
 
 

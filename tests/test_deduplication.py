@@ -103,13 +103,29 @@ def test_who_is_kept(linkage, keep, method) -> None:
 
 
 @pytest.mark.parametrize("method", ["exact", "hnsw"])
-@pytest.mark.parametrize(("metric", "limit"), [("l2", 0.05), ("euclidean", 0.2), ("ip", -1.5)])
+@pytest.mark.parametrize(("metric", "limit"), [("l2", 0.3), ("euclidean", 0.5), ("ip", -1.5)])
 def test_other_metrics(metric, limit, method) -> None:
     rows = made()
     base = "l2" if metric == "euclidean" else metric
     near = near_table(rows, base, limit**2 if metric == "euclidean" else limit)
     found = dedup(rows, max_distance=limit, metric=metric, method=method, ef=200)
     wanted = expected(near, list(range(600)), "star")
+    dropped = np.flatnonzero(~found.keep)
+    is_copy = (rows[dropped] == rows[found.duplicate_of[dropped]]).all(axis=1)
+    truth = oracle.distances(rows, rows, base)[dropped, found.duplicate_of[dropped]]
+    truth = np.where(is_copy, 0, np.sqrt(np.maximum(truth, 0)) if metric == "euclidean" else truth)
+    np.testing.assert_allclose(found.distance[dropped], truth, atol=1e-5)
+    assert found.report["parameters"]["max_distance"] == pytest.approx(limit)
+    again = found.regroup(max_distance=limit * (0.9 if limit > 0 else 1.1), linkage="components")
+    once = dedup(
+        rows, max_distance=limit * (0.9 if limit > 0 else 1.1), metric=metric,
+        method="exact", linkage="components",
+    )  # fmt: skip
+    np.testing.assert_array_equal(again.group, once.group)
+    assert again.report["pairs"] == once.report["pairs"] < found.report["pairs"]
+    if metric != "ip":
+        with pytest.raises(ValueError, match=f"'{metric}' has no similarity"):
+            _ = found.similarity
     np.testing.assert_array_equal(found.keep, [wanted[i] == i for i in range(600)])
 
 
@@ -181,6 +197,16 @@ def test_the_threshold_is_met_by_what_is_reported() -> None:
         threshold = np.float32(1) - similarity[place]
         count = int((np.float32(1) - similarity >= threshold).sum())
         assert dedup(rows, float(threshold)).report["pairs"] == count
+
+
+def test_the_largest_distance_is_met_by_what_is_reported() -> None:
+    rows = np.random.default_rng(5).normal(size=(300, 6))
+    every = dedup(rows, metric="euclidean", max_distance=99)
+    distance = np.sort(every._join.row_pairs()[2])
+    for place in range(0, len(distance), 997):
+        count = int((distance <= distance[place]).sum())
+        found = dedup(rows, metric="euclidean", max_distance=float(distance[place]))
+        assert found.report["pairs"] == count
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import contextlib
 import importlib
 import json
 import math
+import shutil
 import sys
 import tempfile
 from collections import Counter
@@ -327,6 +328,8 @@ def main(name: str, queries: int, out: Path | None) -> None:
     with tools() as tool:
         if missing := tool.emulator.missing("count"):
             raise click.ClickException(missing)
+        if shutil.which("addr2line") is None:
+            raise click.ClickException("there is no addr2line, which is of binutils")
         points = model(tool, index, dataset)
         version = tool.cuda_toolkit.find().version
     report(points)

@@ -581,6 +581,7 @@ def test_steps():
 # --- the counting build ---
 
 
+@needs("count")
 def test_counts_of_bytes():
     library = kernel(
         """const uint4 four = __ldg(reinterpret_cast<const uint4*>(rows) + threadIdx.x);
@@ -606,6 +607,7 @@ def test_counts_of_bytes():
         kernel("out[0] = 1;").count({"out": out})
 
 
+@needs("count")
 @pytest.mark.skipif(shutil.which("addr2line") is None, reason="no addr2line")
 def test_meetings():
     source = f"""__device__ int inner(int x) {{ return __shfl_sync({FULL}, x, 0); }}

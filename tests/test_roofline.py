@@ -1,6 +1,7 @@
 """The model of a search on a GPU: its counts, its estimate of instructions, what is committed."""
 
 import json
+import shutil
 
 import cuda_toolkit
 import emulator
@@ -32,6 +33,8 @@ def toolkit() -> cuda_toolkit.Toolkit:
 def tools():
     if emulator.missing("count"):
         pytest.skip(emulator.missing("count"))
+    if shutil.which("addr2line") is None:
+        pytest.skip("no addr2line, which is of binutils")
     with roofline.tools() as found:
         yield found
 

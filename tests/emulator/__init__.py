@@ -113,6 +113,8 @@ def missing(sanitizer: str | None = None) -> str:
     """What this machine lacks for a build; empty when nothing."""
     if not compiler():
         return "no C++ compiler: set CXX, or install g++, clang++ or the package ziglang"
+    if sanitizer and "clang" in _version()[-1]:
+        return "the sanitizers and the counts are gcc's, and the compiler is clang"
     if sanitizer in RUNTIMES and not runtime(sanitizer):
         return f"{compiler()[0]} has no {RUNTIMES[sanitizer]}"
     if sanitizer == "thread" and _run([*_fixed_addresses(), "true"]).returncode != 0:

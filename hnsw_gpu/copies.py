@@ -3,6 +3,8 @@
 import numpy as np
 from numba import njit
 
+MOVED = 16384  # rows copied at a time
+
 
 class NodeTable:
     """Hash table of the nodes' rows. A row is compared byte for byte, as uint64 words."""
@@ -38,6 +40,13 @@ class NodeTable:
     def clear(self):
         """Forget all nodes; the next `assign` reads them again."""
         self._count = -1
+
+
+def move_together(rows, sources, first=0):
+    """rows[first + i] = rows[sources[i]], of ascending sources (m,) that are at least first + i."""
+    for start in range(0, len(sources), MOVED):
+        part = sources[start : start + MOVED]
+        rows[first + start : first + start + len(part)] = rows[part]
 
 
 @njit(nogil=True, cache=True, _nrt=False)

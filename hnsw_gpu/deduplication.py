@@ -1,12 +1,12 @@
 """Near-duplicates: which rows to keep, which to drop, and for what row each is dropped.
 
-Equal rows are one node. Pairs of near nodes come from an exact join or from the graph
-(`pairs.py`); a linkage (`linkage.py`) decides by them and by the order that `keep` states. What is
+Equal rows are one node. Pairs of near nodes come from an exact join or from the graph (`pairs.py`,
+`shards.py`); a linkage (`linkage.py`) decides by them and by the order that `keep` states. What is
 near is decided by fp32 distances (R1), whoever found it.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,20 +14,21 @@ import numpy as np
 from numpy.typing import ArrayLike
 from tqdm import tqdm
 
-from hnsw_gpu import beam, copies, exact, inputs, pairs
+from hnsw_gpu import against as others
+from hnsw_gpu import beam, copies, inputs, pairs
 from hnsw_gpu import linkage as linkages
 from hnsw_gpu.index import Index
-from hnsw_gpu.pairs import Pairs
+from hnsw_gpu.shards import Pairs, Shards, no_pairs
 from hnsw_gpu.vectors import empty_rows, encode
 from hnsw_gpu.workers import thread_count
 
 if TYPE_CHECKING:
+    import os
+
     import pyarrow
 
 EXACT_ROWS = 25_000  # up to here comparing all costs no more than building a graph
-PAIRS_A_ROW = 64  # that may be kept, of all rows together; and at least LEAST_PAIRS
-LEAST_PAIRS = 10_000_000
-SAMPLED = 500  # nodes by which recall is judged
+SAMPLED = 300  # nodes by which recall is judged
 BINS = 100  # of the histogram, from similarity 0 to 1
 ENCODE_ROWS = 16384
 METHODS = ("auto", "exact", "hnsw")
@@ -39,29 +40,42 @@ class Dropped(NamedTuple):
     """What became of the rows; the arrays are (n,), in input order."""
 
     keep: np.ndarray  # bool
-    duplicate_of: np.ndarray  # int64: the kept row that stands for it; -1 where kept
-    distance: np.ndarray  # float32, to that row; NaN where kept
-    group: np.ndarray  # int64: the kept row, also of itself; -1 where invalid
+    duplicate_of: np.ndarray  # int64: the kept row that stands for it; -1 where there is none
+    distance: np.ndarray  # float32, to what it is a duplicate of; NaN where it is none
+    group: np.ndarray  # int64: the kept row, also of itself; -1 where invalid or of another set
+
+
+class Against(NamedTuple):
+    """Of each node its nearest in another set, where that is within the limit."""
+
+    labels: np.ndarray  # int64 (nodes,): -1 where there is none
+    distances: np.ndarray  # float32 (nodes,)
 
 
 class DedupResult:
     """Rows kept and dropped, the pairs that decided it, and a report.
 
-    keep: bool (n,), input order. duplicate_of: int64 (n,), row of the representative, -1 where kept
-    or invalid. similarity: float32 (n,) to that representative (cosine, ip), NaN where kept;
+    keep: bool (n,), input order. duplicate_of: int64 (n,), row of the representative, -1 where
+    there is none. similarity: float32 (n,) to it (cosine, ip), NaN where there is none;
     distance: likewise, of every metric. group: int64 (n,), the representative's row, which a kept
-    row is itself. report: counts, histogram of best similarity, sampled recall, seconds,
-    parameters.
+    row is itself. against: int64 (n,), of rows that the other set has: its label, or row; else -1.
+    ids: the caller's, or the row numbers. report: counts, histogram of best similarity, sampled
+    recall, seconds, parameters.
     """
 
     def __init__(self, join: "Join", dropped: Dropped, report: dict[str, Any]) -> None:
         self._join = join
         self.keep, self.duplicate_of, self.distance, self.group = dropped
+        self.against = join.rows_against()
+        self.ids = join.ids
         self.report = report
 
     def __repr__(self) -> str:
+        also = ""
+        if "against_duplicates" in self.report:
+            also = f"{self.report['against_duplicates']:,} of the other set, "
         return (
-            f"DedupResult: {self.report['kept']:,} of {self.report['rows']:,} rows kept, "
+            f"DedupResult: {self.report['kept']:,} of {self.report['rows']:,} rows kept, {also}"
             f"{self.report['exact_copies']:,} exact and {self.report['near_duplicates']:,} near "
             "duplicates dropped"
         )
@@ -77,16 +91,22 @@ class DedupResult:
     def pairs(self) -> "pyarrow.Table":
         """Every pair found: row_a < row_b, int64, and similarity (distance, for l2).
 
-        Of equal rows only the first is in pairs; each other one is in a pair with that first one.
-        Needs pyarrow.
+        With ids, also id_a and id_b. Of equal rows only the first is in pairs; each other one is in
+        a pair with that first one. Needs pyarrow.
         """
-        import pyarrow
-
         a, b, distance = self._join.row_pairs()
-        last = ("distance", distance)
-        if self._join.metric != "l2":
-            last = ("similarity", np.float32(1) - distance)
-        return pyarrow.table({"row_a": a, "row_b": b, last[0]: last[1]})
+        return self._join.pair_table(a, b, distance)
+
+    @property
+    def duplicates(self) -> "pyarrow.Table":
+        """Dropped rows: id, duplicate_of (an id), similarity (distance, for l2), group (an id).
+
+        With `against`, also against, of the other set. Needs pyarrow.
+        """
+        return self._join.duplicate_table(Dropped(*self._dropped()))
+
+    def _dropped(self) -> tuple[np.ndarray, ...]:
+        return self.keep, self.duplicate_of, self.distance, self.group
 
     def regroup(
         self,
@@ -115,30 +135,42 @@ class DedupResult:
 
 
 class Join:
-    """The nodes of a set of rows, and the pairs of them that are near."""
+    """The nodes of a set of rows, the pairs of them that are near, and what they decide."""
 
     def __init__(
         self,
-        vectors: np.ndarray,
         name: str,
+        rows: int,
         valid: np.ndarray,
         node_of: np.ndarray,
-        first_row: np.ndarray,
         limit: float,
+        nodes: Shards,
         found: Pairs,
-        lists: pairs.Lists,
         keep: Any,
+        against: Against | None = None,
+        ids: Any = None,
     ) -> None:
-        self.vectors, self.limit, self.keep = vectors, limit, keep
         self.name, self.metric = name, inputs.METRICS[name]  # the caller's, and the engines'
+        self.rows, self.limit, self.keep, self.ids = rows, limit, keep, ids
         self.valid = valid  # int64 (m,): rows that are neither NaN nor infinite nor zero
         self.node_of = node_of  # int64 (m,), of those
-        self.first_row = first_row  # int64 (nodes,)
-        self.found, self.lists = found, lists
+        self.shards, self.found = nodes, found
+        self.first_row = np.empty(nodes.nodes, np.int64)  # of each node
+        self.first_row[node_of[::-1]] = valid[::-1]
+        self.against = against
+        self.is_other = np.zeros(nodes.nodes, bool)  # nodes that the other set has
+        if against is not None:
+            self.is_other = against.distances <= np.float32(limit)
 
     @property
     def nodes(self) -> int:
         return len(self.first_row)
+
+    def rows_against(self) -> np.ndarray:
+        labels = np.full(self.rows, -1, np.int64)
+        if self.against is not None:
+            labels[self.valid] = np.where(self.is_other, self.against.labels, -1)[self.node_of]
+        return labels
 
     def row_pairs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """int64 rows a < b, and distances, of all pairs found; copies with their first row."""
@@ -154,33 +186,79 @@ class Join:
     def _as_asked(self, distances: np.ndarray) -> np.ndarray:
         return np.sqrt(distances) if self.name == "euclidean" else distances
 
+    def pair_table(self, a: np.ndarray, b: np.ndarray, distance: np.ndarray) -> "pyarrow.Table":
+        import pyarrow
+
+        columns = {"row_a": a, "row_b": b, **self._nearness(distance)}
+        if self.ids is not None:
+            columns |= {"id_a": self._ids(a), "id_b": self._ids(b)}
+        return pyarrow.table(columns)
+
+    def duplicate_table(self, dropped: Dropped) -> "pyarrow.Table":
+        import pyarrow
+
+        labels = self.rows_against()
+        rows = np.flatnonzero((dropped.duplicate_of >= 0) | (labels >= 0))
+        columns = {
+            "id": self._ids(rows),
+            "duplicate_of": self._ids(dropped.duplicate_of[rows]),
+            **self._nearness(dropped.distance[rows]),
+            "group": self._ids(dropped.group[rows]),
+        }
+        if self.against is not None:
+            columns["against"] = _nullable(labels[rows])
+        return pyarrow.table(columns)
+
+    def _nearness(self, distance: np.ndarray) -> dict[str, np.ndarray]:
+        if self.metric == "l2":
+            return {"distance": distance}
+        return {"similarity": np.float32(1) - distance}
+
+    def _ids(self, rows: np.ndarray) -> Any:
+        """Ids of rows as an Arrow array, null where the row is -1."""
+        import pyarrow
+
+        if self.ids is None:
+            return _nullable(rows)
+        ids = self.ids
+        if not isinstance(ids, (pyarrow.Array, pyarrow.ChunkedArray)):
+            ids = pyarrow.array(ids)
+        return ids.take(_nullable(rows))
+
     def decide(self, limit: float, link: str, keep: Any) -> Dropped:
-        is_near = self.found.distances <= np.float32(limit)
-        a, b, distances = (array[is_near] for array in self.found[:3])
+        a, b, distances = self._near(limit)
         offsets, neighbors, _ = linkages.adjacency(a, b, distances, self.nodes)
         rows = self._row_order(keep, offsets, neighbors)
         order, row_of = self._node_order(rows)
         position = np.empty(self.nodes, np.int64)
         position[order] = np.arange(self.nodes)
+        is_open = self.found.is_open & ~self.is_other
 
         def near_of(ids: np.ndarray) -> list[np.ndarray]:
-            return pairs.within(self.lists, ids, limit, self.nodes)
+            every = self.shards.near_of(ids, limit)
+            return [keys[~self.is_other[beam.nodes(keys)]] for keys in every]
 
         root = np.empty(self.nodes, np.int64)
         if link == "components":
             return self._dropped(linkages.components(order, offsets, neighbors), row_of)
         decide = linkages.star if link == "star" else linkages.any_earlier
-        state, told = decide(order, offsets, neighbors, self.found.is_open, near_of)
+        state, told = decide(order, offsets, neighbors, is_open, near_of)
         if told:
             self._learn(told)
-            is_near = self.found.distances <= np.float32(limit)
-            a, b, distances = (array[is_near] for array in self.found[:3])
-            offsets, neighbors, _ = linkages.adjacency(a, b, distances, self.nodes)
+            offsets, neighbors, _ = linkages.adjacency(*self._near(limit), self.nodes)
         if link == "star":
             linkages.nearest_kept(offsets, neighbors, state, root)
         else:
             linkages.first_ancestor(order, position, offsets, neighbors, root)
         return self._dropped(root, row_of)
+
+    def _near(self, limit: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Pairs within a limit, of nodes that the other set lacks."""
+        a, b, distances = self.found[:3]
+        is_near = distances <= np.float32(limit)
+        if self.against is not None:
+            is_near &= ~self.is_other[a] & ~self.is_other[b]
+        return a[is_near], b[is_near], distances[is_near]
 
     def _learn(self, told: dict[int, np.ndarray]) -> None:
         """Pairs of open nodes, of the keys of their near others."""
@@ -213,9 +291,9 @@ class Join:
         which, values = keep
         inputs.one_of("keep", which, ("max", "min"))
         values = np.asarray(values)
-        if values.shape != (len(self.vectors),) or values.dtype.kind not in "fiub":
+        if values.shape != (self.rows,) or values.dtype.kind not in "fiub":
             raise ValueError(
-                f"keep: {values.dtype} {values.shape}, expected ({len(self.vectors)},) numbers"
+                f"keep: {values.dtype} {values.shape}, expected ({self.rows},) numbers"
             )
         values = values[self.valid].astype(np.float64)
         inputs.refuse("keep", np.isnan(values), "NaN")
@@ -229,47 +307,46 @@ class Join:
         return nodes[np.argsort(first, kind="stable")], row_of
 
     def _dropped(self, root: np.ndarray, row_of: np.ndarray) -> Dropped:
-        count = len(self.vectors)
-        keep, group = np.zeros(count, bool), np.full(count, -1, np.int64)
-        duplicate_of, distance = np.full(count, -1, np.int64), np.full(count, np.nan, np.float32)
-        group[self.valid] = row_of[root[self.node_of]]
-        is_kept = group[self.valid] == self.valid
-        keep[self.valid] = is_kept
-        dropped = self.valid[~is_kept]
+        keep, group = np.zeros(self.rows, bool), np.full(self.rows, -1, np.int64)
+        duplicate_of = np.full(self.rows, -1, np.int64)
+        distance = np.full(self.rows, np.nan, np.float32)
+        is_ours = ~self.is_other[self.node_of]
+        valid, node_of = self.valid[is_ours], self.node_of[is_ours]
+        group[valid] = row_of[root[node_of]]
+        is_kept = group[valid] == valid
+        keep[valid] = is_kept
+        dropped, nodes = valid[~is_kept], node_of[~is_kept]
         duplicate_of[dropped] = group[dropped]
-        nodes = self.node_of[~is_kept]
         distance[dropped] = self._as_asked(self._distances(nodes, root[nodes]))
+        if self.against is not None:
+            theirs = self.against.distances[self.node_of[~is_ours]]
+            distance[self.valid[~is_ours]] = self._as_asked(theirs)
         return Dropped(keep, duplicate_of, distance, group)
 
     def _distances(self, one: np.ndarray, other: np.ndarray) -> np.ndarray:
-        """float32 (m,), between nodes: 0 of one node to itself."""
-        found = np.zeros(len(one), np.float32)
-        for start in range(0, len(one), ENCODE_ROWS):
-            place = slice(start, start + ENCODE_ROWS)
-            a = encode(self._floats(self.first_row[one[place]]), self.metric, "fp32")
-            b = encode(self._floats(self.first_row[other[place]]), self.metric, "fp32")
-            keys = np.arange(len(a), dtype=np.uint64)[:, None] << np.uint64(1)
-            exactly = exact.rerank(keys, b, a, self.metric, k=1, threads=1)
-            found[place] = beam.distances(exactly[:, 0])
-        found[one == other] = 0
-        return found
-
-    def _floats(self, rows: np.ndarray) -> np.ndarray:
-        return np.ascontiguousarray(self.vectors[rows], np.float32)
+        """float32 (m,), between nodes; many rows share a pair of them."""
+        wanted, place = np.unique(one << 32 | other, return_inverse=True)
+        one, other = wanted >> 32, wanted & 0xFFFFFFFF
+        return self.shards.distances(one, other)[place]
 
     def counts(self, dropped: Dropped, limit: float) -> dict[str, int]:
         """Of the report."""
-        copies_dropped = len(self.valid) - self.nodes
-        kept = int(dropped.keep.sum())
-        return {
-            "rows": len(self.vectors),
-            "invalid": len(self.vectors) - len(self.valid),
+        is_ours = ~self.is_other[self.node_of]
+        copies_dropped = int(is_ours.sum()) - int((~self.is_other).sum())
+        kept, theirs = int(dropped.keep.sum()), int((~is_ours).sum())
+        counts = {
+            "rows": self.rows,
+            "invalid": self.rows - len(self.valid),
             "kept": kept,
             "exact_copies": copies_dropped,
-            "near_duplicates": len(self.valid) - kept - copies_dropped,
-            "pairs": int((self.found.distances <= np.float32(limit)).sum()) + copies_dropped,
+            "near_duplicates": len(self.valid) - theirs - kept - copies_dropped,
+            "groups": len(np.unique(dropped.duplicate_of[dropped.duplicate_of >= 0])),
+            "pairs": int((self.found.distances <= np.float32(limit)).sum())
+            + len(self.valid)
+            - self.nodes,
             "open_rows": int(self.found.is_open[self.node_of].sum()),
         }
+        return counts if self.against is None else counts | {"against_duplicates": theirs}
 
     def histogram(self) -> dict[str, list]:
         """Rows by the similarity (distance, for l2) of the most similar other row."""
@@ -282,14 +359,12 @@ class Join:
             counts, edges = np.histogram(np.clip(1 - values, 0, 1), BINS, (0, 1))
         return {"edges": edges.tolist(), "rows": counts.tolist()}
 
-    def recall(self, seed: int, threads: int) -> dict[str, Any]:
+    def recall(self, seed: int) -> dict[str, Any]:
         """The share of true pairs that were found, of a sample of nodes; 95 % interval (Wilson)."""
         closed = np.flatnonzero(~self.found.is_open)
         rng = np.random.default_rng(seed)
         sample = np.sort(rng.choice(closed, min(SAMPLED, len(closed)), replace=False))
-        rows = encode(self._floats(self.first_row), self.metric, "fp32")
-        every = pairs.lists_of_all(rows, self.metric, threads)
-        truth = pairs.within(every, sample, self.limit, self.nodes)
+        truth = self.shards.near_of(sample, self.limit, exactly=True)
         a = np.repeat(sample, [len(keys) for keys in truth])
         keys = np.concatenate([*truth, np.empty(0, np.uint64)])
         one, other, _ = pairs.united(a, beam.nodes(keys), beam.distances(keys))
@@ -311,8 +386,11 @@ def dedup(
     *,
     max_distance: float | None = None,
     metric: str = "cosine",
+    ids: Any = None,
     keep: Any = "first",
     linkage: str = "star",
+    against: "ArrayLike | Index | str | os.PathLike[str] | None" = None,
+    itself: bool = True,
     method: str = "auto",
     on_invalid: str = "raise",
     M: int = 16,
@@ -325,58 +403,74 @@ def dedup(
     """Find near-duplicates among vectors (n, dim), any array-like of real numbers.
 
     threshold: least cosine similarity of near-duplicates, or least dot product under ip (0.95 where
-    nothing is said).
-    max_distance: instead of it, the largest distance, as an Index of that metric returns it. keep:
-    who stays,
-    "first", "last", "medoid" (who has most near ones), ("max", values) or ("min", values) with
-    values (n,); ties go to the lower row. linkage: "star", "components" or "any-earlier", see
-    linkage.py. method: "exact" compares all with all, "hnsw" searches a graph with M,
-    ef_construction and ef; "auto" takes "exact" up to 25,000 distinct rows. on_invalid: "raise" or
-    "drop" rows that are NaN, infinite, or zero under cosine. The same result for any `threads`.
+        nothing is said). max_distance: instead of it, the largest distance, as an Index of that
+        metric returns it.
+    ids: (n,) names of the rows for the tables of the result, numbers or texts.
+    keep: who stays, "first", "last", "medoid" (who has most near ones), ("max", values) or
+        ("min", values) with values (n,); ties go to the lower row.
+    linkage: "star", "components" or "any-earlier", see linkage.py.
+    against: another set, vectors (m, dim) or an Index or the path of a saved one: rows with a near
+        one there are dropped first. itself=False: and no others are.
+    method: "exact" compares all with all, "hnsw" searches a graph with M, ef_construction and ef;
+        "auto" takes "exact" up to 25,000 distinct rows.
+    on_invalid: "raise" or "drop" rows that are NaN, infinite, or zero under cosine.
+
+    The same result for any `threads`. ValueError, TypeError on bad input, with the first rows.
     """
     name = inputs.metric(metric)
-    engine_metric = inputs.METRICS[name]
     limit = _limit(name, threshold, max_distance)
     inputs.one_of("linkage", linkage, LINKAGES)
     inputs.one_of("method", method, METHODS)
     inputs.one_of("on_invalid", on_invalid, ("raise", "drop"))
     given = inputs.vectors("vectors", vectors)
+    if ids is not None and len(ids) != len(given):
+        raise ValueError(f"ids: {len(ids)} for {len(given)} vectors")
+    if not itself and against is None:
+        raise ValueError("itself=False, and against: nothing to compare with")
     threads = thread_count(None if threads is None else inputs.integer("threads", threads, 1))
-    seconds, clock = {}, _Clock()
-    valid = _valid_rows(given, engine_metric, on_invalid)
-    node_of, sources = _nodes(given, valid, engine_metric)
-    first_row = valid[sources]
+    built = {"M": M, "ef_construction": ef_construction, "seed": seed, "threads": threads}
+    seconds, clock = {}, Clock()
+
+    def nodes_of(rows: np.ndarray) -> pairs.Nodes:
+        if method == "exact" or (method == "auto" and len(rows) <= EXACT_ROWS):
+            return pairs.Nodes(rows, None, inputs.METRICS[name])
+        with bar(progress, len(rows), "build") as shown:
+            return pairs.build_nodes(rows, inputs.METRICS[name], **built, advance=shown.update)
+
+    rows, valid, node_of = distinct_rows("vectors", given, name, on_invalid)
+    if not itself:  # copies are not looked for either
+        rows, node_of = rows[node_of], np.arange(len(valid))
     seconds["copies"] = clock.lap()
-    if method == "auto":
-        method = "exact" if len(first_row) <= EXACT_ROWS else "hnsw"
-    distinct = given if len(first_row) == len(given) else given[first_row]
-    with _bar(progress, len(first_row)) as bar:
-        if method == "exact":
-            rows = encode(np.ascontiguousarray(distinct, np.float32), engine_metric, "fp32")
-            lists = pairs.lists_of_all(rows, engine_metric, threads)
-        else:
-            index = Index(
-                given.shape[1], engine_metric, M=M, ef_construction=ef_construction, seed=seed
-            )
-            index.add(distinct, threads=threads, progress=progress)
-            lists = pairs.lists_of_graph(index._engine, ef, threads)
-        seconds["build"] = clock.lap()
-        most = max(LEAST_PAIRS, PAIRS_A_ROW * len(first_row))
-        found = pairs.find_pairs(lists, len(first_row), limit, most, bar.update)
+    theirs = None
+    if against is not None:
+        theirs = _against(against, rows, name, given.shape[1], nodes_of, ef, threads)
+        seconds["against"] = clock.lap()
+    nodes = nodes_of(rows) if itself else pairs.Nodes(rows, None, inputs.METRICS[name])
+    seconds["build"] = clock.lap()
+    whole = Shards(
+        [np.arange(len(rows))], lambda _: nodes, lambda _: nodes.rows, nodes.metric,
+        ef=ef, threads=threads,
+    )  # fmt: skip
+    if theirs is not None and not itself:
+        found = no_pairs(theirs.distances)
+    else:
+        with bar(progress, len(rows), "join") as shown:
+            found = whole.pairs(lambda s, t: whole.join(s, t, limit, shown.update))
     seconds["join"] = clock.lap()
-    join = Join(given, name, valid, node_of, first_row, limit, found, lists, keep)
+    join = Join(name, len(given), valid, node_of, limit, whole, found, keep, theirs, ids)
     dropped = join.decide(limit, linkage, keep)
     seconds["group"] = clock.lap()
     report = {**join.counts(dropped, limit), "histogram": join.histogram()}
-    report["recall"] = join.recall(seed, threads)
+    report["recall"] = join.recall(seed) if itself else None
+    report["row_reads"] = whole.row_reads(SAMPLED)
     seconds["recall"] = clock.lap()
     report["seconds"] = seconds
     report["parameters"] = {
         "metric": name,
-        "method": method,
+        "method": "exact" if nodes.graph is None else "hnsw",
         "seed": seed,
         **_named(name, limit, linkage, keep),
-        **({"M": M, "ef_construction": ef_construction, "ef": ef} if method == "hnsw" else {}),
+        **({"M": M, "ef_construction": ef_construction, "ef": ef} if nodes.graph else {}),
     }
     return DedupResult(join, dropped, report)
 
@@ -414,35 +508,87 @@ def _named(metric: str, limit: float, link: str, keep: Any) -> dict[str, Any]:
     return named | {"threshold": float(np.float32(1) - np.float32(limit)), "max_distance": limit}
 
 
-def _valid_rows(vectors: np.ndarray, metric: str, on_invalid: str) -> np.ndarray:
-    """int64 (m,) rows that have a place among vectors of this metric."""
-    is_valid = np.ones(len(vectors), bool)
-    for start in range(0, len(vectors), ENCODE_ROWS):
-        part = vectors[start : start + ENCODE_ROWS]
+def distinct_rows(
+    name: str, vectors: np.ndarray, metric: str, on_invalid: str = "raise"
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Encoded fp32 rows (nodes, row) without repeats; int64 (m,) valid rows, and nodes of these."""
+    parts = (
+        (start, vectors[start : start + ENCODE_ROWS])
+        for start in range(0, len(vectors), ENCODE_ROWS)
+    )
+    rows, valid = encoded(name, parts, vectors.shape, metric, on_invalid)
+    node_of, sources = copies.NodeTable().assign(rows, 0, len(rows))
+    copies.move_together(rows, sources)
+    return rows[: len(sources)], valid, node_of
+
+
+def encoded(
+    name: str,
+    parts: Iterable[tuple[int, np.ndarray]],
+    shape: tuple[int, ...],
+    metric: str,
+    on_invalid: str,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Encoded fp32 rows (m, row) of those vectors that are valid, and their numbers int64 (m,).
+
+    parts: (number of the first, vectors (p, dim)), of an array of that shape in all.
+    """
+    metric = inputs.METRICS[metric]
+    rows = empty_rows(shape[0], shape[1], "fp32")
+    valid, count = [np.empty(0, np.int64)], 0
+    for first, part in parts:
         if on_invalid == "raise":
-            inputs.float_vectors("vectors", part, metric, first=start)
+            part, numbers = (
+                inputs.float_vectors(name, part, metric, first=first),
+                np.arange(len(part)),
+            )
         else:
-            is_valid[start : start + len(part)] = inputs.are_valid(part, metric)
-    return np.flatnonzero(is_valid)
+            numbers = np.flatnonzero(inputs.are_valid(part, metric))
+            part = np.ascontiguousarray(part[numbers], np.float32)
+        rows[count : count + len(part)] = encode(part, metric, "fp32")
+        valid.append(first + numbers)
+        count += len(part)
+    return rows[:count], np.concatenate(valid)
 
 
-def _nodes(vectors: np.ndarray, valid: np.ndarray, metric: str) -> tuple[np.ndarray, np.ndarray]:
-    """Node of each valid row, equal ones together; and the first of `valid` of each node."""
-    rows = empty_rows(len(valid), vectors.shape[1], "fp32")
-    for start in range(0, len(valid), ENCODE_ROWS):
-        part = np.ascontiguousarray(vectors[valid[start : start + ENCODE_ROWS]], np.float32)
-        rows[start : start + len(part)] = encode(part, metric, "fp32")
-    return copies.NodeTable().assign(rows, 0, len(valid))
+def _against(
+    other: Any,
+    rows: np.ndarray,
+    metric: str,
+    dim: int,
+    nodes_of: Callable[[np.ndarray], pairs.Nodes],
+    ef: int,
+    threads: int,
+) -> Against:
+    """Of encoded rows (nodes, row) the nearest in the other set."""
+    if isinstance(other, Index) or others.is_saved(other):
+        index = others.opened(other, metric, dim)
+        nearest = others.nearest_in_index(index, inputs.METRICS[metric], ef, threads)
+    else:
+        theirs, valid, node_of = distinct_rows(
+            "against", inputs.vectors("against", other, dim), metric
+        )
+        first = np.empty(len(theirs), np.int64)
+        first[node_of[::-1]] = valid[::-1]
+        nearest = others.nearest_in_nodes(nodes_of(theirs), first, ef, threads)
+    return Against(*others.nearest_of_all([nearest], rows.__getitem__, len(rows), lambda _: None))
+
+
+def _nullable(rows: np.ndarray) -> "pyarrow.Array":
+    """int64, null where -1."""
+    import pyarrow
+
+    return pyarrow.array(rows, mask=rows < 0)
 
 
 @contextmanager
-def _bar(progress: bool, total: int) -> Iterator[tqdm]:
+def bar(progress: bool, total: int, what: str) -> Iterator[tqdm]:
     hidden = None if progress else True  # None: hidden where there is no terminal
-    with tqdm(total=total, desc="pairs", unit=" vectors", unit_scale=True, disable=hidden) as bar:
-        yield bar
+    with tqdm(total=total, desc=what, unit=" rows", unit_scale=True, disable=hidden) as shown:
+        yield shown
 
 
-class _Clock:
+class Clock:
     """Seconds of one stage after another."""
 
     def __init__(self) -> None:

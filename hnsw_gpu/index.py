@@ -351,7 +351,7 @@ class Index:
         if len(sources) < stop - first:
             for rows in (self._rows, self._refine_rows):
                 if rows is not None:
-                    rows[first : first + len(sources)] = rows[sources]
+                    copies.move_together(rows, sources, first)
         return nodes
 
     def _insertion(self, count: int, threads: int) -> Iterator[graph.Graph]:

@@ -6,7 +6,7 @@ import numpy as np
 import oracle
 import pytest
 
-from hnsw_gpu import dedup, deduplication
+from hnsw_gpu import Index, dedup, deduplication, pairs, shards
 from hnsw_gpu.deduplication import wilson
 
 LINKAGES = ("star", "components", "any-earlier")
@@ -167,8 +167,8 @@ def test_a_heap_is_decided_though_its_pairs_are_too_many(monkeypatch, linkage, m
     rows = rows[rng.permutation(600)]
     wanted = dedup(rows, 0.98, linkage=linkage, method="exact")
     assert wanted.report["open_rows"] == 0
-    monkeypatch.setattr(deduplication, "LEAST_PAIRS", 0)
-    monkeypatch.setattr(deduplication, "PAIRS_A_ROW", 8)
+    monkeypatch.setattr(shards, "LEAST_PAIRS", 0)
+    monkeypatch.setattr(shards, "PAIRS_A_NODE", 8)
     found = dedup(rows, 0.98, linkage=linkage, method=method)
     assert found.report["open_rows"] >= 200
     assert found.report["pairs"] < wanted.report["pairs"] / 2
@@ -267,11 +267,11 @@ def test_sampled_recall_counts_what_is_missing(monkeypatch) -> None:
     rows = made(1500)
     found = dedup(rows, 0.98)
     told = found.report["recall"]
-    assert told["sampled_rows"] == 500 and told["recall"] == 1 and told["true_pairs"] > 100
+    assert told["sampled_rows"] == 300 and told["recall"] == 1 and told["true_pairs"] > 60
     join = found._join
     half = join.found._replace(**{name: getattr(join.found, name)[::2] for name in ("a", "b")})
     monkeypatch.setattr(join, "found", half)
-    told = join.recall(0, 1)
+    told = join.recall(0)
     assert 0.4 < told["recall"] < 0.6
     assert told["interval"] == list(wilson(told["found_pairs"], told["true_pairs"]))
 
@@ -280,3 +280,157 @@ def test_wilson() -> None:
     assert wilson(10, 10) == pytest.approx((0.7224672, 1.0), abs=1e-6)
     assert wilson(50, 100) == pytest.approx((0.4038315, 0.5961685), abs=1e-6)
     assert wilson(0, 0) == (0, 1)
+
+
+def test_ids_name_the_rows_of_the_tables() -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    rows = made()
+    names = [f"text {i}" for i in range(600)]
+    found = dedup(rows, 0.98, ids=names)
+    for ids in (
+        np.array(names),
+        pyarrow.array(names),
+        pyarrow.chunked_array([names[:9], names[9:]]),
+    ):
+        assert dedup(rows, 0.98, ids=ids).duplicates.equals(found.duplicates)
+    dropped = np.flatnonzero(~found.keep)
+    told = found.duplicates.to_pydict()
+    assert told["id"] == [names[i] for i in dropped]
+    assert told["duplicate_of"] == told["group"] == [names[i] for i in found.duplicate_of[dropped]]
+    assert told["similarity"] == found.similarity[dropped].tolist()
+    pairs = found.pairs.to_pydict()
+    assert pairs["id_a"] == [names[i] for i in pairs["row_a"]]
+    assert pairs["id_b"] == [names[i] for i in pairs["row_b"]]
+    assert dedup(rows, 0.98).duplicates["id"].to_pylist() == dropped.tolist()
+    with pytest.raises(ValueError, match="ids: 3 for 600 vectors"):
+        dedup(rows, ids=[1, 2, 3])
+
+
+@pytest.mark.parametrize("method", ["exact", "hnsw"])
+@pytest.mark.parametrize("metric", ["cosine", "l2", "ip"])
+def test_against_another_set(metric, method) -> None:
+    rows = made()
+    other = rows[50:550] + 0.12 * np.random.default_rng(2).normal(size=(500, 12))
+    other[:40] = rows[100:140]
+    limit = {"cosine": 0.02, "l2": 0.3, "ip": -1.5}[metric]
+    distances = oracle.distances(rows, other, metric)
+    is_equal = (rows[:, None] == other).all(axis=2) & (metric != "ip")
+    near_other = (distances <= limit) | is_equal
+    how = {"max_distance": limit, "metric": metric, "method": method}
+    alone = dedup(rows, against=other, itself=False, **how)
+    np.testing.assert_array_equal(alone.keep, ~near_other.any(axis=1))
+    assert 100 < (~alone.keep).sum() == alone.report["against_duplicates"] < 600
+    assert (alone.duplicate_of == -1).all() and alone.report["recall"] is None
+    for row in np.flatnonzero(~alone.keep):
+        best = 0 if is_equal[row].any() else distances[row].min()
+        assert alone.distance[row] == pytest.approx(best, abs=1e-5)
+        chosen = 0 if is_equal[row, alone.against[row]] else distances[row, alone.against[row]]
+        assert chosen == pytest.approx(best, abs=1e-5)
+    assert (alone.against[alone.keep] == -1).all()
+
+    both = dedup(rows, against=other, **how)
+    left = np.flatnonzero(alone.keep)
+    inside = dedup(rows[left], **how)
+    np.testing.assert_array_equal(both.keep[left], inside.keep)
+    wanted = np.where(inside.duplicate_of >= 0, left[inside.duplicate_of], -1)
+    np.testing.assert_array_equal(both.duplicate_of[left], wanted)
+    np.testing.assert_array_equal(both.against, alone.against)
+    assert not both.keep[~alone.keep].any() and (both.group[~alone.keep] == -1).all()
+    for name in ("exact_copies", "near_duplicates", "kept"):
+        assert both.report[name] == inside.report[name]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "int8"])
+def test_against_an_index(tmp_path, dtype) -> None:
+    rows = made()
+    other = rows[200:500] + 0.12 * np.random.default_rng(2).normal(size=(300, 12))
+    other[100:150] = rows[:50]
+    labels = np.arange(300) * 7
+    index = Index(12, dtype=dtype)
+    index.add(other, labels)
+    index.delete(labels[:50])
+    other, labels = other[50:], labels[50:]
+    found = dedup(rows, 0.98, against=index, itself=False)
+    index.save(tmp_path / "other.hnsw")
+    again = dedup(rows, 0.98, against=tmp_path / "other.hnsw", itself=False)
+    np.testing.assert_array_equal(found.against, again.against)
+    kept = index.vectors(labels) if dtype != "fp32" else other
+    distances = oracle.distances(rows, kept, "cosine")
+    error = 1e-6
+    certain = np.abs(distances.min(axis=1) - 0.02) > error
+    np.testing.assert_array_equal((~found.keep)[certain], (distances.min(axis=1) <= 0.02)[certain])
+    dropped = np.flatnonzero(~found.keep)
+    assert 20 < len(dropped) < 580
+    place = np.searchsorted(labels, found.against[dropped])
+    np.testing.assert_allclose(found.distance[dropped], distances[dropped, place], atol=error)
+    assert (distances[dropped, place] <= distances[dropped].min(axis=1) + error).all()
+    if dtype == "fp32":  # an equal row is at distance 0, so that a threshold of 1 finds it
+        is_copy = (rows[:, None] == other).all(axis=2).any(axis=1)
+        assert is_copy.any()
+        np.testing.assert_array_equal(
+            dedup(rows, 1.0, against=index, itself=False).keep[is_copy], False
+        )
+    with pytest.raises(
+        ValueError, match="an index of cosine and 12 dimensions, expected ip and 12"
+    ):
+        dedup(rows, 0.9, metric="ip", against=index)
+    with pytest.raises(ValueError, match="nothing to compare with"):
+        dedup(rows, itself=False)
+
+
+@pytest.mark.parametrize("linkage", LINKAGES)
+@pytest.mark.parametrize("is_full", [False, True], ids=["all pairs", "open nodes"])
+@pytest.mark.parametrize("method", ["exact", "hnsw"])
+def test_shards_change_nothing(monkeypatch, method, is_full, linkage) -> None:
+    """The same nodes in parts, some in several: the same pairs, and the same decision."""
+    rng = np.random.default_rng(3)
+    rows = made()
+    rows[:200] = rows[0] + 0.01 * rng.normal(size=(200, 12))
+    rows = rows[rng.permutation(600)]
+    wanted = dedup(rows, 0.98, linkage=linkage, method="exact")
+    if is_full:
+        monkeypatch.setattr(shards, "LEAST_PAIRS", 0)
+        monkeypatch.setattr(shards, "PAIRS_A_NODE", 8)
+    for cuts in ([600], [250, 600], [100, 101, 400, 600]):
+        parts, own, place = [], [], 0
+        for cut in cuts:
+            encoded, _, node_of = deduplication.distinct_rows("", rows[place:cut], "cosine")
+            graph = pairs.build_nodes(
+                encoded,
+                "cosine",
+                M=8,
+                ef_construction=50,
+                seed=0,
+                threads=2,
+                advance=lambda _: None,
+            )
+            parts.append(graph if method == "hnsw" else graph._replace(graph=None))
+            own.append(node_of)
+            place = cut
+        digests = [
+            np.ascontiguousarray(part.rows).view(np.uint64).reshape(len(part.rows), -1)
+            for part in parts
+        ]
+        numbers = shards.numbered(digests)
+        node_of = np.concatenate([number[of] for number, of in zip(numbers, own, strict=True)])
+        whole = shards.Shards(
+            numbers, parts.__getitem__, lambda s, parts=parts: parts[s].rows, "cosine",
+            ef=64, threads=2,
+        )  # fmt: skip
+        blocks = {place: whole.join(*place, wanted._join.limit) for place in whole.blocks}
+        found = whole.pairs(lambda s, t, blocks=blocks: blocks[s, t])
+        assert found.is_open.any() == is_full
+        if not is_full:
+            for name in ("a", "b", "distances"):
+                expected = getattr(wanted._join.found, name)
+                np.testing.assert_array_equal(getattr(found, name), expected)
+        if is_full and linkage == "components":
+            continue  # which is decided by the pairs that are listed
+        join = deduplication.Join(
+            "cosine", 600, np.arange(600), node_of, wanted._join.limit, whole, found, "first"
+        )
+        dropped = join.decide(wanted._join.limit, linkage, "first")
+        np.testing.assert_array_equal(dropped.keep, wanted.keep)
+        if not is_full:
+            np.testing.assert_array_equal(dropped.duplicate_of, wanted.duplicate_of)
+            np.testing.assert_array_equal(dropped.distance, wanted.distance)

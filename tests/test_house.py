@@ -19,7 +19,16 @@ PACKAGE = ROOT / "hnsw_gpu"
 LAYERS = {
     "programs": ["__main__", "cli", "demo"],
     "jobs": ["server", "batching", "deduplication", "sharding"],
-    "their parts": ["pairs", "linkage", "verses", "recall", "doctor", "terminal"],
+    "their parts": [
+        "against",
+        "shards",
+        "pairs",
+        "linkage",
+        "verses",
+        "recall",
+        "doctor",
+        "terminal",
+    ],
     "public": ["__init__", "index"],
     "its parts": ["inputs", "labels", "copies"],
     "files": ["storage", "hnswlib_format", "vector_files"],
@@ -33,6 +42,8 @@ ARROWS = {
     ("cli", "demo"),
     ("server", "batching"),
     ("__init__", "index"),
+    ("against", "pairs"),
+    ("shards", "pairs"),
     ("__init__", "deduplication"),  # a public name, brought when it is first used
     ("build", "search"),
     ("cpu", "exact"),

@@ -312,14 +312,14 @@ def test_against_another_set(metric, method) -> None:
     rows = made()
     other = rows[50:550] + 0.12 * np.random.default_rng(2).normal(size=(500, 12))
     other[:40] = rows[100:140]
-    limit = {"cosine": 0.02, "l2": 0.3, "ip": -1.5}[metric]
+    limit = {"cosine": 0.02, "l2": 0.3, "ip": -9.0}[metric]
     distances = oracle.distances(rows, other, metric)
     is_equal = (rows[:, None] == other).all(axis=2) & (metric != "ip")
     near_other = (distances <= limit) | is_equal
     how = {"max_distance": limit, "metric": metric, "method": method}
     alone = dedup(rows, against=other, itself=False, **how)
     np.testing.assert_array_equal(alone.keep, ~near_other.any(axis=1))
-    assert 100 < (~alone.keep).sum() == alone.report["against_duplicates"] < 600
+    assert 100 < (~alone.keep).sum() == alone.report["against_duplicates"] <= 600 - 9
     assert (alone.duplicate_of == -1).all() and alone.report["recall"] is None
     for row in np.flatnonzero(~alone.keep):
         best = 0 if is_equal[row].any() else distances[row].min()

@@ -229,6 +229,117 @@ def recall(
         click.echo(f"{point['ef']:>6}  {point['recall']:>10.4f}  {point['queries_per_s']:>10,.0f}")
 
 
+FOLDER = click.Path(file_okay=False, path_type=Path)
+ANY = click.Path(exists=True, path_type=Path)
+SIZE = {"K": 10, "M": 20, "G": 30, "T": 40}  # powers of two
+
+
+def _bytes(context: click.Context, parameter: click.Parameter, text: str | None) -> int | None:
+    """Bytes of a text such as 4G, 512M or 1.5GB."""
+    if text is None:
+        return None
+    number = text.upper().removesuffix("IB").removesuffix("B")
+    unit = number[-1:] if number[-1:] in SIZE else ""
+    try:
+        return int(float(number.removesuffix(unit)) * 2 ** SIZE.get(unit, 0))
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is no size such as 4G or 512M") from None
+
+
+@main.command()
+@click.argument("paths", type=VECTORS, nargs=-1, required=True)
+@click.option("-o", "--output", type=FOLDER, required=True, help="The folder to write into.")
+@click.option("--threshold", type=float, help="Least cosine similarity.  [default: 0.95]")
+@click.option("--max-distance", type=float, help="Instead of it, for l2 and ip.")
+@click.option("--metric", default="cosine", show_default=True, help="cosine, l2, euclidean or ip.")
+@click.option("--column", default="embedding", show_default=True, help="Column of the vectors.")
+@click.option("--id-column", help="Column of names for the tables.  [default: row numbers]")
+@click.option("--text-column", help="Column shown in the report's groups.")
+@click.option(
+    "--keep",
+    default="first",
+    show_default=True,
+    help="Who stays: first, last, medoid, max:COLUMN or min:COLUMN.",
+)
+@click.option("--linkage", default="star", show_default=True, help="star, components, any-earlier.")
+@click.option(
+    "--against",
+    type=ANY,
+    multiple=True,
+    help="Drop what these files, or this saved index (.hnsw), have already.",
+)
+@click.option("--only-against", is_flag=True, help="And drop nothing else.")
+@click.option("--method", default="auto", show_default=True, help="auto, exact or hnsw.")
+@click.option("--on-invalid", default="raise", show_default=True, help="raise, or drop such rows.")
+@click.option("--shard-rows", type=POSITIVE, help="Rows a shard.  [default: by memory]")
+@click.option(
+    "--memory-limit",
+    callback=_bytes,
+    help="Of the whole process, such as 4G.  [default: half of the memory]",
+)
+@click.option("--write-kept", is_flag=True, help="kept.parquet with all columns of the kept rows.")
+@click.option("--M", "M", default=16, show_default=True, help="Neighbours of a node on a layer.")
+@click.option("--ef-construction", default=80, show_default=True, help="Beam capacity, building.")
+@click.option("--ef", default=48, show_default=True, help="Beam capacity of the join.")
+@click.option("--seed", default=0, show_default=True, help="Same seed, same result.")
+@threads_option
+def dedup(
+    paths: tuple[Path, ...],
+    output: Path,
+    column: str,
+    id_column: str | None,
+    text_column: str | None,
+    against: tuple[Path, ...],
+    only_against: bool,
+    shard_rows: int | None,
+    memory_limit: int | None,
+    write_kept: bool,
+    threads: int | None,
+    **settings: Any,
+) -> None:
+    """Find near-duplicates among the vectors of PATHS, files or folders.
+
+    Reads .npy .npz .fbin .u8bin .i8bin .fvecs .bvecs .safetensors .parquet and Arrow IPC. Writes
+    duplicates.parquet (what was dropped, and for which row), pairs.parquet, kept.parquet,
+    report.json and report.html. Killed or interrupted, the same command goes on where it was.
+
+    \b
+    Example:
+      hnsw-gpu dedup embeddings/ -o unique --id-column id --text-column text --threshold 0.9
+    """
+    from hnsw_gpu import dedup_files
+
+    if only_against and not against:
+        raise click.UsageError("--only-against needs --against")
+    try:
+        report = dedup_files.dedup_files(
+            paths,
+            output,
+            dedup_files.Settings(**settings),
+            column=column,
+            id_column=id_column,
+            text_column=text_column,
+            against=against,
+            itself=not only_against,
+            shard_rows=shard_rows,
+            memory_limit=memory_limit,
+            write_kept=write_kept,
+            threads=threads,
+            progress=is_watched(),
+        )
+    except KeyboardInterrupt:
+        click.echo(f"\n{dedup_files.state(output)}", err=True)
+        raise
+    also = ""
+    if against:
+        also = f"{report['against_duplicates']:,} that the other set has, "
+    click.echo(
+        f"{output}: {report['kept']:,} of {report['rows']:,} rows kept; {also}"
+        f"{report['exact_copies']:,} exact and {report['near_duplicates']:,} near duplicates "
+        "dropped"
+    )
+
+
 @main.command()
 @click.option(
     "--out",

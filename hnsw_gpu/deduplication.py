@@ -94,8 +94,21 @@ class DedupResult:
         With ids, also id_a and id_b. Of equal rows only the first is in pairs; each other one is in
         a pair with that first one. Needs pyarrow.
         """
-        a, b, distance = self._join.row_pairs()
-        return self._join.pair_table(a, b, distance)
+        return next(self.pair_tables(2**62))
+
+    def pair_tables(self, count: int) -> "Iterator[pyarrow.Table]":
+        """`pairs` in tables of at most `count` rows; at least one."""
+        columns = self._join.row_pairs()
+        for start in range(0, max(len(columns[0]), 1), count):
+            yield self._join.pair_table(*(column[start : start + count] for column in columns))
+
+    def names(self, rows: np.ndarray) -> list[Any]:
+        """The ids of rows (m,), or their numbers."""
+        return self.names_array(rows).to_pylist()
+
+    def names_array(self, rows: np.ndarray) -> "pyarrow.Array":
+        """`names` as an Arrow array."""
+        return self._join.names(rows)
 
     @property
     def duplicates(self) -> "pyarrow.Table":
@@ -103,10 +116,8 @@ class DedupResult:
 
         With `against`, also against, of the other set. Needs pyarrow.
         """
-        return self._join.duplicate_table(Dropped(*self._dropped()))
-
-    def _dropped(self) -> tuple[np.ndarray, ...]:
-        return self.keep, self.duplicate_of, self.distance, self.group
+        dropped = Dropped(self.keep, self.duplicate_of, self.distance, self.group)
+        return self._join.duplicate_table(dropped)
 
     def regroup(
         self,
@@ -120,7 +131,7 @@ class DedupResult:
         join = self._join
         limit = join.limit
         if threshold is not None or max_distance is not None:
-            limit = _limit(join.name, threshold, max_distance)
+            limit = limit_of(join.name, threshold, max_distance)
         if limit > join.limit:
             raise ValueError("regroup: the limit is wider than the one that pairs were found with")
         parameters = dict(self.report["parameters"])
@@ -129,7 +140,7 @@ class DedupResult:
         start = time.perf_counter()
         dropped = join.decide(limit, linkage, keep)
         report = {**self.report, **join.counts(dropped, limit)}
-        report["parameters"] = parameters | _named(join.name, limit, linkage, keep)
+        report["parameters"] = parameters | named(join.name, limit, linkage, keep)
         report["seconds"] = {"group": time.perf_counter() - start}
         return DedupResult(join, dropped, report)
 
@@ -191,7 +202,7 @@ class Join:
 
         columns = {"row_a": a, "row_b": b, **self._nearness(distance)}
         if self.ids is not None:
-            columns |= {"id_a": self._ids(a), "id_b": self._ids(b)}
+            columns |= {"id_a": self.names(a), "id_b": self.names(b)}
         return pyarrow.table(columns)
 
     def duplicate_table(self, dropped: Dropped) -> "pyarrow.Table":
@@ -200,10 +211,10 @@ class Join:
         labels = self.rows_against()
         rows = np.flatnonzero((dropped.duplicate_of >= 0) | (labels >= 0))
         columns = {
-            "id": self._ids(rows),
-            "duplicate_of": self._ids(dropped.duplicate_of[rows]),
+            "id": self.names(rows),
+            "duplicate_of": self.names(dropped.duplicate_of[rows]),
             **self._nearness(dropped.distance[rows]),
-            "group": self._ids(dropped.group[rows]),
+            "group": self.names(dropped.group[rows]),
         }
         if self.against is not None:
             columns["against"] = _nullable(labels[rows])
@@ -214,7 +225,7 @@ class Join:
             return {"distance": distance}
         return {"similarity": np.float32(1) - distance}
 
-    def _ids(self, rows: np.ndarray) -> Any:
+    def names(self, rows: np.ndarray) -> Any:
         """Ids of rows as an Arrow array, null where the row is -1."""
         import pyarrow
 
@@ -418,7 +429,7 @@ def dedup(
     The same result for any `threads`. ValueError, TypeError on bad input, with the first rows.
     """
     name = inputs.metric(metric)
-    limit = _limit(name, threshold, max_distance)
+    limit = limit_of(name, threshold, max_distance)
     inputs.one_of("linkage", linkage, LINKAGES)
     inputs.one_of("method", method, METHODS)
     inputs.one_of("on_invalid", on_invalid, ("raise", "drop"))
@@ -469,13 +480,13 @@ def dedup(
         "metric": name,
         "method": "exact" if nodes.graph is None else "hnsw",
         "seed": seed,
-        **_named(name, limit, linkage, keep),
+        **named(name, limit, linkage, keep),
         **({"M": M, "ef_construction": ef_construction, "ef": ef} if nodes.graph else {}),
     }
     return DedupResult(join, dropped, report)
 
 
-def _limit(metric: str, threshold: float | None, max_distance: float | None) -> float:
+def limit_of(metric: str, threshold: float | None, max_distance: float | None) -> float:
     """The largest float32 distance of near-duplicates, as engines have it."""
     if max_distance is not None:
         if threshold is not None:
@@ -500,7 +511,7 @@ def _limit(metric: str, threshold: float | None, max_distance: float | None) -> 
     return float(largest)
 
 
-def _named(metric: str, limit: float, link: str, keep: Any) -> dict[str, Any]:
+def named(metric: str, limit: float, link: str, keep: Any) -> dict[str, Any]:
     """The decision's parameters, as the caller knows them."""
     named: dict[str, Any] = {"linkage": link, "keep": keep if isinstance(keep, str) else keep[0]}
     if metric in ("l2", "euclidean"):

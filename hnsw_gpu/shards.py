@@ -62,7 +62,7 @@ class Shards:
         threads: int,
     ) -> None:
         self.numbers, self.metric = numbers, metric
-        self._opened, self._rows, self._ef, self._threads = opened, rows, ef, threads
+        self.opened, self._rows, self._ef, self._threads = opened, rows, ef, threads
         self._home, start = [], 0  # own numbers of the nodes at home, of each shard
         for own in numbers:
             self._home.append(np.flatnonzero(own >= start))
@@ -72,6 +72,10 @@ class Shards:
     @property
     def nodes(self) -> int:
         return int(self.starts[-1])
+
+    def home(self, s: int) -> np.ndarray:
+        """int64: a shard's own numbers of the nodes that are at home in it."""
+        return self._home[s]
 
     @property
     def blocks(self) -> list[tuple[int, int]]:
@@ -116,8 +120,8 @@ class Shards:
     def _lists(self, s: int, t: int) -> pairs.Lists:
         """Of shard s, asked by the nodes of shard t."""
         if s == t:
-            return pairs.lists_within(self._opened(s), self._ef, self._threads)
-        return pairs.lists_across(self._opened(s), self._rows(t), self._ef, self._threads)
+            return pairs.lists_within(self.opened(s), self._ef, self._threads)
+        return pairs.lists_across(self.opened(s), self._rows(t), self._ef, self._threads)
 
     def _others(self, s: int, t: int) -> int:
         return len(self.numbers[s]) - (s == t)
@@ -145,7 +149,7 @@ class Shards:
         rows = self.rows_of(nodes)
         found: list[list[np.ndarray]] = [[np.empty(0, np.uint64)] for _ in nodes]
         for s, numbers in enumerate(self.numbers):
-            part = self._opened(s)
+            part = self.opened(s)
             part = part._replace(graph=None) if exactly else part
             lists = pairs.lists_across(part, rows, self._ef, self._threads)
             every = pairs.within(lists, np.arange(len(nodes)), len(numbers), limit)
@@ -178,7 +182,7 @@ class Shards:
 
     def row_reads(self, sample: int) -> dict[str, float] | None:
         """Rows that a search of the first shard reads: from the node itself (R10), and without."""
-        part = self._opened(0) if self.numbers else None
+        part = self.opened(0) if self.numbers else None
         if part is None or part.graph is None or not len(part.rows):
             return None
         own = np.linspace(0, len(part.rows) - 1, min(sample, len(part.rows))).astype(np.int32)

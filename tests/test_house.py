@@ -18,7 +18,7 @@ PACKAGE = ROOT / "hnsw_gpu"
 # From top to bottom. A module may import from lower rows, and within its row as ARROWS says.
 LAYERS = {
     "programs": ["__main__", "cli", "demo"],
-    "jobs": ["server", "batching", "deduplication", "sharding"],
+    "jobs": ["server", "batching", "dedup_files", "deduplication", "sharding"],
     "their parts": [
         "against",
         "shards",
@@ -31,7 +31,7 @@ LAYERS = {
     ],
     "public": ["__init__", "index"],
     "its parts": ["inputs", "labels", "copies"],
-    "files": ["storage", "hnswlib_format", "vector_files"],
+    "files": ["sources", "storage", "hnswlib_format", "vector_files"],
     "answers": ["answer"],
     "engines": ["build", "cpu", "search", "exact", "gpu", "device", "launch", "kernel_source"],
     "data": ["beam", "distance", "vectors", "graph"],
@@ -44,6 +44,7 @@ ARROWS = {
     ("__init__", "index"),
     ("against", "pairs"),
     ("shards", "pairs"),
+    ("dedup_files", "deduplication"),
     ("__init__", "deduplication"),  # a public name, brought when it is first used
     ("build", "search"),
     ("cpu", "exact"),
@@ -53,6 +54,7 @@ ARROWS = {
     ("device", "launch"),
     ("device", "kernel_source"),
     ("launch", "kernel_source"),
+    ("sources", "vector_files"),
     ("vector_files", "storage"),
     ("vectors", "distance"),
 }
@@ -61,7 +63,13 @@ CORE = {"click", "llvmlite", "numba", "numpy", "tqdm"}
 
 BANNED_FILES = {"utils", "util", "helpers", "common", "base", "types", "config", "manager"}
 SIMILARITY = r"(?<![a-z])similarit"
-SIMILAR = {"deduplication", "test_deduplication", "README"}  # users think in it, of duplicates
+SIMILAR = {
+    "deduplication",
+    "dedup_files",
+    "cli",
+    "test_deduplication",
+    "README",
+}  # users think in it, of duplicates
 BANNED_WORDS = {
     r"beam[ _-]?width": "ef, or expand",
     r"prun(e|es|ed|ing)\b": "select",

@@ -22,7 +22,7 @@ import numpy as np
 
 import hnsw_gpu
 from hnsw_gpu import against as others
-from hnsw_gpu import copies, inputs, pairs, shards, sources, storage
+from hnsw_gpu import copies, inputs, pairs, report_page, shards, sources, storage
 from hnsw_gpu.deduplication import (
     EXACT_ROWS,
     Against,
@@ -146,6 +146,7 @@ def dedup_files(
     report["seconds"] = {stage: round(value, 3) for stage, value in seconds.items()}
     with storage.atomic_file(out / "report.json") as file:
         file.write(json.dumps(report, indent=1, allow_nan=False).encode())
+    report_page.write_page(out / "report.html", report)
     job.remove()
     return report
 

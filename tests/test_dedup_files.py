@@ -101,7 +101,9 @@ def test_ids_texts_and_who_is_kept(tmp_path, paths) -> None:
         row = int(member["id"].split()[1])
         assert member["text"] == f"The text of row {row}." and wanted.duplicate_of[row] == head
         assert member["similarity"] == pytest.approx(float(wanted.similarity[row]), abs=1e-6)
-    assert [group["size"] for group in report["largest_groups"]] == sorted(counts[counts > 1])[::-1][:50]
+    assert [group["size"] for group in report["largest_groups"]] == sorted(counts[counts > 1])[
+        ::-1
+    ][:50]
 
 
 @pytest.mark.parametrize("kind", ["files", "index"])
@@ -140,7 +142,7 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("step", range(0, 15))
+@pytest.mark.parametrize("step", range(0, 16))
 def test_ended_anywhere_it_goes_on(tmp_path, paths, monkeypatch, step) -> None:
     """The process ends at the n-th file that it would write; then once more, to the end."""
     command = (paths, tmp_path / "out", dedup_files.Settings(threshold=0.97, method="hnsw"))
@@ -155,13 +157,13 @@ def test_ended_anywhere_it_goes_on(tmp_path, paths, monkeypatch, step) -> None:
 
     with monkeypatch.context() as patched:
         patched.setattr(storage, "atomic_file", ending)
-        if step < 14:
+        if step < 15:
             with pytest.raises(Killed):
                 dedup_files.dedup_files(*command, shard_rows=300)
         else:
             dedup_files.dedup_files(*command, shard_rows=300)
     done = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "work").glob("[sb]*")}
-    assert len(done) == (min(max(step - 1, 0), 9) if step < 14 else 0)
+    assert len(done) == (min(max(step - 1, 0), 9) if step < 15 else 0)
     opened = []
     monkeypatch.setattr(
         storage,

@@ -340,6 +340,43 @@ def dedup(
     )
 
 
+@main.command("dedup-preview")
+@click.argument("paths", type=VECTORS, nargs=-1, required=True)
+@click.option("--column", default="embedding", show_default=True, help="Column of the vectors.")
+@click.option("--text-column", help="Column to show of each row.  [default: where it is]")
+@click.option("--sample", type=POSITIVE, default=2000, show_default=True, help="Rows to look at.")
+@click.option("--pairs", type=POSITIVE, default=20, show_default=True, help="Examples a band.")
+@click.option("--seed", default=0, show_default=True, help="Of the sample.")
+@threads_option
+@json_option
+def dedup_preview(
+    paths: tuple[Path, ...],
+    column: str,
+    text_column: str | None,
+    sample: int,
+    pairs: int,
+    seed: int,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Show how alike rows are, to choose a threshold for `dedup`.
+
+    Compares a sample of the rows with all others, exactly, and prints the histogram of the cosine
+    similarity of each to its most alike other row, and example pairs from every band of it.
+
+    \b
+    Example:
+      hnsw-gpu dedup-preview embeddings/ --text-column text
+    """
+    from hnsw_gpu import dedup_preview
+
+    found = dedup_preview.preview(
+        paths, column=column, text_column=text_column, sample=sample, examples=pairs, seed=seed,
+        threads=threads, progress=is_watched(),
+    )  # fmt: skip
+    click.echo(json.dumps(found, indent=1) if as_json else dedup_preview.shown(found))
+
+
 @main.command()
 @click.option(
     "--out",

@@ -512,11 +512,19 @@ def limit_of(metric: str, threshold: float | None, max_distance: float | None) -
 
 
 def named(metric: str, limit: float, link: str, keep: Any) -> dict[str, Any]:
-    """The decision's parameters, as the caller knows them."""
+    """The decision's parameters, as the caller knows them: 0.9, not the float32 next to it."""
     named: dict[str, Any] = {"linkage": link, "keep": keep if isinstance(keep, str) else keep[0]}
     if metric in ("l2", "euclidean"):
-        return named | {"max_distance": limit if metric == "l2" else limit**0.5}
-    return named | {"threshold": float(np.float32(1) - np.float32(limit)), "max_distance": limit}
+        return named | {"max_distance": _shortest(limit if metric == "l2" else limit**0.5)}
+    return named | {
+        "threshold": _shortest(float(np.float32(1) - np.float32(limit))),
+        "max_distance": _shortest(limit),
+    }
+
+
+def _shortest(value: float) -> float:
+    """The shortest decimal that is the same float32."""
+    return float(str(np.float32(value)))
 
 
 def distinct_rows(

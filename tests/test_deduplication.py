@@ -434,3 +434,54 @@ def test_shards_change_nothing(monkeypatch, method, is_full, linkage) -> None:
         if not is_full:
             np.testing.assert_array_equal(dropped.duplicate_of, wanted.duplicate_of)
             np.testing.assert_array_equal(dropped.distance, wanted.distance)
+
+
+def test_a_large_heap_of_near_copies() -> None:
+    """12,000 rows near each other among 4,000 others: pairs are not listed, the decision is."""
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(16_000, 16)).astype(np.float32)
+    rows[:12_000] = rows[0] + 1e-2 * rng.normal(size=(12_000, 16))
+    order = rng.permutation(16_000)
+    found = dedup(rows[order], 0.98, method="hnsw")
+    assert found.keep.sum() == 4_001 and found.report["near_duplicates"] == 11_999
+    head = np.flatnonzero(order < 12_000)[0]  # the heap's first row stays, for all of it
+    assert (found.group[order < 12_000] == head).all()
+
+
+def test_many_copies_of_few_rows() -> None:
+    rng = np.random.default_rng(0)
+    rows = np.repeat(rng.normal(size=(6_000, 16)).astype(np.float32), 10, axis=0)
+    order = rng.permutation(60_000)
+    found = dedup(rows[order], 0.999, method="hnsw")
+    assert found.keep.sum() == 6_000 and found.report["exact_copies"] == 54_000
+    _, first = np.unique(order // 10, return_index=True)
+    np.testing.assert_array_equal(np.flatnonzero(found.keep), np.sort(first))
+
+
+def test_near_copies_finer_than_float32_resolves() -> None:
+    """Groups of 50 that differ by rounding errors: one row of each stays."""
+    rng = np.random.default_rng(0)
+    centers = np.repeat(rng.normal(size=(100, 32)), 50, axis=0)
+    for noise in (1e-3, 1e-5, 1e-6):
+        rows = (centers + noise * rng.normal(size=centers.shape)).astype(np.float32)
+        assert dedup(rows, 0.95, method="hnsw").keep.sum() == 100
+
+
+@pytest.mark.parametrize("threshold", [0.8, 0.9, 0.95])
+def test_on_real_text(threshold) -> None:
+    """Verses of five translations: the graph drops what comparing all drops, and no more."""
+    from hnsw_gpu import verses
+
+    try:
+        vectors = verses.load_verses().vectors[::5]
+    except ImportError as error:
+        pytest.skip(str(error))
+    exact = dedup(vectors, threshold, method="exact")
+    found = dedup(vectors, threshold, method="hnsw")
+    dropped = ~exact.keep
+    assert dropped.sum() > 1000
+    assert (found.keep & dropped).sum() <= 0.005 * dropped.sum()
+    assert (found.similarity[~found.keep] >= np.float32(threshold)).all()
+    assert (
+        found.report["row_reads"]["from_own_node"] < found.report["row_reads"]["from_entry_point"]
+    )

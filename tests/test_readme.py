@@ -86,9 +86,10 @@ def test_ci_runs_the_readme_command(tmp_path):
 
 
 def run_ci(folder: Path, python3: str) -> subprocess.CompletedProcess[str]:
-    stub = folder / "python3"
-    stub.write_text(f"#!/bin/sh\n{python3}\n")
-    stub.chmod(0o755)
+    for name, text in (("python3", python3), ("chromium", "exit")):
+        stub = folder / name
+        stub.write_text(f"#!/bin/sh\n{text}\n")
+        stub.chmod(0o755)
     environment = {**os.environ, "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
     command = ["bash", str(folder / ".ci" / "run")]
     return subprocess.run(command, env=environment, cwd="/", capture_output=True, text=True)

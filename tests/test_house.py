@@ -57,7 +57,7 @@ CORE = {"click", "llvmlite", "numba", "numpy", "tqdm"}
 BANNED_FILES = {"utils", "util", "helpers", "common", "base", "types", "config", "manager"}
 SIMILARITY = r"(?<![a-z])similarit"
 # users think in it, of duplicates
-SIMILAR = {"cli", "README", "deduplication", "dedup_files", "dedup_preview", "report_page"}
+SIMILAR = {"cli", "README", "dedup", "deduplication", "dedup_files", "dedup_preview", "report_page"}
 BANNED_WORDS = {
     r"beam[ _-]?width": "ef, or expand",
     r"prun(e|es|ed|ing)\b": "select",

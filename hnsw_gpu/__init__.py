@@ -11,6 +11,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from hnsw_gpu.batching import Batch, Batcher, QueueFullError
+    from hnsw_gpu.client import Client, ServerError
     from hnsw_gpu.deduplication import DedupResult, dedup
     from hnsw_gpu.index import Index, RadiusResult, SearchResult, exact_search, load
     from hnsw_gpu.storage import CorruptIndexError
@@ -18,11 +20,16 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Batch",
+    "Batcher",
+    "Client",
     "CorruptIndexError",
     "DedupResult",
     "Index",
+    "QueueFullError",
     "RadiusResult",
     "SearchResult",
+    "ServerError",
     "__version__",
     "dedup",
     "exact_search",
@@ -30,11 +37,16 @@ __all__ = [
 ]
 
 _HOME = {
+    "Batch": "batching",
+    "Batcher": "batching",
+    "Client": "client",
     "CorruptIndexError": "storage",
     "DedupResult": "deduplication",
     "Index": "index",
+    "QueueFullError": "batching",
     "RadiusResult": "index",
     "SearchResult": "index",
+    "ServerError": "client",
     "dedup": "deduplication",
     "exact_search": "index",
     "load": "index",

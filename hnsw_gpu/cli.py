@@ -378,6 +378,87 @@ def dedup_preview(
 
 
 @main.command()
+@click.argument("index", type=FILE)
+@click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
+@click.option(
+    "--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0: any free."
+)
+@device_option
+@click.option("--mmap", is_flag=True, help="Map the vectors instead of reading them.")
+@click.option("--batch-rows", type=POSITIVE, help="Most rows a batch.  [default: 1024; GPU: 8192]")
+@click.option("--queue-rows", type=POSITIVE, default=16384, show_default=True, help="Most waiting.")
+@click.option("--max-body", callback=_bytes, default="64M", show_default=True, help="Of a request.")
+@click.option(
+    "--timeout",
+    "timeout_s",
+    type=click.FloatRange(min=0, min_open=True),
+    default=30.0,
+    show_default=True,
+    help="Seconds that an answer, or the reading of a body, may take.",
+)
+@click.option(
+    "--drain",
+    "drain_s",
+    type=click.FloatRange(min=0),
+    default=1.0,
+    show_default=True,
+    help="Seconds between SIGTERM (not ready) and the end of listening.",
+)
+@click.option("--token-file", type=FILE, help="A file with the token that callers must show.")
+@click.option(
+    "--root",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Swaps stay within this folder.  [default: INDEX's]",
+)
+@threads_option
+def serve(
+    index: Path,
+    host: str,
+    port: int,
+    token_file: Path | None,
+    root: Path | None,
+    max_body: int,
+    **settings: Any,
+) -> None:
+    """Answer searches of INDEX over HTTP.
+
+    POST /v1/search takes queries as .npy, safetensors or JSON; / is a page to watch the server by,
+    /metrics is for Prometheus, /openapi.json says the rest. Many callers are gathered in batches.
+    SIGTERM lets what is under way end. Needs the extra `serve`: pip install "hnsw-gpu[serve]"
+
+    \b
+    Example:
+      hnsw-gpu serve docs.hnsw --port 8080
+    """
+    try:
+        from hnsw_gpu import server
+    except ImportError as error:
+        raise ImportError(f'{error}: pip install "hnsw-gpu[serve]"') from None
+
+    token = None if token_file is None else _token(token_file)
+    path = index.resolve()
+    folder = (root or index.parent).resolve()
+    if not path.is_relative_to(folder):
+        raise click.UsageError(f"{index} is not within --root {root}")
+    listening = server.listen(host, port)
+    at = f"[{host}]" if ":" in host else host
+    click.echo(f"serving {index} on http://{at}:{listening.getsockname()[1]}", err=True)
+    if token is None and host not in ("127.0.0.1", "::1", "localhost"):
+        click.echo("without --token-file: whoever reaches this port may search and swap", err=True)
+    server.serve(
+        server.Settings(path, folder, host, port, token=token, most_body=max_body, **settings),
+        listening,
+    )
+
+
+def _token(path: Path) -> str:
+    token = path.read_text().strip()
+    if not token.isascii() or not token.isprintable() or len(token.split()) != 1:
+        raise ValueError(f"{path}: expected one token of printable ASCII")
+    return token
+
+
+@main.command()
 @click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),

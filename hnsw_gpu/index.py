@@ -141,6 +141,11 @@ class Index:
             arrays.append(engine.refine_rows)
         return sum(array.nbytes for array in arrays) + self._labels.nbytes + self._table.nbytes
 
+    @property
+    def has_deleted(self) -> bool:
+        """Is there a node that is walked through and never returned?"""
+        return not self._labels.are_all_live
+
     def vectors(self, labels: ArrayLike) -> np.ndarray:
         """float32 (m, dim) vectors of labels (m,), as stored: unit length under cosine.
 
@@ -469,7 +474,7 @@ class Index:
             )
         if stream is not None:
             raise ValueError("stream: the queries are in host memory, which has no streams")
-        given = self._queries(queries)
+        given = self.checked_queries(queries)
         with self._lock.shared():
             entries, nodes = self._filter(allow, len(given))
             keys = answer.nearest(
@@ -478,6 +483,21 @@ class Index:
             )  # fmt: skip
             labels, distances = self._labels.spread(keys, k, entries)
         return _into(out, SearchResult(labels, self._as_asked(distances)))
+
+    def exact_search(
+        self, queries: ArrayLike, k: int = 10, *, threads: int | None = None
+    ) -> SearchResult:
+        """As `search`, by comparing all vectors as they are kept: what `search` is measured by.
+
+        On the CPU, whatever the device.
+        """
+        k, threads = inputs.integer("k", k, 1, MOST_NODES), _threads(threads)
+        given = self.checked_queries(queries)
+        with self._lock.shared():
+            live = np.flatnonzero(self._labels.live_nodes())
+            keys = self._cpu.compare(given, live, min(k, len(live)), threads=threads)
+            labels, distances = self._labels.spread(keys, k)
+        return SearchResult(labels, self._as_asked(distances))
 
     def _search_on_gpu(
         self,
@@ -524,7 +544,7 @@ class Index:
 
         A query whose beam was full of hits is searched again with twice the ef, until it is not.
         """
-        given = self._queries(queries)
+        given = self.checked_queries(queries)
         limit = np.float64(inputs.number("radius", radius))
         ef, threads = inputs.integer("ef", ef, 1), _threads(threads)
 
@@ -588,7 +608,8 @@ class Index:
         nodes, offsets = beam.nodes(keys), self._labels.offsets
         return int((offsets[nodes + 1] - offsets[nodes]).sum())
 
-    def _queries(self, queries: ArrayLike) -> np.ndarray:
+    def checked_queries(self, queries: ArrayLike) -> np.ndarray:
+        """float32 (q, dim) of the queries of a search; what `search` raises where they are bad."""
         given = inputs.vectors("queries", queries, self.dim)
         return inputs.float_vectors("queries", given, self._metric, "fp32")
 

@@ -1,0 +1,155 @@
+"""Queries and results as bytes: .npy, safetensors and JSON, by media type. Nothing is unpickled.
+
+Queries: a .npy of (q, dim); or by name, as tensors or as members of a JSON object, `queries` or
+`labels` (their stored vectors are the queries), and `allow`. Results: `labels` and `distances`,
+(q, k) each; a .npy has them as two fields. In JSON an infinite distance (none found) is null.
+"""
+
+import io
+import json
+import math
+from typing import NamedTuple
+
+import numpy as np
+from numpy.lib import format as npy
+
+from hnsw_gpu import inputs
+
+NPY, SAFETENSORS, JSON = "application/x-npy", "application/x-safetensors", "application/json"
+FORMATS = (JSON, NPY, SAFETENSORS)
+RESULT = np.dtype([("labels", "<i8"), ("distances", "<f4")])
+NAMES = {"queries", "labels", "allow"}
+
+
+class MalformedError(ValueError):
+    """Bytes that are not of the format they are said to be."""
+
+
+class Asked(NamedTuple):
+    """What the body of a search holds; not yet checked against an index."""
+
+    queries: np.ndarray | None  # or
+    labels: np.ndarray | None
+    allow: np.ndarray | None
+
+
+def read_asked(media: str, body: bytes) -> Asked:
+    """The body of a search. MalformedError: not of that format; ValueError, TypeError: wrong."""
+    if media == NPY:
+        return Asked(read_npy(body), None, None)
+    arrays = read_json(body) if media == JSON else read_safetensors(body)
+    unknown = sorted(set(arrays) - NAMES)
+    if unknown:
+        raise ValueError(f"{unknown[0]!r:.60}: expected {', '.join(sorted(NAMES))}")
+    if ("queries" in arrays) == ("labels" in arrays):
+        raise ValueError("expected either queries or labels")
+    labels = arrays.get("labels")
+    if labels is not None:
+        labels = inputs.labels("labels", labels)
+    return Asked(arrays.get("queries"), labels, arrays.get("allow"))
+
+
+def read_npy(body: bytes) -> np.ndarray:
+    """The array of a .npy, in the memory of `body`; the header is believed only where it fits."""
+    file = io.BytesIO(body)
+    try:
+        version = npy.read_magic(file)
+        read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}[version]
+        shape, is_fortran, dtype = read(file)
+        length = len(body) - file.tell()
+        if dtype.hasobject:
+            raise ValueError("an array of objects")
+        if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != length:
+            raise ValueError(f"{length} bytes for {dtype} {shape}")
+        flat = np.frombuffer(body, dtype, math.prod(shape), file.tell())
+        return flat.reshape(shape, order="F" if is_fortran else "C")
+    except Exception as error:  # the header is a Python literal: whatever its parser may raise
+        raise MalformedError(f"not a .npy: {_short(error)}") from None
+
+
+def write_npy(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    npy.write_array(file, np.ascontiguousarray(array), allow_pickle=False)
+    return file.getvalue()
+
+
+def read_safetensors(body: bytes) -> dict[str, np.ndarray]:
+    from safetensors import numpy as safetensors
+
+    try:
+        return safetensors.load(body)
+    except Exception as error:  # its own, and KeyError for a dtype that numpy lacks
+        raise MalformedError(f"not safetensors of numpy's dtypes: {_short(error)}") from None
+
+
+def read_json(body: bytes) -> dict[str, np.ndarray]:
+    try:
+        held = json.loads(body, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise MalformedError(f"not JSON: {_short(error)}") from None
+    if not isinstance(held, dict):
+        raise TypeError("expected a JSON object")
+    arrays = {}
+    for name, value in held.items():
+        try:
+            array = np.asarray(value)
+        except (ValueError, RecursionError):
+            raise ValueError(f"{name:.60}: rows of different lengths") from None
+        if array.size == 0 and name != "queries":
+            array = array.astype(np.int64)
+        if array.dtype.kind not in ("fiu" if name == "queries" else "i"):
+            numbers = "numbers" if name == "queries" else "integers"
+            raise TypeError(f"{name:.60}: expected {numbers}")
+        arrays[name] = array
+    return arrays
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def write_result(media: str, labels: np.ndarray, distances: np.ndarray) -> bytes:
+    """A result, labels int64 and distances float32 (q, k)."""
+    if media == NPY:
+        both = np.empty(labels.shape, RESULT)
+        both["labels"], both["distances"] = labels, distances
+        return write_npy(both)
+    if media == SAFETENSORS:
+        from safetensors import numpy as safetensors
+
+        return safetensors.save({"labels": labels, "distances": distances})
+    numbers = distances
+    if not np.isfinite(distances).all():
+        numbers = distances.astype(object)
+        numbers[~np.isfinite(distances)] = None
+    return json.dumps({"labels": labels.tolist(), "distances": numbers.tolist()}).encode()
+
+
+def read_result(body: bytes) -> tuple[np.ndarray, np.ndarray]:
+    """Labels and distances (q, k) of a .npy that `write_result` wrote."""
+    both = read_npy(body)
+    if both.dtype != RESULT or both.ndim != 2:
+        raise MalformedError(f"a result of {both.dtype} {both.shape}")
+    return np.ascontiguousarray(both["labels"]), np.ascontiguousarray(both["distances"])
+
+
+def chosen(accept: str | None, default: str) -> str | None:
+    """The format that an Accept header likes best, `default` among equals; None: none of ours."""
+    best, most = None, 0.0
+    for item in (accept or "*/*").split(","):
+        name, *parameters = (part.strip().lower() for part in item.split(";"))
+        weight = 1.0
+        for parameter in parameters:
+            if parameter.startswith("q="):
+                try:
+                    weight = float(parameter[2:])
+                except ValueError:
+                    weight = 0.0
+        known = default if name in ("*/*", "application/*") else name
+        if known in FORMATS and weight > most:
+            best, most = known, weight
+    return best
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -73,7 +73,8 @@ class Client:
         allow: the name of a filter that the server has. timeout_s: the server drops what it could
         not answer within it (ServerError 504).
         """
-        given = inputs.vectors("queries", queries)
+        given = inputs.array("queries", queries)
+        given = inputs.vectors("queries", given[None] if given.ndim == 1 else given)
         if given.dtype not in (np.float16, np.float32):
             given = given.astype(np.float32)
         target = "/v1/search?" + urlencode({"k": k, "ef": ef} | ({"allow": allow} if allow else {}))

@@ -8,7 +8,7 @@ Queries: a .npy of (q, dim); or by name, as tensors or as members of a JSON obje
 import io
 import json
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.lib import format as npy
@@ -37,10 +37,13 @@ def read_asked(media: str, body: bytes) -> Asked:
     """The body of a search. MalformedError: not of that format; ValueError, TypeError: wrong."""
     if media == NPY:
         return Asked(read_npy(body), None, None)
-    arrays = read_json(body) if media == JSON else read_safetensors(body)
-    unknown = sorted(set(arrays) - NAMES)
+    held = read_json(body) if media == JSON else read_safetensors(body)
+    unknown = sorted(set(held) - NAMES)
     if unknown:
         raise ValueError(f"{unknown[0]!r:.60}: expected {', '.join(sorted(NAMES))}")
+    arrays = (
+        {name: _of_json(name, value) for name, value in held.items()} if media == JSON else held
+    )
     if ("queries" in arrays) == ("labels" in arrays):
         raise ValueError("expected either queries or labels")
     labels = arrays.get("labels")
@@ -82,26 +85,31 @@ def read_safetensors(body: bytes) -> dict[str, np.ndarray]:
         raise MalformedError(f"not safetensors of numpy's dtypes: {_short(error)}") from None
 
 
-def read_json(body: bytes) -> dict[str, np.ndarray]:
+def read_json(body: bytes) -> dict[str, Any]:
     try:
         held = json.loads(body, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise MalformedError(f"not JSON: {_short(error)}") from None
     if not isinstance(held, dict):
         raise TypeError("expected a JSON object")
-    arrays = {}
-    for name, value in held.items():
-        try:
-            array = np.asarray(value)
-        except (ValueError, RecursionError):
-            raise ValueError(f"{name:.60}: rows of different lengths") from None
-        if array.size == 0 and name != "queries":
-            array = array.astype(np.int64)
-        if array.dtype.kind not in ("fiu" if name == "queries" else "i"):
-            numbers = "numbers" if name == "queries" else "integers"
-            raise TypeError(f"{name:.60}: expected {numbers}")
-        arrays[name] = array
-    return arrays
+    return held
+
+
+def _of_json(name: str, value: Any) -> np.ndarray:
+    """Numbers of any shape for queries; integers (m,) for the others."""
+    try:
+        array = np.asarray(value)
+    except (ValueError, RecursionError):
+        raise ValueError(f"{name}: rows of different lengths") from None
+    if name == "queries":
+        if array.dtype.kind not in "fiu":
+            raise TypeError("queries: expected numbers")
+        return array
+    if array.ndim != 1:
+        raise ValueError(f"{name}: shape {array.shape}, expected (m,)")
+    if array.size and array.dtype.kind != "i":
+        raise TypeError(f"{name}: expected integers")
+    return array.astype(np.int64)
 
 
 def _no_constant(name: str) -> None:

@@ -37,7 +37,7 @@ logger = logging.getLogger("hnsw_gpu")
 PAGE = Path(__file__).with_name("server_page.html")
 PAGE_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
-    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 OPEN_PATHS = {"/", "/health/live", "/health/ready"}  # without a token
 MOST_K = MOST_EF = 10_000

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 
 import numpy as np
 import pytest
@@ -10,9 +9,6 @@ from test_deduplication import made
 
 from hnsw_gpu import dedup, dedup_files, report_page
 
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
-)
 HOSTILE = [
     "</script><script>window.hacked = 1</script>",
     "<img src=x onerror='window.hacked = 1'>",
@@ -47,17 +43,6 @@ def report(metric: str = "cosine", rows: np.ndarray | None = None) -> dict:
     told["largest_groups"] = groups
     told["sources"] = [{"path": "a/" * 60 + "b.parquet", "rows": 600, "size": 1, "checksum": "0"}]
     return told
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api")
-    if not CHROMIUM:
-        pytest.skip("there is no chromium")
-    with playwright.sync_playwright() as tool:
-        opened = tool.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield opened
-        opened.close()
 
 
 @pytest.fixture

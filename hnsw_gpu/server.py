@@ -76,11 +76,12 @@ class Problem(Exception):
         super().__init__(detail)
         self.status, self.detail = status, detail
         self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
+        self.title = openapi.TITLES.get(status, "Error")
 
     def response(self) -> Response:
         content = {
             "type": "about:blank",
-            "title": openapi.TITLES.get(self.status, "Error"),
+            "title": self.title,
             "status": self.status,
             "detail": self.detail,
         }
@@ -196,6 +197,13 @@ class Server:
     # ---------------------------------------------------------------- searching
 
     async def _search(self, request: Request) -> Response:
+        try:
+            return await self._searched(request)
+        except Problem as problem:
+            self.metrics.rejected.labels(problem.title.lower()).inc()
+            raise
+
+    async def _searched(self, request: Request) -> Response:
         started = time.perf_counter()
         self._serving()
         k, ef, name = _parameters(request)
@@ -227,10 +235,8 @@ class Server:
     def _serving(self) -> tuple[Edition, Batcher]:
         """What is served; 503 where nothing is."""
         if self.is_draining:
-            self.metrics.rejected.labels("draining").inc()
             raise Problem(503, "the server is stopping", Retry_After="1", Connection="close")
         if self.edition is None or self.batcher is None:
-            self.metrics.rejected.labels("starting").inc()
             raise Problem(503, "the index is being loaded", Retry_After="1")
         return self.edition, self.batcher
 
@@ -258,10 +264,8 @@ class Server:
         except (ValueError, TypeError, LookupError) as error:
             raise Problem(422, said(error)) from None
         except TimeoutError as error:
-            self.metrics.rejected.labels("too late").inc()
             raise Problem(504, str(error)) from None
         except QueueFullError as error:
-            self.metrics.rejected.labels("queue full").inc()
             seconds = max(1, round(error.retry_after_s))
             raise Problem(429, str(error), Retry_After=str(seconds)) from None
         except RuntimeError:
@@ -282,7 +286,6 @@ class Server:
                     if held > most:
                         raise _too_large(held, most)
                     if self._held_bytes > most * HELD_BODIES:
-                        self.metrics.rejected.labels("bodies").inc()
                         busy = "too many large bodies at once"
                         raise Problem(429, busy, Retry_After="1", Connection="close")
                     chunks.append(chunk)

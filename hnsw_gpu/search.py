@@ -41,6 +41,7 @@ from hnsw_gpu.workers import run_chunks
 
 SLOTS = 4  # queries that one thread walks in turn
 CHUNK = 256  # queries that a thread takes at a time
+LEAST_CHUNK = 8  # fewer are not worth another thread
 TOUCHED = 1 << 15  # ids remembered for clearing the visited set; beyond, all of it is cleared
 # int64 fields of a slot
 QUERY, LAYER, PHASE, SIZE, CAPACITY, FIRST, PICKED, PENDING, TOUCH, FOUND, HOPS, READ = range(12)
@@ -131,7 +132,7 @@ def search(
 def walk(graph, rows, task, expand=1, threads=1):
     """Run a task over all of its queries."""
     rows = engine_view(rows)
-    chunk = min(CHUNK, max(1, -(-len(task.queries) // threads)))
+    chunk = min(CHUNK, max(LEAST_CHUNK, -(-len(task.queries) // threads)))
     spare: list[Scratch] = []  # of chunks that have ended
 
     def run(start, stop):

@@ -43,7 +43,7 @@ OPEN_PATHS = {"/", "/health/live", "/health/ready"}  # without a token
 MOST_K = MOST_EF = 10_000
 MOST_RESULTS = 2**22  # rows times k: 50 MB of answer
 HELD_BODIES = 4  # bodies of the largest size that are held at a time
-LARGE = 2**18  # bytes of a body, or numbers of a result, that are worth a thread
+LARGE = 2**16  # bytes of a JSON body, or numbers of a JSON result, that are worth a thread
 WATCH_AFTER_S = 0.05  # for a caller who leaves: shorter waits are not worth a look
 GRACE_S = 30  # for what is under way when the server is told to stop
 CANARY_S = 15.0
@@ -223,7 +223,8 @@ class Server:
             raise ClientDisconnect from None
         finally:
             self._held_bytes -= len(body)
-        answer = await _run(found.labels.size, wire.write_result, accept, *found)
+        is_long = accept == wire.JSON and found.labels.size > LARGE
+        answer = await _run(is_long, wire.write_result, accept, *found)
         self.metrics.rows.inc(len(found.labels))
         self.metrics.request_seconds.observe(time.perf_counter() - started)
         headers = {
@@ -433,7 +434,7 @@ def _media(request: Request, known: tuple[str, ...]) -> str:
 
 async def _asked(media: str, body: bytes) -> wire.Asked:
     try:
-        return await _run(len(body), wire.read_asked, media, body)
+        return await _run(media == wire.JSON and len(body) > LARGE, wire.read_asked, media, body)
     except wire.MalformedError as error:
         raise Problem(400, str(error)) from None
     except (ValueError, TypeError) as error:
@@ -467,9 +468,9 @@ def _too_large(size: int, most: int) -> Problem:
 # -------------------------------------------------------------------- running things
 
 
-async def _run(size: int, work: Callable[..., Answer], *given: Any) -> Answer:
-    """work(*given), on a thread where it is large: others are served meanwhile."""
-    return work(*given) if size < LARGE else await asyncio.to_thread(work, *given)
+async def _run(is_long: bool, work: Callable[..., Answer], *given: Any) -> Answer:
+    """work(*given), on a thread where it takes long: others are served meanwhile."""
+    return await asyncio.to_thread(work, *given) if is_long else work(*given)
 
 
 class _CallerLeftError(Exception):

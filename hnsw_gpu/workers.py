@@ -16,32 +16,54 @@ def thread_count(threads: int | None) -> int:
     return os.cpu_count() or 1
 
 
+def _new_helpers() -> ThreadPoolExecutor:
+    """Threads that help a caller; one is started when all others are at work."""
+    return ThreadPoolExecutor(256, thread_name_prefix="hnsw_gpu")
+
+
+_helpers = _new_helpers()
+
+
+def _forget_helpers() -> None:
+    """In a forked process they are not there."""
+    global _helpers
+    _helpers = _new_helpers()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_helpers)
+
+
 def run_chunks(run: Callable[[int, int], None], count: int, chunk: int, threads: int) -> None:
     """Call run(start, stop) for each chunk of range(count), on up to `threads` threads.
 
-    An exception in one chunk, or KeyboardInterrupt here, stops the rest before it is raised: no
-    thread works on behind the caller's back.
+    The caller's thread is one of them; the others are kept from call to call, because to start one
+    takes as long as some queries. An exception in one chunk, or KeyboardInterrupt here, stops the
+    rest before it is raised: no thread works on behind the caller's back.
     """
     starts = iter(range(0, count, chunk))
     is_stopped = threading.Event()
 
     def work() -> None:
-        for start in starts:  # next() of a range's iterator is atomic under the GIL
-            if is_stopped.is_set():
-                return
-            run(start, min(start + chunk, count))
-
-    workers = min(threads, -(-count // chunk))
-    if workers <= 1:
-        work()
-        return
-    with ThreadPoolExecutor(workers) as pool:
-        futures = [pool.submit(work) for _ in range(workers)]
         try:
-            for future in futures:
-                future.result()
-        finally:
+            for start in starts:  # next() of a range's iterator is atomic under the GIL
+                if is_stopped.is_set():
+                    return
+                run(start, min(start + chunk, count))
+        except BaseException:
             is_stopped.set()
+            raise
+
+    others = min(threads, -(-count // chunk)) - 1
+    futures = [_helpers.submit(work) for _ in range(others)]
+    try:
+        work()
+        for future in futures:
+            if not future.cancel():  # one that has not begun has nothing left to do
+                future.result()
+    finally:
+        is_stopped.set()
+        wait([future for future in futures if not future.cancel()])
 
 
 def run_to_a_stop(work: Callable[[threading.Event], None]) -> None:

@@ -132,7 +132,8 @@ def search(
 def walk(graph, rows, task, expand=1, threads=1):
     """Run a task over all of its queries."""
     rows = engine_view(rows)
-    chunk = min(CHUNK, max(LEAST_CHUNK, -(-len(task.queries) // threads)))
+    share = max(LEAST_CHUNK, -(-len(task.queries) // threads))  # of each thread
+    chunk = -(-share // -(-share // CHUNK))  # so that all threads have as many
     spare: list[Scratch] = []  # of chunks that have ended
 
     def run(start, stop):

@@ -5,10 +5,11 @@ Queries: a .npy of (q, dim); or by name, as tensors or as members of a JSON obje
 (q, k) each; a .npy has them as two fields. In JSON an infinite distance (none found) is null.
 """
 
+import functools
 import io
 import json
 import math
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.lib import format as npy
@@ -54,25 +55,44 @@ def read_asked(media: str, body: bytes) -> Asked:
 
 def read_npy(body: bytes) -> np.ndarray:
     """The array of a .npy, in the memory of `body`; the header is believed only where it fits."""
-    file = io.BytesIO(body)
     try:
-        version = npy.read_magic(file)
-        read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}[version]
-        shape, is_fortran, dtype = read(file)
-        length = len(body) - file.tell()
-        if dtype.hasobject:
-            raise ValueError("an array of objects")
-        if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != length:
+        start = 10 + int.from_bytes(body[8:10], "little")
+        if body[6:8] == b"\x02\x00":
+            start = 12 + int.from_bytes(body[8:12], "little")
+        shape, order, dtype = _npy_header(body[:start])
+        length = len(body) - start
+        if math.prod(shape) * dtype.itemsize != length:
             raise ValueError(f"{length} bytes for {dtype} {shape}")
-        flat = np.frombuffer(body, dtype, math.prod(shape), file.tell())
-        return flat.reshape(shape, order="F" if is_fortran else "C")
+        return np.frombuffer(body, dtype, math.prod(shape), start).reshape(shape, order=order)
     except Exception as error:  # the header is a Python literal: whatever its parser may raise
         raise MalformedError(f"not a .npy: {_short(error)}") from None
 
 
+@functools.lru_cache(256)  # most callers send the same one over and over
+def _npy_header(header: bytes) -> tuple[tuple[int, ...], Literal["F", "C"], np.dtype]:
+    """Shape, order and dtype that the bytes before an array's data say."""
+    file = io.BytesIO(header)
+    version = npy.read_magic(file)
+    read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}[version]
+    shape, is_fortran, dtype = read(file)
+    if file.tell() != len(header):
+        raise ValueError("a header that ends early")
+    if dtype.hasobject:
+        raise ValueError("an array of objects")
+    if min(shape, default=0) < 0:
+        raise ValueError(f"shape {shape}")
+    return shape, "F" if is_fortran else "C", dtype
+
+
 def write_npy(array: np.ndarray) -> bytes:
+    return _header_of(array.shape, array.dtype) + array.tobytes()
+
+
+@functools.lru_cache(256)
+def _header_of(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
     file = io.BytesIO()
-    npy.write_array(file, np.ascontiguousarray(array), allow_pickle=False)
+    facts = {"descr": npy.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    npy.write_array_header_1_0(file, facts)
     return file.getvalue()
 
 

@@ -109,6 +109,8 @@ def running(path: Path, **settings: Any) -> Iterator[Running]:
     here = Running(held, process, port, Caller(port), [])
     try:
         here.wait(lambda: held.edition is not None or held.error is not None)
+        if held.edition is not None and held.edition.canary is not None:  # not in a test's way
+            here.wait(lambda: held.metrics.canary._value.get() > 0)
         yield here
     finally:
         for caller in [here.call, *here.others]:

@@ -250,6 +250,11 @@ class Batcher:
         return self._waiting_rows
 
     @property
+    def in_flight(self) -> int:
+        """Batches that the engine searches now."""
+        return self._in_flight
+
+    @property
     def waiting_requests(self) -> int:
         """Requests in the queue."""
         with self._changed:

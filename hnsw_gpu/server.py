@@ -100,7 +100,10 @@ class Server:
         self.error: BaseException | None = None  # why there is no edition
         self.is_draining = False
         self.stop: Callable[[], None] = lambda: None  # called when there will be no edition
-        self.metrics = Metrics(lambda: 0 if self.batcher is None else self.batcher.waiting_rows)
+        self.metrics = Metrics(
+            lambda: 0 if self.batcher is None else self.batcher.waiting_rows,
+            lambda: 0 if self.batcher is None else self.batcher.in_flight,
+        )
         self._make_batcher = make_batcher
         self._is_swapping = False
         self._held_bytes = 0

@@ -25,7 +25,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 class Metrics:
     """All counters of one server, in a registry of their own."""
 
-    def __init__(self, waiting_rows: Callable[[], int]) -> None:
+    def __init__(self, waiting_rows: Callable[[], int], in_flight: Callable[[], int]) -> None:
         self._registry = registry = CollectorRegistry()
 
         def counter(name: str, what: str, *labels: str) -> Counter:
@@ -48,6 +48,10 @@ class Metrics:
         self.engine_errors = counter("engine_errors", "batches that failed")
         self._queue_rows = Gauge("hnsw_gpu_queue_rows", "rows that wait", registry=registry)
         self._queue_rows.set_function(waiting_rows)
+        self._in_flight = Gauge(
+            "hnsw_gpu_batches_in_flight", "batches in the engine", registry=registry
+        )
+        self._in_flight.set_function(in_flight)
         self.canary = Gauge(
             "hnsw_gpu_canary_recall", "recall of the canary queries", registry=registry
         )

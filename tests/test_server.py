@@ -256,7 +256,7 @@ def test_a_full_queue(own):
     with own.busy():
         threads = [threading.Thread(target=ask) for _ in range(3)]
         threads[0].start()
-        own.wait(lambda: own.server.batcher._in_flight)
+        own.wait(lambda: own.server.batcher.in_flight)
         for thread in threads[1:]:
             thread.start()
         own.wait(lambda: own.server.batcher.waiting_rows == 90)
@@ -280,7 +280,7 @@ def test_callers_who_leave(own):
         for _ in range(80):
             callers.append(socket.create_connection(("127.0.0.1", own.port)))
             callers[-1].sendall(asked)
-            own.wait(lambda: own.server.batcher._in_flight)  # with the first one alone
+            own.wait(lambda: own.server.batcher.in_flight)  # with the first one alone
         own.wait(lambda: own.server.batcher.waiting_rows == 79)
         for caller in callers:
             caller.close()
@@ -461,7 +461,7 @@ def test_stopping(own):
     thread = threading.Thread(target=lambda: replies.append(own.caller().search(QUERIES)))
     with own.busy():
         thread.start()
-        own.wait(lambda: own.server.batcher._in_flight)
+        own.wait(lambda: own.server.batcher.in_flight)
         own.server.drain()
         own.call("GET", "/health/ready").refused(503, "the server is stopping")
         assert own.call("GET", "/health/live").status == 200

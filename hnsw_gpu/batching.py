@@ -167,9 +167,11 @@ class Batcher:
             async with asyncio.timeout(timeout_s):
                 return await future
         except TimeoutError as error:
-            raise TimeoutError(str(error) or _too_late(request)) from None
-        finally:
             self._forget(request)
+            raise TimeoutError(str(error) or _too_late(request)) from None
+        except asyncio.CancelledError:
+            self._forget(request)
+            raise
 
     def submit(
         self,

@@ -20,10 +20,13 @@ from numpy.typing import ArrayLike
 
 from hnsw_gpu import inputs
 from hnsw_gpu.index import MOST_NODES, Index, SearchResult
+from hnsw_gpu.workers import thread_count
 
 logger = logging.getLogger("hnsw_gpu")
 
-BATCH_ROWS = {"cpu": 1024, "cuda": 8192}
+# Larger batches are hardly faster a row, and whoever is in one waits for all of it.
+ROWS_A_THREAD = 128
+ROWS_ON_A_GPU = 8192
 IN_FLIGHT = {"cpu": 1, "cuda": 2}  # on a GPU one batch is prepared while another is searched
 
 
@@ -107,8 +110,8 @@ class Batcher:
     those of `index.search`, bit for bit (R11).
 
     index: what is searched; `swap` sets another one.
-    batch_rows: most rows in one call of the engine; requests with more are split. None: 1,024 on
-        the CPU, 8,192 on a GPU.
+    batch_rows: most rows in one call of the engine; requests with more are split. None: 128 a
+        thread on the CPU, 8,192 on a GPU.
     queue_rows: most rows that wait. One more is refused by QueueFullError; a request that is larger
         is taken when nothing else waits.
     threads: of each search, None: all cores.
@@ -128,8 +131,8 @@ class Batcher:
         threads: int | None = None,
         on_batch: Callable[[Batch], None] | None = None,
     ) -> None:
-        given = BATCH_ROWS["cpu"] if batch_rows is None else batch_rows
-        inputs.integer("batch_rows", given, 1)
+        if batch_rows is not None:
+            inputs.integer("batch_rows", batch_rows, 1)
         self._batch_rows = batch_rows
         self._queue_rows = inputs.integer("queue_rows", queue_rows, 1)
         self._threads = threads if threads is None else inputs.integer("threads", threads, 1)
@@ -355,7 +358,11 @@ class Batcher:
         return parts, late
 
     def _rows_of_a_batch(self, index: Index) -> int:
-        return BATCH_ROWS[index.device] if self._batch_rows is None else self._batch_rows
+        if self._batch_rows is not None:
+            return self._batch_rows
+        if index.device == "cuda":
+            return ROWS_ON_A_GPU
+        return ROWS_A_THREAD * thread_count(self._threads)
 
     def _run(self, parts: list[_Part]) -> None:
         """Search one batch and give each caller its own rows, or the error."""

@@ -385,7 +385,7 @@ def dedup_preview(
 )
 @device_option
 @click.option("--mmap", is_flag=True, help="Map the vectors instead of reading them.")
-@click.option("--batch-rows", type=POSITIVE, help="Most rows a batch.  [default: 1024; GPU: 8192]")
+@click.option("--batch-rows", type=POSITIVE, help="Most rows a batch.  [default: 128 a thread]")
 @click.option("--queue-rows", type=POSITIVE, default=16384, show_default=True, help="Most waiting.")
 @click.option("--max-body", callback=_bytes, default="64M", show_default=True, help="Of a request.")
 @click.option(

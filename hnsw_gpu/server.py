@@ -7,7 +7,6 @@ of queries and results in `wire.py`, what it serves in `edition.py`. Searches go
 import asyncio
 import contextlib
 import hmac
-import json
 import logging
 import signal
 import socket
@@ -17,7 +16,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple, TypeVar
 
-import numpy as np
 import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -29,6 +27,21 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from hnsw_gpu import openapi, wire
 from hnsw_gpu.batching import Batcher, QueueFullError
 from hnsw_gpu.edition import Edition, load_edition, memory_free, memory_needed
+from hnsw_gpu.http_request import (
+    LARGE,
+    MOST_EF,
+    MOST_K,
+    Problem,
+    filter_asked,
+    media_type,
+    parameters,
+    path_asked,
+    read_asked,
+    run,
+    said,
+    timeout,
+    too_large,
+)
 from hnsw_gpu.index import SearchResult
 from hnsw_gpu.server_metrics import CONTENT_TYPE, Metrics
 
@@ -40,10 +53,8 @@ PAGE_POLICY = (
     "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 OPEN_PATHS = {"/", "/health/live", "/health/ready"}  # without a token
-MOST_K = MOST_EF = 10_000
 MOST_RESULTS = 2**22  # rows times k: 50 MB of answer
 HELD_BODIES = 4  # bodies of the largest size that are held at a time
-LARGE = 2**16  # bytes of a JSON body, or numbers of a JSON result, that are worth a thread
 WATCH_AFTER_S = 0.05  # for a caller who leaves: shorter waits are not worth a look
 GRACE_S = 30  # for what is under way when the server is told to stop
 CANARY_S = 15.0
@@ -67,27 +78,6 @@ class Settings(NamedTuple):
     timeout_s: float = 30.0  # of a search, and of reading a body
     drain_s: float = 1.0  # between "not ready" and the end of listening
     token: str | None = None
-
-
-class Problem(Exception):
-    """An answer that says what is wrong (RFC 9457)."""
-
-    def __init__(self, status: int, detail: str, **headers: str) -> None:
-        super().__init__(detail)
-        self.status, self.detail = status, detail
-        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
-        self.title = openapi.TITLES.get(status, "Error")
-
-    def response(self) -> Response:
-        content = {
-            "type": "about:blank",
-            "title": self.title,
-            "status": self.status,
-            "detail": self.detail,
-        }
-        return Response(
-            json.dumps(content).encode(), self.status, self.headers, media_type=openapi.PROBLEM
-        )
 
 
 class Server:
@@ -209,15 +199,15 @@ class Server:
     async def _searched(self, request: Request) -> Response:
         started = time.perf_counter()
         self._serving()
-        k, ef, name = _parameters(request)
-        timeout_s = _timeout(request, self.settings.timeout_s)
-        media = _media(request, wire.FORMATS)
+        k, ef, name = parameters(request)
+        timeout_s = timeout(request, self.settings.timeout_s)
+        media = media_type(request, wire.FORMATS)
         accept = wire.chosen(request.headers.get("accept"), media)
         if accept is None:
             raise Problem(406, f"Accept: expected one of {', '.join(wire.FORMATS)}")
         body = await self._body(request)
         try:
-            asked = await _asked(media, body)
+            asked = await read_asked(media, body)
             edition, batcher = self._serving()
             searching = self._answer(edition, batcher, asked, k, ef, name, timeout_s)
             found = await _unless_gone(request, searching)  # in the queue before another task runs
@@ -227,7 +217,7 @@ class Server:
         finally:
             self._held_bytes -= len(body)
         is_long = accept == wire.JSON and found.labels.size > LARGE
-        answer = await _run(is_long, wire.write_result, accept, *found)
+        answer = await run(is_long, wire.write_result, accept, *found)
         self.metrics.rows.inc(len(found.labels))
         self.metrics.request_seconds.observe(time.perf_counter() - started)
         headers = {
@@ -256,7 +246,7 @@ class Server:
     ) -> SearchResult:
         """The answer of this edition, or the Problem."""
         try:
-            allow = _filter(edition, asked, name)
+            allow = filter_asked(edition, asked, name)
             queries = asked.queries
             if asked.labels is not None:
                 queries = edition.index.vectors(asked.labels)
@@ -281,14 +271,14 @@ class Server:
         most, held, chunks = self.settings.most_body, 0, []
         declared = request.headers.get("content-length", "")
         if declared.isdecimal() and int(declared) > most:
-            raise _too_large(int(declared), most)
+            raise too_large(int(declared), most)
         try:
             async with asyncio.timeout(self.settings.timeout_s):
                 async for chunk in request.stream():
                     held += len(chunk)
                     self._held_bytes += len(chunk)
                     if held > most:
-                        raise _too_large(held, most)
+                        raise too_large(held, most)
                     if self._held_bytes > most * HELD_BODIES:
                         busy = "too many large bodies at once"
                         raise Problem(429, busy, Retry_After="1", Connection="close")
@@ -328,10 +318,10 @@ class Server:
 
     async def _swap(self, request: Request) -> Response:
         self._serving()
-        _media(request, (wire.JSON,))
+        media_type(request, (wire.JSON,))
         body = await self._body(request)
         self._held_bytes -= len(body)
-        path = self._confined(_path_asked(body))
+        path = self._confined(path_asked(body))
         if self._is_swapping:
             raise Problem(409, "wait until the swap that runs is done")
         self._is_swapping = True
@@ -395,85 +385,7 @@ class Server:
         return Response(self._page, headers=headers, media_type="text/html")
 
 
-# -------------------------------------------------------------------- what a request says
-
-
-def _parameters(request: Request) -> tuple[int, int, str | None]:
-    """k, ef, and the name of a filter."""
-    given = request.query_params
-    for name in given:
-        if name not in ("k", "ef", "allow"):
-            raise Problem(422, f"{name!r:.60}: expected k, ef or allow")
-        if len(given.getlist(name)) > 1:
-            raise Problem(422, f"{name}: given more than once")
-    k = _whole("k", given.get("k", "10"), MOST_K)
-    return k, _whole("ef", given.get("ef", "64"), MOST_EF), given.get("allow")
-
-
-def _whole(name: str, text: str, most: int) -> int:
-    is_whole = text.isascii() and text.isdecimal() and len(text) < 20
-    if not is_whole or not 1 <= int(text) <= most:
-        raise Problem(422, f"{name}={text!r:.60}: expected a whole number from 1 to {most:,}")
-    return int(text)
-
-
-def _timeout(request: Request, most_s: float) -> float:
-    """Seconds until the answer is of no use: the caller's, at most the server's."""
-    text = request.headers.get("x-timeout-ms")
-    if text is None:
-        return most_s
-    return min(_whole("X-Timeout-Ms", text, 3_600_000) / 1000, most_s)
-
-
-def _media(request: Request, known: tuple[str, ...]) -> str:
-    """The media type of the body."""
-    media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if media not in known:
-        raise Problem(415, f"Content-Type {media!r:.80}: expected {', '.join(known)}")
-    if request.headers.get("content-encoding", "identity").lower() != "identity":
-        raise Problem(415, "Content-Encoding: expected none")
-    return media
-
-
-async def _asked(media: str, body: bytes) -> wire.Asked:
-    try:
-        return await _run(media == wire.JSON and len(body) > LARGE, wire.read_asked, media, body)
-    except wire.MalformedError as error:
-        raise Problem(400, str(error)) from None
-    except (ValueError, TypeError) as error:
-        raise Problem(422, said(error)) from None
-
-
-def _filter(edition: Edition, asked: wire.Asked, name: str | None) -> np.ndarray | None:
-    if name is None:
-        return asked.allow
-    if asked.allow is not None:
-        raise ValueError("allow: given in the query and in the body")
-    if name not in edition.filters:
-        raise LookupError(f"allow={name!r:.80}: no filter of that name")
-    return edition.filters[name]
-
-
-def _path_asked(body: bytes) -> str:
-    try:
-        asked = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise Problem(400, f"not JSON: {error!s:.200}") from None
-    if not isinstance(asked, dict) or set(asked) != {"path"} or not isinstance(asked["path"], str):
-        raise Problem(422, 'expected {"path": "..."}')
-    return asked["path"]
-
-
-def _too_large(size: int, most: int) -> Problem:
-    return Problem(413, f"a body of {size:,} bytes: at most {most:,}", Connection="close")
-
-
 # -------------------------------------------------------------------- running things
-
-
-async def _run(is_long: bool, work: Callable[..., Answer], *given: Any) -> Answer:
-    """work(*given), on a thread where it takes long: others are served meanwhile."""
-    return await asyncio.to_thread(work, *given) if is_long else work(*given)
 
 
 class _CallerLeftError(Exception):
@@ -625,9 +537,3 @@ def serve(settings: Settings, listening: socket.socket) -> None:
         raise server.error
     if process.was_interrupted:
         raise KeyboardInterrupt
-
-
-def said(error: BaseException) -> str:
-    """The words of an error; a KeyError puts quotes around its own."""
-    words = str(error.args[0]) if isinstance(error, LookupError) and error.args else str(error)
-    return words or type(error).__name__

@@ -19,7 +19,7 @@ PACKAGE = ROOT / "hnsw_gpu"
 LAYERS = {
     "programs": ["__main__", "cli", "demo"],
     "servers": ["server"],
-    "what they say": ["openapi", "server_metrics"],
+    "what they say": ["http_request", "openapi", "server_metrics"],
     "jobs": ["batching", "client", "dedup_files", "dedup_preview", "deduplication", "sharding"],
     "their parts": [
         "against",
@@ -46,6 +46,7 @@ ARROWS = {
     ("__init__", "batching"),  # public names, brought when they are first used
     ("__init__", "client"),
     ("__init__", "index"),
+    ("http_request", "openapi"),
     ("against", "pairs"),
     ("shards", "pairs"),
     ("dedup_files", "deduplication"),
@@ -66,7 +67,11 @@ ARROWS = {
 # What `pip install hnsw-gpu` brings; anything else is imported inside the function that needs it.
 CORE = {"click", "llvmlite", "numba", "numpy", "tqdm"}
 # Modules that are nothing without an extra, and are imported by each other and by `cli` inside it.
-EXTRAS = {"server": {"starlette", "uvicorn"}, "server_metrics": {"prometheus_client"}}
+EXTRAS = {
+    "http_request": {"starlette"},
+    "server": {"starlette", "uvicorn"},
+    "server_metrics": {"prometheus_client"},
+}
 
 BANNED_FILES = {"utils", "util", "helpers", "common", "base", "types", "config", "manager"}
 SIMILARITY = r"(?<![a-z])similarit"

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import threading
+import time
 import weakref
 from concurrent.futures import CancelledError
 
@@ -429,6 +430,9 @@ def test_two_batches_in_flight_on_a_gpu():
     index = TwoAtOnce(DIM, M=8, ef_construction=40)
     index.add(VECTORS[:500])
     with Batcher(index, batch_rows=10) as batcher:
+        until = time.monotonic() + 30
+        while batcher._sleepers < 2:
+            assert time.monotonic() < until
         first = batcher.submit(QUERIES[:30], 5)  # three parts of one request
         for _ in range(2):
             assert index.entered.acquire(timeout=30)

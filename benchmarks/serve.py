@@ -16,9 +16,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -35,7 +34,7 @@ ROWS = (1, 16, 256)  # queries a request
 LOADS = (0.2, 0.4, 0.6, 0.8, 0.95, 1.2)  # of what closed-loop callers get from the batching server
 INDEXED = 100_000
 MODES = ("batched", "unbatched")
-MOST_CONNECTIONS = 1000
+MOST_CONNECTIONS = 500
 UNSENT = -1  # instead of a status: all connections were waiting for answers
 
 
@@ -138,12 +137,16 @@ class Host:
 # ------------------------------------------------------------------ callers
 
 
+Done = Callable[[int, bytes], None]  # status (0: the connection was lost) and body
+
+
 class Connection(asyncio.Protocol):
-    """One kept-alive connection: a request's bytes out, status and body back."""
+    """One kept-alive connection, with callbacks: tasks would cost as much as the server does."""
 
     def __init__(self) -> None:
         self._received = bytearray()
-        self._answer: asyncio.Future[tuple[int, bytes]] | None = None
+        self._length = 0  # of the answer, once its head is there
+        self._done: Done | None = None
         self.transport: Any = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -151,26 +154,34 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._received += data
-        end = self._received.find(b"\r\n\r\n")
-        if end < 0 or self._answer is None:
-            return
-        head = bytes(self._received[:end]).lower()
-        length = int(head.partition(b"content-length:")[2].split(b"\r\n")[0])
-        if len(self._received) >= end + 4 + length:
-            body = bytes(self._received[end + 4 : end + 4 + length])
+        if not self._length:
+            end = self._received.find(b"\r\n\r\n")
+            if end < 0:
+                return
+            at = self._received.lower().find(b"content-length: ", 0, end) + 16
+            self._length = end + 4 + int(self._received[at : self._received.find(b"\r", at)])
+        if len(self._received) >= self._length:
+            status, body = int(self._received[9:12]), bytes(self._received[: self._length])
             self._received.clear()
-            answer, self._answer = self._answer, None
-            if not answer.done():
-                answer.set_result((int(head[9:12]), body))
+            self._length = 0
+            self._answered(status, body)
 
     def connection_lost(self, error: Exception | None) -> None:
-        if self._answer is not None and not self._answer.done():
-            self._answer.set_result((0, b""))
+        self._answered(0, b"")
+
+    def _answered(self, status: int, received: bytes) -> None:
+        done, self._done = self._done, None
+        if done is not None:
+            done(status, received.partition(b"\r\n\r\n")[2])
+
+    def send(self, request: bytes, done: Done) -> None:
+        self._done = done
+        self.transport.write(request)
 
     async def ask(self, request: bytes) -> tuple[int, bytes]:
-        self._answer = asyncio.get_running_loop().create_future()
-        self.transport.write(request)
-        return await self._answer
+        answer: asyncio.Future[tuple[int, bytes]] = asyncio.get_running_loop().create_future()
+        self.send(request, lambda status, body: answer.set_result((status, body)))
+        return await answer
 
 
 async def connect(port: int) -> Connection:
@@ -208,59 +219,65 @@ class Answer(NamedTuple):
     status: int
 
 
-@asynccontextmanager
-async def pool(port: int) -> AsyncIterator[list[Connection]]:
-    idle = [await connect(port) for _ in range(64)]
-    yield idle
-    for connection in idle:
-        connection.transport.close()
-
-
 async def closed_loop(port: int, load: Load, callers: int, seconds: float) -> list[Answer]:
     """Each caller asks again as soon as it is answered."""
     answers: list[Answer] = []
     requests = itertools.cycle(load.requests)
+    connections = [await connect(port) for _ in range(callers)]
+    left, ended = callers, asyncio.Event()
     until = time.perf_counter() + seconds
 
-    async def caller() -> None:
-        connection = await connect(port)
-        while (began := time.perf_counter()) < until:
-            status, _ = await connection.ask(next(requests))
-            answers.append(Answer(began, time.perf_counter() - began, status))
-        connection.transport.close()
+    def ask(connection: Connection) -> None:
+        began = time.perf_counter()
 
-    await asyncio.gather(*(caller() for _ in range(callers)))
+        def done(status: int, _body: bytes) -> None:
+            nonlocal left
+            answers.append(Answer(began, time.perf_counter() - began, status))
+            if status and time.perf_counter() < until:
+                ask(connection)
+                return
+            left -= 1
+            if not left:
+                ended.set()
+
+        connection.send(next(requests), done)
+
+    for connection in connections:
+        ask(connection)
+    await ended.wait()
+    for connection in connections:
+        connection.transport.close()
     return answers
 
 
 async def open_loop(port: int, load: Load, rate: float, seconds: float, seed: int) -> list[Answer]:
     """`rate` requests/s whatever the server does."""
-    gaps = np.random.default_rng(seed).exponential(1 / rate, int(rate * seconds))
+    gaps = np.random.default_rng(seed).exponential(1 / rate, max(1, int(rate * seconds)))
     answers: list[Answer] = []
     requests = itertools.cycle(load.requests)
-    async with pool(port) as idle:
-        open_now = len(idle)
+    idle = [await connect(port) for _ in range(MOST_CONNECTIONS)]
+    connections = list(idle)
 
-        async def one(due: float, request: bytes) -> None:
-            nonlocal open_now
-            if not idle and open_now >= MOST_CONNECTIONS:
-                answers.append(Answer(due, time.perf_counter() - due, UNSENT))
-                return
-            if not idle:
-                open_now += 1
-            connection = idle.pop() if idle else await connect(port)
-            status, _ = await connection.ask(request)
+    def send(due: float) -> None:
+        if not idle:
+            answers.append(Answer(due, time.perf_counter() - due, UNSENT))
+            return
+        connection = idle.pop()
+
+        def done(status: int, _body: bytes) -> None:
             answers.append(Answer(due, time.perf_counter() - due, status))
             idle.append(connection)
 
-        tasks = []
-        due = time.perf_counter()
-        for gap in gaps:
-            due += gap
-            if (wait := due - time.perf_counter()) > 0:
-                await asyncio.sleep(wait)
-            tasks.append(asyncio.create_task(one(due, next(requests))))
-        await asyncio.gather(*tasks)
+        connection.send(next(requests), done)
+
+    for due in (time.perf_counter() + np.cumsum(gaps)).tolist():
+        if (wait := due - time.perf_counter()) > 0:
+            await asyncio.sleep(wait)
+        send(due)
+    while len(answers) < len(gaps):
+        await asyncio.sleep(0.01)
+    for connection in connections:
+        connection.transport.close()
     return answers
 
 

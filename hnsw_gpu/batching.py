@@ -231,7 +231,10 @@ class Batcher:
                 )
             self._groups.setdefault(request.key, {})[request] = None
             self._waiting_rows += len(given)
-            self._wake_up(1)
+            is_awaited = self._sleepers > 0
+            self._sleepers -= is_awaited
+        if is_awaited:
+            self._wake.put(None)  # not within the lock, which is the first that it asks for
         return request
 
     def _forget(self, request: _Request) -> None:
@@ -414,7 +417,7 @@ class Batcher:
             allow = allow[first.start : first.stop]
         rows = [part.request.queries[part.start : part.stop] for part in parts]
         queries = rows[0] if len(rows) == 1 else np.concatenate(rows)
-        return index.search(queries, k, ef=ef, allow=allow, threads=self._threads)
+        return index.search_checked(queries, k, ef=ef, allow=allow, threads=self._threads)
 
     def _divided(
         self, parts: list[_Part], found: SearchResult

@@ -17,6 +17,7 @@ from hnsw_gpu.terminal import Commands, check_output, doing, is_watched, print_f
 if TYPE_CHECKING:
     import numpy as np
 
+    from hnsw_gpu.edition import Edition
     from hnsw_gpu.index import Index
 
 QUERY_BLOCK = 4096  # queries between two moves of the progress bar
@@ -430,6 +431,7 @@ def serve(
     Example:
       hnsw-gpu serve docs.hnsw --port 8080
     """
+    started = time.perf_counter()
     try:
         from hnsw_gpu import server
     except ImportError as error:
@@ -445,10 +447,17 @@ def serve(
     click.echo(f"serving {index} on http://{at}:{listening.getsockname()[1]}", err=True)
     if token is None and host not in ("127.0.0.1", "::1", "localhost"):
         click.echo("without --token-file: whoever reaches this port may search and swap", err=True)
-    server.serve(
-        server.Settings(path, folder, host, port, token=token, most_body=max_body, **settings),
-        listening,
-    )
+
+    def on_ready(edition: "Edition") -> None:
+        held, seconds = edition.index, time.perf_counter() - started
+        click.echo(
+            f"ready after {seconds:.1f} s: {len(held):,} vectors of {held.dim}, {held.metric}, "
+            f"on the {'GPU' if held.device == 'cuda' else 'CPU'}",
+            err=True,
+        )
+
+    settings |= {"token": token, "most_body": max_body}
+    server.serve(server.Settings(path, folder, host, port, **settings), listening, on_ready)
 
 
 def _token(path: Path) -> str:

@@ -475,14 +475,32 @@ class Index:
         if stream is not None:
             raise ValueError("stream: the queries are in host memory, which has no streams")
         given = self.checked_queries(queries)
+        found = self.search_checked(
+            given, k, ef=ef, allow=allow, expand=expand, ef_upper=ef_upper, threads=threads
+        )
+        return _into(out, found)
+
+    def search_checked(
+        self,
+        queries: np.ndarray,
+        k: int,
+        *,
+        ef: int,
+        allow: ArrayLike | None = None,
+        expand: int | None = None,
+        ef_upper: int = 1,
+        threads: int | None = None,
+    ) -> SearchResult:
+        """As `search`, of queries that `checked_queries` gave, and nothing else is checked."""
+        expand = self._expand(ef) if expand is None else expand
         with self._lock.shared():
-            entries, nodes = self._filter(allow, len(given))
+            entries, nodes = self._filter(allow, len(queries))
             keys = answer.nearest(
-                self._engine, given, k, ef, nodes,
-                expand=expand, ef_upper=ef_upper, threads=threads,
+                self._engine, queries, k, ef, nodes,
+                expand=expand, ef_upper=ef_upper, threads=thread_count(threads),
             )  # fmt: skip
             labels, distances = self._labels.spread(keys, k, entries)
-        return _into(out, SearchResult(labels, self._as_asked(distances)))
+        return SearchResult(labels, self._as_asked(distances))
 
     def exact_search(
         self, queries: ArrayLike, k: int = 10, *, threads: int | None = None

@@ -6,6 +6,7 @@ of queries and results in `wire.py`, what it serves in `edition.py`. Searches go
 
 import asyncio
 import contextlib
+import gc
 import hmac
 import logging
 import signal
@@ -21,7 +22,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route, Router
+from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hnsw_gpu import openapi, wire
@@ -90,6 +91,7 @@ class Server:
         self.error: BaseException | None = None  # why there is no edition
         self.is_draining = False
         self.stop: Callable[[], None] = lambda: None  # called when there will be no edition
+        self.on_ready: Callable[[Edition], None] = lambda edition: None
         self.metrics = Metrics(
             lambda: 0 if self.batcher is None else self.batcher.waiting_rows,
             lambda: 0 if self.batcher is None else self.batcher.in_flight,
@@ -113,6 +115,7 @@ class Server:
             Route("/", self._front, methods=["GET"]),
         ]
         app = Starlette(
+            routes=routes,
             lifespan=self._lifespan,
             exception_handlers={
                 Problem: _of_problem,
@@ -121,7 +124,7 @@ class Server:
                 Exception: _of_mistake,
             },
         )
-        app.router = Router(routes, redirect_slashes=False, lifespan=self._lifespan)
+        app.router.redirect_slashes = False
         known = {route.path for route in routes}
         return _Counted(app, self.metrics, known, self.settings.token)
 
@@ -155,7 +158,9 @@ class Server:
             threads=settings.threads,
             on_batch=self.metrics.batch,
         )
+        gc.freeze()  # a collection would look at all that was imported, for 50 ms
         self._serve(edition)
+        self.on_ready(edition)
         while True:
             await self._ask_canary()
             await asyncio.sleep(CANARY_S)
@@ -179,8 +184,11 @@ class Server:
             return
         try:
             found = await batcher.search(edition.canary.queries, edition.canary.k)
-        except (QueueFullError, RuntimeError):
-            return  # busy or closed
+        except QueueFullError:
+            return  # it asks again
+        except Exception:
+            logger.exception("the canary was not answered")
+            return
         self.metrics.canary.set(edition.canary.recall(found))
 
     def drain(self) -> None:
@@ -209,7 +217,8 @@ class Server:
         try:
             asked = await read_asked(media, body)
             edition, batcher = self._serving()
-            searching = self._answer(edition, batcher, asked, k, ef, name, timeout_s)
+            left_s = max(timeout_s - (time.perf_counter() - started), 1e-9)
+            searching = self._answer(edition, batcher, asked, k, ef, name, left_s)
             found = await _unless_gone(request, searching)  # in the queue before another task runs
         except _CallerLeftError:
             self.metrics.cancelled.inc()
@@ -525,12 +534,15 @@ def listen(host: str, port: int) -> socket.socket:
     return listening
 
 
-def serve(settings: Settings, listening: socket.socket) -> None:
+def serve(
+    settings: Settings, listening: socket.socket, on_ready: Callable[[Edition], None]
+) -> None:
     """Serve until SIGTERM, or Ctrl-C (KeyboardInterrupt).
 
     Raises what keeps the index from loading.
     """
     server = Server(settings)
+    server.on_ready = on_ready
     process = Process(server)
     process.run(sockets=[listening])
     if server.error is not None:

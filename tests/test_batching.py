@@ -25,15 +25,23 @@ class Gated(Index):
         self.calls: list[tuple[int, int, int]] = []  # rows, k, ef
         self.gate, self.entered = threading.Event(), threading.Semaphore(0)
         self.error: Exception | None = None
+        self.plain = Index(*given, **how)
         super().__init__(*given, **how)
 
-    def search(self, queries, k=10, **how):
+    def search_checked(self, queries, k, **how):
         self.calls.append((len(queries), k, how["ef"]))
         self.entered.release()
         assert self.gate.wait(30)
         if self.error is not None:
             raise self.error
-        return super().search(queries, k, **how)
+        return super().search_checked(queries, k, **how)
+
+
+def gated_index(kind=Gated):
+    made = kind(DIM, M=8, ef_construction=40)
+    for one in (made, made.plain):
+        one.add(VECTORS[:500])
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +53,7 @@ def index():
 
 @pytest.fixture
 def gated():
-    made = Gated(DIM, M=8, ef_construction=40)
-    made.add(VECTORS[:500])
+    made = gated_index()
     yield made
     made.gate.set()
 
@@ -197,9 +204,9 @@ def test_large_requests_are_split_and_small_ones_are_not(gated):
         large = batcher.submit(QUERIES[:250], 5)
         small = [batcher.submit(QUERIES[300 + 30 * i : 330 + 30 * i], 5) for i in range(3)]
         gated.gate.set()
-        equal(large.result(30), Index.search(gated, QUERIES[:250], 5, ef=64))
+        equal(large.result(30), gated.plain.search(QUERIES[:250], 5, ef=64))
         for i, future in enumerate(small):
-            truth = Index.search(gated, QUERIES[300 + 30 * i : 330 + 30 * i], 5, ef=64)
+            truth = gated.plain.search(QUERIES[300 + 30 * i : 330 + 30 * i], 5, ef=64)
             equal(future.result(30), truth)
     assert [rows for rows, _, _ in gated.calls[1:]] == [100, 100, 80, 60]
 
@@ -241,7 +248,7 @@ def test_who_leaves_is_not_searched(gated):
             assert all(task.cancelled() for task in tasks)
             assert (batcher.waiting_rows, batcher.waiting_requests) == (3, 1)
             gated.gate.set()
-            equal(await stays, Index.search(gated, QUERIES[:3], 4, ef=64))
+            equal(await stays, gated.plain.search(QUERIES[:3], 4, ef=64))
             for future in futures:
                 with pytest.raises(CancelledError):
                     future.result(0)
@@ -260,7 +267,7 @@ def test_who_leaves_during_the_search_costs_nobody_else(gated):
         assert large.cancel()
         assert batcher.waiting_rows == 1
         gated.gate.set()
-        equal(other.result(30), Index.search(gated, QUERIES[:1], 4, ef=10))
+        equal(other.result(30), gated.plain.search(QUERIES[:1], 4, ef=10))
     assert gated.calls == [(10, 4, 64), (1, 4, 10)]
 
 
@@ -300,7 +307,7 @@ def test_an_error_reaches_the_callers_of_its_batch_alone(gated):
             assert isinstance(error, MemoryError)
         assert str(threaded.exception(30)) == "no room"
         gated.error = None
-        equal(batcher.submit(QUERIES[:1], 5).result(30), Index.search(gated, QUERIES[:1], 5, ef=64))
+        equal(batcher.submit(QUERIES[:1], 5).result(30), gated.plain.search(QUERIES[:1], 5, ef=64))
     assert [batch.is_ok for batch in batches][-1] and not batches[0].is_ok
 
 
@@ -346,7 +353,7 @@ def test_swap(gated, index):
     with pytest.raises(ValueError, match=r"expected \(n, 17\)"):
         batcher.submit(QUERIES[:1], 5)
     gated.gate.set()
-    equal(old.result(30), Index.search(gated, QUERIES[:3], 5, ef=64))
+    equal(old.result(30), gated.plain.search(QUERIES[:3], 5, ef=64))
     equal(new.result(30), other.search(wide, 5))
     mine = Index(DIM)
     mine.add(VECTORS[:20])
@@ -427,8 +434,7 @@ class TwoAtOnce(Gated):
 
 
 def test_two_batches_in_flight_on_a_gpu():
-    index = TwoAtOnce(DIM, M=8, ef_construction=40)
-    index.add(VECTORS[:500])
+    index = gated_index(TwoAtOnce)
     with Batcher(index, batch_rows=10) as batcher:
         until = time.monotonic() + 30
         while batcher._sleepers < 2:
@@ -438,4 +444,4 @@ def test_two_batches_in_flight_on_a_gpu():
             assert index.entered.acquire(timeout=30)
         assert not index.entered.acquire(timeout=0.05)
         index.gate.set()
-        equal(first.result(30), Index.search(index, QUERIES[:30], 5, ef=64))
+        equal(first.result(30), index.plain.search(QUERIES[:30], 5, ef=64))

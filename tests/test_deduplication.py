@@ -129,6 +129,22 @@ def test_other_metrics(metric, limit, method) -> None:
     np.testing.assert_array_equal(found.keep, [wanted[i] == i for i in range(600)])
 
 
+@pytest.mark.parametrize("method", ["exact", "hnsw"])
+@pytest.mark.parametrize("linkage", LINKAGES)
+def test_the_order_of_the_rows_does_not_matter(linkage, method) -> None:
+    """Where values say who stays: the same rows stay and the same pairs are found, in any order."""
+    rows, values = made(), np.random.default_rng(4).permutation(600)
+    first = dedup(rows, 0.98, keep=("max", values), linkage=linkage, method=method)
+    order = np.random.default_rng(5).permutation(600)
+    keep = ("max", values[order])
+    again = dedup(rows[order], 0.98, keep=keep, linkage=linkage, method=method)
+    np.testing.assert_array_equal(again.keep, first.keep[order])
+    stands = np.where(first.duplicate_of < 0, -1, np.argsort(order)[first.duplicate_of])[order]
+    np.testing.assert_array_equal(again.duplicate_of, stands)
+    assert again.report["pairs"] == first.report["pairs"]
+    assert not first.keep.all()
+
+
 def test_pairs_and_their_regrouping() -> None:
     pytest.importorskip("pyarrow")
     rows = made()

@@ -249,6 +249,22 @@ def test_an_index_never_added_to(tmp_path):
         oracle.assert_nearest(one.search(queries, 4), queries, queries, 4, "cosine")
 
 
+@pytest.mark.parametrize("dtype, refine", STORED, ids=str)
+@pytest.mark.parametrize("metric", METRICS)
+def test_exact_search_of_an_index_compares_what_it_keeps(metric, dtype, refine, rows, queries):
+    index = built(rows, metric, dtype, refine=refine, M=4, ef_construction=10)
+    gone = index.labels[::3]
+    index.delete(gone)
+    found = index.exact_search(queries, 7, threads=1)
+    oracle.assert_same(found, index.search(queries, 7, ef=len(rows)))  # a walk that meets all
+    if dtype == "fp32":
+        truth = hnsw_gpu.exact_search(index.vectors(index.labels), queries, 7, metric)
+        np.testing.assert_allclose(found.distances, truth.distances, rtol=1e-5, atol=1e-5)
+    assert not np.isin(found.labels, gone).any()
+    none = built(rows[:0], metric).exact_search(queries, 3)
+    assert (none.labels == -1).all() and np.isinf(none.distances).all()
+
+
 def test_k_larger_than_ef(rows, queries):
     """The beam holds max(ef, k): all 300 come back at ef=1 when 300 are wanted."""
     index = built(rows)

@@ -211,3 +211,24 @@ def test_memory_says_what_is_uploaded(machine):
     more = gpu.memory(queries=1000, ef=200)
     assert more["queries"] == 1000 * (gpu.memory(queries=1, ef=200)["queries"])
     assert more["queries"] > 1000 * 200 * 8
+
+
+def test_a_batcher_has_two_batches_in_flight(machine):
+    """Requests split among batches that are searched at once: the answers of `search`."""
+    _, gpu = pair()
+    queries = vectors(60, seed=3)
+    allow = np.arange(0, ROWS, 2)
+    sizes: list[int] = []
+
+    def noted(batch: hnsw_gpu.Batch) -> None:
+        sizes.append(batch.rows)
+
+    with hnsw_gpu.Batcher(gpu, batch_rows=16, on_batch=noted) as batcher:
+        whole = batcher.submit(queries, 5)
+        parts = [batcher.submit(queries[i : i + 3], 4) for i in range(0, 60, 3)]
+        few = batcher.submit(queries[:9], 3, allow=allow)
+        oracle.assert_same(gpu.search(queries, 5), whole.result(300))
+        for i, part in enumerate(parts):
+            oracle.assert_same(gpu.search(queries[3 * i : 3 * i + 3], 4), part.result(300))
+        oracle.assert_same(gpu.search(queries[:9], 3, allow=allow), few.result(300))
+    assert sum(sizes) == 60 + 60 + 9 and max(sizes) <= 16

@@ -220,6 +220,8 @@ class Server:
             left_s = max(timeout_s - (time.perf_counter() - started), 1e-9)
             searching = self._answer(edition, batcher, asked, k, ef, name, left_s)
             found = await _unless_gone(request, searching)  # in the queue before another task runs
+        except TimeoutError:
+            raise Problem(504, f"no answer within {timeout_s:g} s") from None
         except _CallerLeftError:
             self.metrics.cancelled.inc()
             raise ClientDisconnect from None
@@ -266,8 +268,6 @@ class Server:
             return await batcher.search(queries, k, ef=ef, allow=allow, timeout_s=timeout_s)
         except (ValueError, TypeError, LookupError) as error:
             raise Problem(422, said(error)) from None
-        except TimeoutError as error:
-            raise Problem(504, str(error)) from None
         except QueueFullError as error:
             seconds = max(1, round(error.retry_after_s))
             raise Problem(429, str(error), Retry_After=str(seconds)) from None

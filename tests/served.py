@@ -111,6 +111,7 @@ def running(path: Path, **settings: Any) -> Iterator[Running]:
         here.wait(lambda: held.edition is not None or held.error is not None)
         if held.edition is not None and held.edition.canary is not None:  # not in a test's way
             here.wait(lambda: held.metrics.canary._value.get() > 0)
+            here.wait(lambda: held.batcher is not None and not held.batcher.in_flight)
         yield here
     finally:
         for caller in [here.call, *here.others]:

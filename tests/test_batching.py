@@ -311,6 +311,33 @@ def test_an_error_reaches_the_callers_of_its_batch_alone(gated):
     assert [batch.is_ok for batch in batches][-1] and not batches[0].is_ok
 
 
+def test_an_error_ends_a_request_in_parts(gated):
+    gated.error = MemoryError("no room")
+    with Batcher(gated, batch_rows=10) as batcher:
+        large = batcher.submit(QUERIES[:35], 4)
+        gated.gate.set()
+        assert str(large.exception(30)) == "no room"
+    assert (gated.calls, batcher.waiting_rows) == ([(10, 4, 64)], 0)
+
+
+def test_a_task_that_left_is_not_answered(gated):
+    """Its future is done: to set it again would be an error in the loop."""
+    complaints = []
+
+    async def leave():
+        asyncio.get_running_loop().set_exception_handler(lambda _, told: complaints.append(told))
+        task = asyncio.create_task(batcher.search(QUERIES[:1], 4))
+        await asyncio.to_thread(gated.entered.acquire)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        gated.gate.set()
+        await batcher.search(QUERIES[:1], 4)
+
+    with Batcher(gated) as batcher:
+        asyncio.run(leave())
+    assert complaints == []
+
+
 def test_what_is_wrong_with_a_request_is_its_callers_alone(index):
     """Said before it is in a batch."""
     bad = QUERIES[:3].copy()

@@ -10,6 +10,7 @@ import oracle
 import pytest
 
 import hnsw_gpu
+from hnsw_gpu import workers
 
 DIM, N = 24, 3000
 
@@ -128,6 +129,26 @@ def test_a_search_beside_a_change_sees_before_or_after(change, rows, queries):
     oracle.assert_same(index.search(queries, 10), after)
     np.testing.assert_array_equal(index.labels, labels_after)
     index.check()
+
+
+@pytest.mark.parametrize("threads", (1, 3))
+def test_an_error_in_one_chunk_stops_the_rest(threads):
+    """And is what the caller sees, when no thread is at work any more."""
+    begun, ended = [], []
+
+    def run(start, stop):
+        begun.append(start)
+        if start == 3:
+            raise ZeroDivisionError
+        threading.Event().wait(0.01)
+        ended.append(stop - start)
+
+    with pytest.raises(ZeroDivisionError):
+        workers.run_chunks(run, 1000, 1, threads)
+    assert len(begun) < 20 and len(ended) == len(begun) - 1
+    seen = []
+    workers.run_chunks(lambda start, stop: seen.extend(range(start, stop)), 1000, 7, threads)
+    assert sorted(seen) == list(range(1000))
 
 
 def test_two_threads_add_at_once(rows, queries):

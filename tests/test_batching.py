@@ -314,9 +314,8 @@ def test_an_error_reaches_the_callers_of_its_batch_alone(gated):
 def test_an_error_ends_a_request_in_parts(gated):
     gated.error = MemoryError("no room")
     gated.gate.set()
-    with Batcher(gated, batch_rows=10) as batcher:
-        with pytest.raises(MemoryError, match="no room"):
-            asyncio.run(batcher.search(QUERIES[:35], 4))
+    with Batcher(gated, batch_rows=10) as batcher, pytest.raises(MemoryError, match="no room"):
+        asyncio.run(batcher.search(QUERIES[:35], 4))
     assert (gated.calls, batcher.waiting_rows) == ([(10, 4, 64)], 0)
 
 

@@ -104,6 +104,7 @@ def test_metadata(packages):
     """One version, one licence, and no requirement of the core but the five."""
     wheel = only(packages.glob("*.whl"))
     with zipfile.ZipFile(wheel) as archive:
+        assert {"hnsw_gpu/report_page.html", "hnsw_gpu/server_page.html"} <= set(archive.namelist())
         name = only(name for name in archive.namelist() if name.endswith("/METADATA"))
         text = archive.read(name).decode()
     version = re.search('^__version__ = "(.*)"$', (ROOT / "hnsw_gpu/__init__.py").read_text(), re.M)
@@ -115,7 +116,7 @@ def test_metadata(packages):
     core = {package for package, condition in needs if "extra ==" not in condition}
     assert core == {"click", "numba", "numpy", "tqdm"}
     assert set(re.findall("^Provides-Extra: (.*)$", text, re.M)) == {
-        *("bench", "cuda12", "cuda13", "demo", "io", "test")
+        *("bench", "cuda12", "cuda13", "demo", "io", "serve", "test")
     }
     assert f"## {version[1]}" in (ROOT / "CHANGELOG.md").read_text()
 

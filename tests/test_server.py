@@ -5,7 +5,9 @@ import contextlib
 import io
 import json
 import socket
+import sys
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ safetensors = pytest.importorskip("safetensors.numpy")
 import served
 from served import QUERIES, ROWS, VECTORS, running
 
-from hnsw_gpu import load, server, wire
+from hnsw_gpu import load, server, server_metrics, wire
 
 
 @pytest.fixture(scope="module")
@@ -423,6 +425,47 @@ def test_metrics(folder):
         assert 'hnsw_gpu_requests_total{code="422",path="/v1/search"} 1.0' in text
         assert f'checksum="{own.server.edition.checksum}"' in text
         assert "process_resident_memory_bytes" in text
+
+
+class Driver:
+    """NVIDIA's library as it answers on a machine with two GPUs, one of which is lost later."""
+
+    class NVMLError(Exception):
+        pass
+
+    lost = False
+
+    def nvmlInit(self):
+        pass
+
+    def nvmlDeviceGetCount(self):
+        return 2
+
+    def nvmlDeviceGetHandleByIndex(self, number):
+        return number
+
+    def nvmlDeviceGetUtilizationRates(self, handle):
+        if handle and self.lost:
+            raise self.NVMLError
+        return SimpleNamespace(gpu=25 * (handle + 1))
+
+    def nvmlDeviceGetMemoryInfo(self, handle):
+        return SimpleNamespace(used=10**9 * (handle + 1))
+
+
+def test_gpu_use(monkeypatch):
+    """Where there are GPUs; none without the library."""
+    monkeypatch.setitem(sys.modules, "pynvml", driver := Driver())
+    metrics = server_metrics.Metrics(lambda: 0, lambda: 0)
+    text = metrics.text().decode()
+    assert 'hnsw_gpu_gpu_busy_share{gpu="0"} 0.25\n' in text
+    assert 'hnsw_gpu_gpu_busy_share{gpu="1"} 0.5\n' in text
+    assert 'hnsw_gpu_gpu_memory_bytes{gpu="1"} 2e+09\n' in text
+    driver.lost = True
+    text = metrics.text().decode()
+    assert 'busy_share{gpu="0"} 0.25' in text and 'busy_share{gpu="1"}' not in text
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert "gpu_busy" not in server_metrics.Metrics(lambda: 0, lambda: 0).text().decode()
 
 
 def test_the_canary_sees_a_bad_index(folder, tmp_path):

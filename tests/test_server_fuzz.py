@@ -8,15 +8,16 @@ import sys
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
+pytest.importorskip("hypothesis")
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 pytest.importorskip("prometheus_client")
 safetensors = pytest.importorskip("safetensors.numpy")
 
 import served
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from served import DIM, QUERIES, running
 
 from hnsw_gpu import wire

@@ -171,7 +171,7 @@ def test_json(here, body):
     is_answered(here, wire.JSON, body)
 
 
-def test_the_openapi_document_is_kept(here):
+def test_the_openapi_document_is_kept(here, tmp_path):
     """By schemathesis: whatever its document allows or forbids."""
     pytest.importorskip("schemathesis")
     url = f"http://127.0.0.1:{here.port}/openapi.json"
@@ -180,6 +180,8 @@ def test_the_openapi_document_is_kept(here):
     # a filter that nobody registered cannot be told from one that somebody did, in a schema
     how += ["--header", "X-Timeout-Ms: 20000"]  # else it asks for answers within 1 ms, and gets 504
     how += ["--exclude-checks", "positive_data_acceptance", "--generation-database", "none"]
-    done = subprocess.run([*command, "run", url, *how], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(  # which keeps files in the folder that it is run from
+        [*command, "run", url, *how], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "7 selected / 7 total" in done.stdout

@@ -457,7 +457,7 @@ def serve(
         )
 
     settings |= {"token": token, "most_body": max_body}
-    server.serve(server.Settings(path, folder, host, port, **settings), listening, on_ready)
+    server.serve(server.Settings(path, folder, **settings), listening, on_ready)
 
 
 def _token(path: Path) -> str:

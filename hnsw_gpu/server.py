@@ -1,7 +1,8 @@
 """The HTTP server: one process, one event loop, one thread for the engine.
 
-What it says and in which words is in `openapi.py`, what it counts in `server_metrics.py`, the bytes
-of queries and results in `wire.py`, what it serves in `edition.py`. Searches go through a Batcher.
+What a request says, and what is wrong with it, is in `http_request.py`; the bytes of queries and
+results in `wire.py`; what is served in `edition.py`; what is counted in `server_metrics.py`; and all
+of the interface, in OpenAPI's words, in `openapi.py`. Searches go through a Batcher.
 """
 
 import asyncio
@@ -68,8 +69,6 @@ class Settings(NamedTuple):
 
     path: Path  # of the saved index
     root: Path  # swaps stay within this folder
-    host: str = "127.0.0.1"
-    port: int = 8080
     device: str = "auto"
     mmap: bool = False
     threads: int | None = None

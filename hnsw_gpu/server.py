@@ -1,8 +1,8 @@
 """The HTTP server: one process, one event loop, one thread for the engine.
 
 What a request says, and what is wrong with it, is in `http_request.py`; the bytes of queries and
-results in `wire.py`; what is served in `edition.py`; what is counted in `server_metrics.py`; and all
-of the interface, in OpenAPI's words, in `openapi.py`. Searches go through a Batcher.
+results in `wire.py`; what is served in `edition.py`; what is counted in `server_metrics.py`; and the
+whole interface, in OpenAPI's words, in `openapi.py`. Searches go through a Batcher.
 """
 
 import asyncio

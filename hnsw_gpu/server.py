@@ -1,7 +1,7 @@
 """The HTTP server: one process, one event loop, one thread for the engine.
 
 What a request says, and what is wrong with it, is in `http_request.py`; the bytes of queries and
-results in `wire.py`; what is served in `edition.py`; what is counted in `server_metrics.py`; and the
+results in `wire.py`; what is served in `edition.py`; what is counted in `server_metrics.py`; the
 whole interface, in OpenAPI's words, in `openapi.py`. Searches go through a Batcher.
 """
 

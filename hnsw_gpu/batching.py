@@ -119,7 +119,8 @@ class Batcher:
 
     Requests share a batch when their ef is the same, `allow` is None or the same 1-d array object,
     and k the same once rounded up to a power of two (at most ef). Groups take turns; within one
-    the first come goes first. A `with` or `async with` block closes the batcher at its end.
+    the first come goes first. Queries are copied; `allow` must stay as it is until the answer.
+    A `with` or `async with` block closes the batcher at its end.
     """
 
     def __init__(
@@ -211,6 +212,8 @@ class Batcher:
         k, ef = inputs.integer("k", k, 1, MOST_NODES), inputs.integer("ef", ef, 1)
         index = self._index
         given = index.checked_queries(queries)
+        if given.flags.writeable:  # perhaps the caller's own array, which it may use again at once
+            given = given.copy()
         if timeout_s is not None and not inputs.number("timeout_s", timeout_s) > 0:
             raise ValueError(f"timeout_s={timeout_s}: expected more than 0")
         mask = None if allow is None else inputs.array("allow", allow)

@@ -186,6 +186,16 @@ def test_after_deletes_each_k_is_asked_by_itself(gated):
     assert gated.calls[1:] == [(2, 9, 64), (1, 10, 64)]
 
 
+def test_a_caller_may_use_its_array_again(gated):
+    mine = QUERIES[:3].copy()
+    with Batcher(gated) as batcher:
+        hold(batcher, gated)
+        waiting = batcher.submit(mine, 5)
+        mine[:] = np.nan
+        gated.gate.set()
+        equal(waiting.result(30), gated.plain.search(QUERIES[:3], 5))
+
+
 def test_groups_take_turns(gated):
     with Batcher(gated, batch_rows=4) as batcher:
         hold(batcher, gated)

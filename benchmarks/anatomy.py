@@ -18,10 +18,11 @@ import numpy as np
 from numba import njit
 
 from benchmarks.counting import trace
-from hnsw_gpu.beam import EXPANDED, insert, make_key
-from hnsw_gpu.distance import distance, prefetch_row
-from hnsw_gpu.search import SLOTS, search
-from hnsw_gpu.vectors import METRICS, encode_queries, engine_view
+from hnsw_gpu.engine.beam import insert
+from hnsw_gpu.engine.distance import distance, prefetch_row
+from hnsw_gpu.engine.keys import EXPANDED, make_key
+from hnsw_gpu.engine.search import SLOTS, search_graph
+from hnsw_gpu.engine.vectors import METRICS, encode_queries, engine_view
 
 LINKS, VISITED, ARITHMETIC, MEMORY, BEAM = range(1, 6)
 PARTS = {
@@ -49,7 +50,7 @@ def shares(graph, rows, vectors: np.ndarray, dtype: str, ef: int, rounds: int) -
             replay(stage, graph.neighbors0, view, queries, metric, ef, found)
             times[name].append(time.perf_counter() - start)
         start = time.perf_counter()
-        result = search(graph, rows, queries, "cosine", k=10, ef=ef)
+        result = search_graph(graph, rows, queries, "cosine", k=10, ef=ef)
         times["search"].append(time.perf_counter() - start)
     if not (
         np.array_equal(result.hops, found.hops)

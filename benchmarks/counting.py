@@ -9,8 +9,9 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from hnsw_gpu.beam import EXPANDED, insert, key_node, make_key
-from hnsw_gpu.distance import distance
+from hnsw_gpu.engine.beam import insert
+from hnsw_gpu.engine.distance import distance
+from hnsw_gpu.engine.keys import EXPANDED, key_node, make_key
 
 
 class Trace(NamedTuple):

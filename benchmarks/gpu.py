@@ -26,7 +26,7 @@ from benchmarks.kernel_times import Clock, measure, peak_bandwidth
 from benchmarks.peers import Setting
 from benchmarks.race import EFS, K
 from benchmarks.run import RESULTS, SETTING, about, rounded
-from hnsw_gpu.vectors import encode_queries
+from hnsw_gpu.engine.vectors import encode_queries
 
 QUERIES = 10_000  # distinct ones; larger batches repeat them
 JUDGED = 1_000  # of those, by which recall is taken

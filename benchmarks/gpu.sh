@@ -48,7 +48,7 @@ wants() { [ -z "$only" ] || [ "$only" = "$1" ]; }
 if wants tests; then
     chosen=() # here a GPU is asked; what the emulator answers is asked on every machine
     [ "$engine" = emulated ] || chosen=(-k "not emulated")
-    part tests "$python" -m pytest -q tests/test_gpu.py tests/test_kernels.py \
+    part tests "$python" -m pytest -q tests/gpu/test_gpu_engine.py tests/gpu/test_kernels.py \
         ${chosen[@]+"${chosen[@]}"}
 fi
 

@@ -8,8 +8,8 @@ import numpy as np
 from benchmarks import datasets
 from benchmarks.peers import Ours, Setting, make
 from benchmarks.race import K, Side, interpolate, race_searches, time_in_turn
-from hnsw_gpu.search import Result, search
-from hnsw_gpu.vectors import encode_queries
+from hnsw_gpu.engine.search import Result, search_graph
+from hnsw_gpu.engine.vectors import encode_queries
 
 
 def measure(
@@ -79,7 +79,7 @@ def counted(side: Side, ef: int) -> Result:
     assert isinstance(side.peer, Ours)
     graph, rows = side.peer.arrays
     queries = encode_queries(side.dataset.queries, "cosine", "fp32")
-    return search(graph, rows, queries, "cosine", k=K, ef=ef)
+    return search_graph(graph, rows, queries, "cosine", k=K, ef=ef)
 
 
 def fits(points: list[dict]) -> dict:

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hnsw_gpu import launch
-from hnsw_gpu.device import Queries
+from hnsw_gpu.gpu import launch_plan
+from hnsw_gpu.gpu.device_index import Queries
 
 LINK_BYTES = 4
 
@@ -89,7 +89,7 @@ def measure(
     clock: Clock,
     engine: Any,
     encoded: np.ndarray,
-    walk: launch.Walk,
+    walk: launch_plan.Walk,
     batch: int,
     rounds: int,
     peak: float,
@@ -154,12 +154,12 @@ def kept_counts(index: Any) -> Iterator[list]:
         del index._struct
 
 
-def planned(index: Any, walk: launch.Walk, batch: int) -> dict:
+def planned(index: Any, walk: launch_plan.Walk, batch: int) -> dict:
     """How a batch is launched."""
     settings = (index._metric, index._dtype, index._dim, index._M, walk)
     sizes = {"queries": batch, "nodes": index.node_count, "limits": index.limits}
-    kernel = index._kernel("search", launch.plan(*settings, **sizes).definitions)
-    plan = launch.plan(*settings, **sizes, registers=kernel.num_regs)
+    kernel = index._kernel("search", launch_plan.plan(*settings, **sizes).definitions)
+    plan = launch_plan.plan(*settings, **sizes, registers=kernel.num_regs)
     return {
         "queries": batch,
         "warps": plan.definitions["WARPS"],

@@ -27,8 +27,9 @@ import hnsw_gpu
 from benchmarks import datasets
 from benchmarks.run import RESULTS, SETTING, about, rounded
 from benchmarks.stand_in import TESTS
-from hnsw_gpu import kernel_source, launch, search
-from hnsw_gpu.vectors import encode, encode_queries
+from hnsw_gpu.engine import search
+from hnsw_gpu.engine.vectors import encode, encode_queries
+from hnsw_gpu.gpu import kernel_source, launch_plan
 
 K, EXPAND = 10, 4
 EFS = (64, 128, 256)
@@ -97,7 +98,7 @@ def count(tool: Tools, index: hnsw_gpu.Index, dtype: str, queries: np.ndarray, e
     nodes = len(graph.neighbors0)
     rows = encode(index._rows[:nodes, : index.dim], "cosine", dtype)
     asked = encode_queries(queries, "cosine", dtype)
-    buckets, tag_bits = launch.visited_cache(walk(ef), nodes)
+    buckets, tag_bits = launch_plan.visited_cache(walk(ef), nodes)
     build = tool.emulated.Build(
         "cosine", dtype, index.dim, index.M, tag_bits=tag_bits, sanitizer="count"
     )
@@ -106,7 +107,7 @@ def count(tool: Tools, index: hnsw_gpu.Index, dtype: str, queries: np.ndarray, e
     found = tool.emulated.search(
         build, graph, rows, asked, **how, visited_buckets=buckets, bytes_read=read
     )
-    wanted = search.search(graph, rows, asked, "cosine", **how)
+    wanted = search.search_graph(graph, rows, asked, "cosine", **how)
     assert (found.hops == wanted.hops).all(), "the emulated walk is not the CPU's"
     meetings = [
         meeting._replace(lanes=meeting.lanes / len(queries))
@@ -123,8 +124,8 @@ def count(tool: Tools, index: hnsw_gpu.Index, dtype: str, queries: np.ndarray, e
     )
 
 
-def walk(ef: int) -> launch.Walk:
-    return launch.Walk(ef=ef, k=K, expand=EXPAND)
+def walk(ef: int) -> launch_plan.Walk:
+    return launch_plan.Walk(ef=ef, k=K, expand=EXPAND)
 
 
 # --- instructions ---
@@ -200,7 +201,7 @@ def shared_calls(one: tuple, other: tuple) -> int:
 
 def machine_code(tool: Tools, toolkit: Any, index: hnsw_gpu.Index, dtype: str, arch: int) -> list:
     nodes = len(index._graph.neighbors0)
-    _, tag_bits = launch.visited_cache(walk(EFS[0]), nodes)
+    _, tag_bits = launch_plan.visited_cache(walk(EFS[0]), nodes)
     definitions = kernel_source.definitions("cosine", dtype, index.dim, index.M, 1, tag_bits)
     options = tool.cuda_toolkit.options(toolkit, kernel_source.options(definitions))
     job = tool.cuda_toolkit.Job(kernel_source.source("search"), "search", options, arch)
@@ -228,9 +229,9 @@ def bounds(
 
 def resident_queries(index: hnsw_gpu.Index, dtype: str, ef: int, card: Card) -> tuple[int, int]:
     """Queries on the GPU at once, of a large batch, and bytes of shared memory of each."""
-    limits = launch.of_arch(card.arch)._replace(sms=card.sms)
+    limits = launch_plan.of_arch(card.arch)._replace(sms=card.sms)
     nodes = len(index._graph.neighbors0)
-    plan = launch.plan(
+    plan = launch_plan.plan(
         "cosine", dtype, index.dim, index.M, walk(ef), queries=10**6, nodes=nodes, limits=limits
     )
     return plan.resident * plan.queries_per_block, plan.shared_mem // plan.queries_per_block
@@ -245,7 +246,7 @@ def model(tool: Tools, index: hnsw_gpu.Index, dataset: datasets.Dataset) -> list
         for ef in EFS:
             click.echo(f"{dtype}, ef {ef} ...", err=True)
             counted = count(tool, index, dtype, dataset.queries, ef)
-            buckets, _ = launch.visited_cache(walk(ef), len(index._graph.neighbors0))
+            buckets, _ = launch_plan.visited_cache(walk(ef), len(index._graph.neighbors0))
             turns = {"beam.cuh": math.log2(ef) + 1, "visited.cuh": buckets / LANES}
             executed = {arch: instructions(code[arch], counted.meetings, turns) for arch in ARCHS}
             points.append(point(index, dataset, dtype, ef, counted, executed))

@@ -28,8 +28,9 @@ import numpy as np
 
 import hnsw_gpu
 from benchmarks.run import about
-from hnsw_gpu import verses, wire
-from hnsw_gpu.batching import Batch
+from hnsw_gpu.demo import verses
+from hnsw_gpu.serve import formats
+from hnsw_gpu.serve.batcher import Batch
 
 ROWS = (1, 16, 256)  # queries a request
 LOADS = (0.2, 0.4, 0.6, 0.8, 0.95, 1.2)  # of what closed-loop callers get from the batching server
@@ -86,11 +87,11 @@ class Unbatched:
 @click.argument("mode", type=click.Choice(MODES))
 def host(path: Path, mode: str) -> None:
     """Serve PATH on a free port, which is printed."""
-    from hnsw_gpu import server
+    from hnsw_gpu.serve import server
 
     listening = server.listen("127.0.0.1", 0)
     click.echo(listening.getsockname()[1])
-    settings = server.Settings(path.resolve(), path.resolve().parent, device="cpu", drain_s=0)
+    settings = server.ServerSettings(path.resolve(), path.resolve().parent, device="cpu", drain_s=0)
     make: Any = Unbatched if mode == "unbatched" else hnsw_gpu.Batcher
     process = server.Process(server.Server(settings, make))
     process.run(sockets=[listening])
@@ -212,8 +213,8 @@ class Load(NamedTuple):
     def of(queries: np.ndarray, rows: int) -> "Load":
         requests = []
         for start in range(0, len(queries) - rows + 1, rows):
-            body = wire.write_npy(queries[start : start + rows])
-            head = f"POST /v1/search HTTP/1.1\r\nHost: x\r\nContent-Type: {wire.NPY}\r\n"
+            body = formats.write_npy(queries[start : start + rows])
+            head = f"POST /v1/search HTTP/1.1\r\nHost: x\r\nContent-Type: {formats.NPY}\r\n"
             requests.append((head + f"Content-Length: {len(body)}\r\n\r\n").encode() + body)
         return Load(rows, requests[:256])
 

@@ -7,15 +7,15 @@
 Importing the package loads nothing else: each public name brings its module when it is first used.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING
 
+from hnsw_gpu.lazy_names import lazy_names
+
 if TYPE_CHECKING:
-    from hnsw_gpu.batching import Batch, Batcher, QueueFullError
-    from hnsw_gpu.client import Client, ServerError
     from hnsw_gpu.deduplication import DedupResult, dedup
+    from hnsw_gpu.files import CorruptIndexError
     from hnsw_gpu.index import Index, RadiusResult, SearchResult, exact_search, load
-    from hnsw_gpu.storage import CorruptIndexError
+    from hnsw_gpu.serve import Batch, Batcher, Client, QueueFullError, ServerError
 
 __version__ = "0.1.0"
 
@@ -37,29 +37,22 @@ __all__ = [
 ]
 
 _HOME = {
-    "Batch": "batching",
-    "Batcher": "batching",
-    "Client": "client",
-    "CorruptIndexError": "storage",
+    "Batch": "serve",
+    "Batcher": "serve",
+    "Client": "serve",
+    "CorruptIndexError": "files",
     "DedupResult": "deduplication",
     "Index": "index",
-    "QueueFullError": "batching",
+    "QueueFullError": "serve",
     "RadiusResult": "index",
     "SearchResult": "index",
-    "ServerError": "client",
+    "ServerError": "serve",
     "dedup": "deduplication",
     "exact_search": "index",
     "load": "index",
 }
 
-
-def __getattr__(name: str) -> object:
-    """The public name `name`, from its module (PEP 562); kept, so that this runs once a name."""
-    if name not in _HOME:
-        raise AttributeError(f"module 'hnsw_gpu' has no attribute {name!r}")
-    value = getattr(import_module(f"hnsw_gpu.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = lazy_names(__name__, _HOME)
 
 
 def __dir__() -> list[str]:

@@ -17,8 +17,8 @@ from hnsw_gpu.terminal import Commands, check_output, doing, is_watched, print_f
 if TYPE_CHECKING:
     import numpy as np
 
-    from hnsw_gpu.edition import Edition
     from hnsw_gpu.index import Index
+    from hnsw_gpu.serve import Edition
 
 QUERY_BLOCK = 4096  # queries between two moves of the progress bar
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -81,7 +81,7 @@ def build(
     Example:
       hnsw-gpu build vectors.npy -o docs.hnsw --dtype int8 --refine fp32
     """
-    from hnsw_gpu.vector_files import read_vectors
+    from hnsw_gpu.files import read_vectors
 
     check_output(output, vectors, labels)
     rows = read_vectors(vectors)
@@ -121,7 +121,7 @@ def search(
     Example:
       hnsw-gpu search docs.hnsw queries.npy -k 10 --ef 128 -o answers.npz
     """
-    from hnsw_gpu.vector_files import read_vectors, write_result
+    from hnsw_gpu.files import read_vectors, write_result
 
     check_output(output, index, queries, suffixes=(".npz",))
     rows = read_vectors(queries)
@@ -201,7 +201,7 @@ def recall(
     import numpy as np
 
     from hnsw_gpu import recall as measure
-    from hnsw_gpu.vector_files import read_vectors
+    from hnsw_gpu.files import read_vectors
 
     capacities = _numbers(efs)
     if plot is not None:
@@ -308,15 +308,15 @@ def dedup(
     Example:
       hnsw-gpu dedup embeddings/ -o unique --id-column id --text-column text --threshold 0.9
     """
-    from hnsw_gpu import dedup_files
+    from hnsw_gpu.deduplication import FileSettings, dedup_files, interrupted_state
 
     if only_against and not against:
         raise click.UsageError("--only-against needs --against")
     try:
-        report = dedup_files.dedup_files(
+        report = dedup_files(
             paths,
             output,
-            dedup_files.Settings(**settings),
+            FileSettings(**settings),
             column=column,
             id_column=id_column,
             text_column=text_column,
@@ -329,7 +329,7 @@ def dedup(
             progress=is_watched(),
         )
     except KeyboardInterrupt:
-        click.echo(f"\n{dedup_files.state(output)}", err=True)
+        click.echo(f"\n{interrupted_state(output)}", err=True)
         raise
     also = ""
     if against:
@@ -369,13 +369,13 @@ def dedup_preview(
     Example:
       hnsw-gpu dedup-preview embeddings/ --text-column text
     """
-    from hnsw_gpu import dedup_preview
+    from hnsw_gpu.deduplication import dedup_preview, preview_text
 
-    found = dedup_preview.preview(
+    found = dedup_preview(
         paths, column=column, text_column=text_column, sample=sample, examples=pairs, seed=seed,
         threads=threads, progress=is_watched(),
     )  # fmt: skip
-    click.echo(json.dumps(found, indent=1) if as_json else dedup_preview.shown(found))
+    click.echo(json.dumps(found, indent=1) if as_json else preview_text(found))
 
 
 @main.command()
@@ -433,7 +433,7 @@ def serve(
     """
     started = time.perf_counter()
     try:
-        from hnsw_gpu import server
+        from hnsw_gpu.serve import ServerSettings, listen, serve
     except ImportError as error:
         raise ImportError(f'{error}: pip install "hnsw-gpu[serve]"') from None
 
@@ -442,7 +442,7 @@ def serve(
     folder = (root or index.parent).resolve()
     if not path.is_relative_to(folder):
         raise click.UsageError(f"{index} is not within --root {root}")
-    listening = server.listen(host, port)
+    listening = listen(host, port)
     at = f"[{host}]" if ":" in host else host
     click.echo(f"serving {index} on http://{at}:{listening.getsockname()[1]}", err=True)
     if token is None and host not in ("127.0.0.1", "::1", "localhost"):
@@ -457,7 +457,7 @@ def serve(
         )
 
     settings |= {"token": token, "most_body": max_body}
-    server.serve(server.Settings(path, folder, **settings), listening, on_ready)
+    serve(ServerSettings(path, folder, **settings), listening, on_ready)
 
 
 def _token(path: Path) -> str:
@@ -486,9 +486,9 @@ def demo(out: Path, threads: int | None) -> None:
     Example:
       hnsw-gpu demo --out demo
     """
-    from hnsw_gpu.demo import run
+    from hnsw_gpu.demo import run_demo
 
-    run(out, threads=threads, progress=is_watched())
+    run_demo(out, threads=threads, progress=is_watched())
 
 
 @main.command()

@@ -17,7 +17,7 @@ SIMD = ("avx512vnni", "avx512bf16", "avx512f", "avxvnni", "avx2", "fma", "f16c",
 
 def examine() -> dict[str, Any]:
     """All facts by name; values are texts, numbers or lists of texts."""
-    from hnsw_gpu.workers import thread_count
+    from hnsw_gpu.engine import thread_count
 
     return {
         "hnsw-gpu": hnsw_gpu.__version__,

@@ -11,18 +11,39 @@ import numpy as np
 from numpy.typing import ArrayLike
 from tqdm import tqdm
 
-from hnsw_gpu import answer, beam, build, copies, exact, graph, inputs, launch, storage
-from hnsw_gpu.cpu import CpuEngine
-from hnsw_gpu.labels import Labels
-from hnsw_gpu.search import pack_bits
-from hnsw_gpu.vectors import (
+from hnsw_gpu import inputs
+from hnsw_gpu.engine import (
+    BLOCK,
+    BLOCK_VALUES,
+    KEY_NONE,
     STORAGE,
+    CpuEngine,
+    Graph,
+    Labels,
+    NodeTable,
+    SharedLock,
+    check_graph,
     decode,
+    empty_graph,
     empty_rows,
     encode,
     encode_queries,
+    exact_block,
+    insert_nodes,
+    key_distances,
+    key_nodes,
+    move_together,
+    nearest,
+    nearest_others,
+    pack_bits,
+    repair,
+    run_to_a_stop,
+    thread_count,
+    within,
+    without_unfinished,
 )
-from hnsw_gpu.workers import SharedLock, run_to_a_stop, thread_count
+from hnsw_gpu.files import CorruptIndexError, read_arrays, write_arrays
+from hnsw_gpu.gpu import bytes_a_query, index_bytes
 
 if TYPE_CHECKING:
     from hnsw_gpu.gpu import GpuEngine
@@ -100,12 +121,12 @@ class Index:
         self.to(device)
 
     def _start_empty(self) -> None:
-        self._graph = build.empty_graph(self.M)
+        self._graph = empty_graph(self.M)
         self._neighbors0 = self._graph.neighbors0  # with room for nodes to come; as the next two
         self._rows = empty_rows(0, self.dim, self.dtype)
         self._refine_rows = empty_rows(0, self.dim, self.refine) if self.refine else None
         self._labels = Labels()
-        self._table = copies.NodeTable()
+        self._table = NodeTable()
         self._unrepaired = 0
 
     # ---------------------------------------------------------------- what is in it
@@ -217,11 +238,11 @@ class Index:
         """
         count = inputs.integer("queries", queries, 0)
         keys = inputs.integer("ef", ef, 1) * (3 if self.refine else 1)  # found, compared, cut
-        parts = launch.memory(
+        parts = index_bytes(
             self.dtype, self.refine, self.dim, self.M, self._node_count, len(self._graph.nodes),
             len(self._labels),
         )  # fmt: skip
-        a_query = launch.bytes_a_query(self.dtype, self.refine, self.dim, keys)
+        a_query = bytes_a_query(self.dtype, self.refine, self.dim, keys)
         return {**parts, "queries": count * a_query}
 
     @property
@@ -296,7 +317,7 @@ class Index:
         count = self._node_count
         is_in = np.cumsum(nodes >= count) == 0
         if not is_in.all():
-            self._graph = build.without_unfinished(self._graph)
+            self._graph = without_unfinished(self._graph)
             self._relinked = None
             self._unrepaired = count
             self._table.clear()
@@ -356,14 +377,14 @@ class Index:
         if len(sources) < stop - first:
             for rows in (self._rows, self._refine_rows):
                 if rows is not None:
-                    copies.move_together(rows, sources, first)
+                    move_together(rows, sources, first)
         return nodes
 
-    def _insertion(self, count: int, threads: int) -> Iterator[graph.Graph]:
+    def _insertion(self, count: int, threads: int) -> Iterator[Graph]:
         if self._relinked is not None:
             self._relinked = np.pad(self._relinked, (0, count - len(self._relinked)))
             self._is_stale = True
-        return build.insert_nodes(
+        return insert_nodes(
             self._graph,
             self._neighbors0[:count],
             self._rows[:count],
@@ -378,7 +399,7 @@ class Index:
         """Link unreachable nodes, if more than `tolerated` nodes are new since the last time."""
         if self._unrepaired > tolerated:
             before = None if self._relinked is None else self._graph.neighbors0.copy()
-            build.repair(
+            repair(
                 self._graph,
                 self._rows[: self._node_count],
                 self._metric,
@@ -495,7 +516,7 @@ class Index:
         expand = self._expand(ef) if expand is None else expand
         with self._lock.shared():
             entries, nodes = self._filter(allow, len(queries))
-            keys = answer.nearest(
+            keys = nearest(
                 self._engine, queries, k, ef, nodes,
                 expand=expand, ef_upper=ef_upper, threads=thread_count(threads),
             )  # fmt: skip
@@ -571,7 +592,7 @@ class Index:
 
         with self._lock.shared():
             entries, nodes = self._filter(allow, len(given))
-            keys = answer.within(
+            keys = within(
                 self._engine, given, is_near, ef, nodes, expand=self._expand(ef), threads=threads
             )
             found = [
@@ -614,16 +635,14 @@ class Index:
         """Keys of the nodes nearest to nodes (m,), and of the node itself where it has copies."""
         mask = None if self._labels.are_all_live else self._labels.live_nodes()
         engine = self._engine
-        keys = answer.nearest_others(
-            engine, ids, k, ef, mask, expand=self._expand(ef), threads=threads
-        )
+        keys = nearest_others(engine, ids, k, ef, mask, expand=self._expand(ef), threads=threads)
         own = engine.own_keys(ids)
-        own[np.diff(self._labels.offsets)[ids] == 1] = beam.KEY_NONE
+        own[np.diff(self._labels.offsets)[ids] == 1] = KEY_NONE
         return np.sort(np.concatenate([keys, own[:, None]], axis=1), axis=1)
 
     def _label_count(self, keys: np.ndarray) -> int:
         """Labels of the nodes of keys, none of them empty."""
-        nodes, offsets = beam.nodes(keys), self._labels.offsets
+        nodes, offsets = key_nodes(keys), self._labels.offsets
         return int((offsets[nodes + 1] - offsets[nodes]).sum())
 
     def checked_queries(self, queries: ArrayLike) -> np.ndarray:
@@ -658,7 +677,7 @@ class Index:
             raise ValueError("; ".join(problems))
 
     def _problems(self) -> list[str]:
-        problems = graph.check(self._graph)
+        problems = check_graph(self._graph)
         offsets, labels = self._labels.offsets, self._labels.labels
         if len(offsets) != self._node_count + 1 or offsets[0] != 0 or (np.diff(offsets) < 0).any():
             problems.append("label_offsets do not divide the labels among the nodes")
@@ -690,7 +709,7 @@ class Index:
             arrays["labels"] = self._labels.labels
             about = {name: getattr(self, name) for name in PARAMETERS}
             about["next_label"] = self._next_label
-            storage.write(path, arrays, about)
+            write_arrays(path, arrays, about)
 
 
 PARAMETERS = ("dim", "metric", "dtype", "M", "ef_construction", "refine", "seed")
@@ -703,13 +722,13 @@ def load(path: str | os.PathLike[str], *, mmap: bool = False, device: str = "aut
     """
     inputs.one_of("device", device, ("cpu", "auto", "cuda"))
     mapped = ("vectors", "refine_vectors") if mmap else ()
-    arrays, about = storage.read(path, mapped)
+    arrays, about = read_arrays(path, mapped)
     try:
         index = _from_arrays(arrays, about)
     except KeyError as error:
-        raise storage.CorruptIndexError(f"{path}: {error} is missing") from None
+        raise CorruptIndexError(f"{path}: {error} is missing") from None
     except (TypeError, ValueError) as error:
-        raise storage.CorruptIndexError(f"{path}: {error}") from None
+        raise CorruptIndexError(f"{path}: {error}") from None
     return index.to(device)
 
 
@@ -725,7 +744,7 @@ def _from_arrays(arrays: dict[str, np.ndarray], about: dict[str, Any]) -> Index:
     _expect("label_offsets", arrays["label_offsets"], index._labels.offsets, count + 1)
     _expect("labels", arrays["labels"], index._labels.labels, len(arrays["labels"]))
     index._rows, index._refine_rows = arrays["vectors"], arrays.get("refine_vectors")
-    index._graph = graph.Graph(*(arrays[name] for name in graph.Graph._fields))
+    index._graph = Graph(*(arrays[name] for name in Graph._fields))
     index._neighbors0 = index._graph.neighbors0
     index._labels = Labels(arrays["label_offsets"], arrays["labels"])
     index._next_label = inputs.integer("next_label", about["next_label"], 0)
@@ -765,20 +784,18 @@ def exact_search(
     asked = inputs.vectors("queries", queries, given.shape[1])
     k, threads = inputs.integer("k", k, 1, MOST_NODES), _threads(threads)
     encoded = encode_queries(inputs.float_vectors("queries", asked, name), name, "fp32")
-    keys = np.full((len(asked), min(k, len(given))), beam.KEY_NONE, np.uint64)
+    keys = np.full((len(asked), min(k, len(given))), KEY_NONE, np.uint64)
     with _bar(progress, len(given), "exact search", "vectors") as bar:
-        block = max(256, min(exact.BLOCK, exact.BLOCK_VALUES // given.shape[1]))
+        block = max(256, min(BLOCK, BLOCK_VALUES // given.shape[1]))
         for start in range(0, len(given), block):
             part = given[start : start + block]
             part = inputs.float_vectors("vectors", part, name, first=start)
-            exact.exact_block(
-                keys, encode(part, name, "fp32"), start, encoded, name, threads=threads
-            )
+            exact_block(keys, encode(part, name, "fp32"), start, encoded, name, threads=threads)
             bar.update(len(part))
     labels = np.full((len(asked), k), -1, np.int64)
     distances = np.full((len(asked), k), np.inf, np.float32)
-    labels[:, : keys.shape[1]] = beam.nodes(keys)
-    distances[:, : keys.shape[1]] = beam.distances(keys)
+    labels[:, : keys.shape[1]] = key_nodes(keys)
+    distances[:, : keys.shape[1]] = key_distances(keys)
     return SearchResult(labels, np.sqrt(distances) if metric == "euclidean" else distances)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from hnsw_gpu.vectors import squared_lengths
+from hnsw_gpu.engine import squared_lengths
 
 METRICS = {"l2": "l2", "euclidean": "l2", "ip": "ip", "cosine": "cosine"}  # and the engines' name
 ALIASES = {

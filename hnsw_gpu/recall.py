@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hnsw_gpu.storage import atomic_file
+from hnsw_gpu.files import atomic_file
 
 EPSILON = 1e-6  # relative to the k-th distance, and absolute
 BLOCK_VALUES = 1 << 22  # float64 values gathered at a time

@@ -1,4 +1,4 @@
-"""The rules of `hnsw_gpu/search.py` in slow, obvious Python: what every engine must equal.
+"""The rules of `hnsw_gpu/engine/search.py` in slow, obvious Python: what every engine must equal.
 
 Numbers like R5 name the rule a line follows. Vectors are plain float32 arrays, not encoded rows, so
 an engine's encoding is held against the oracle too. Keys are Python integers.
@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hnsw_gpu.graph import Graph
+from hnsw_gpu.engine.graph import Graph
 
 KEY_NONE = 2**64 - 1  # an empty slot
 
@@ -208,7 +208,7 @@ def search_query(
 
 
 class Result(NamedTuple):
-    """As `hnsw_gpu.search.Result`."""
+    """As `Result` in engine/search.py."""
 
     keys: np.ndarray  # (q, k) uint64
     hops: np.ndarray  # (q,) int32
@@ -226,7 +226,7 @@ def search(
     allowed: np.ndarray | None = None,
     own: Sequence[int] | None = None,
 ) -> Result:
-    """What `hnsw_gpu.search.search` returns. `allowed` is bool (n,) or (q, n), not packed."""
+    """What `search_graph` returns. `allowed` is bool (n,) or (q, n), not packed."""
     layers = all_links(graph)
     count = len(table)
     result = Result(

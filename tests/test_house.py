@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -14,69 +15,28 @@ import hnsw_gpu
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "hnsw_gpu"
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
-# From top to bottom. A module may import from lower rows, and within its row as ARROWS says.
-LAYERS = {
-    "programs": ["__main__", "cli", "demo"],
-    "servers": ["server"],
-    "what they say": ["http_request", "openapi", "server_metrics"],
-    "jobs": ["batching", "client", "dedup_files", "dedup_preview", "deduplication", "sharding"],
-    "their parts": [
-        "against",
-        "edition",
-        "wire",
-        "shards",
-        "pairs",
-        "linkage",
-        "report_page",
-        "verses",
-    ],
-    "and these": ["recall", "doctor", "terminal"],
-    "public": ["__init__", "index"],
-    "its parts": ["inputs", "labels", "copies"],
-    "files": ["sources", "storage", "hnswlib_format", "vector_files"],
-    "answers": ["answer"],
-    "engines": ["build", "cpu", "search", "exact", "gpu", "device", "launch", "kernel_source"],
-    "data": ["beam", "distance", "vectors", "graph"],
-    "threads": ["workers"],
+# A room is a folder of the package, or these modules beside the folders.
+ON_THE_GROUND = {
+    "cli": {"__main__", "cli", "terminal", "doctor"},
+    "index": {"index", "inputs", "recall"},
 }
-ARROWS = {
-    ("__main__", "cli"),
-    ("cli", "demo"),
-    ("__init__", "batching"),  # public names, brought when they are first used
-    ("__init__", "client"),
-    ("__init__", "index"),
-    ("http_request", "openapi"),
-    ("against", "pairs"),
-    ("shards", "pairs"),
-    ("dedup_files", "deduplication"),
-    ("dedup_preview", "deduplication"),
-    ("__init__", "deduplication"),  # a public name, brought when it is first used
-    ("build", "search"),
-    ("cpu", "exact"),
-    ("cpu", "search"),
-    ("gpu", "device"),
-    ("gpu", "launch"),
-    ("device", "launch"),
-    ("device", "kernel_source"),
-    ("launch", "kernel_source"),
-    ("sources", "vector_files"),
-    ("vector_files", "storage"),
-    ("vectors", "distance"),
-}
+EVERYWHERE = {"__init__", "lazy_names"}  # the package itself: its public names, version and this
+DRAWING = re.compile(r"^\| \[`(\w+)\S* \| .+? \|(.*)\|$", re.M)
 # What `pip install hnsw-gpu` brings; anything else is imported inside the function that needs it.
 CORE = {"click", "llvmlite", "numba", "numpy", "tqdm"}
 # Modules that are nothing without an extra, and are imported by each other and by `cli` inside it.
 EXTRAS = {
-    "http_request": {"starlette"},
+    "request": {"starlette"},
     "server": {"starlette", "uvicorn"},
-    "server_metrics": {"prometheus_client"},
+    "metrics": {"prometheus_client"},
 }
 
 BANNED_FILES = {"utils", "util", "helpers", "common", "base", "types", "config", "manager"}
 SIMILARITY = r"(?<![a-z])similarit"
 # users think in it, of duplicates
-SIMILAR = {"cli", "README", "dedup", "deduplication", "dedup_files", "dedup_preview", "report_page"}
+SIMILAR = {"cli", "README", "dedup", "test_cli"}  # and all of deduplication/
 BANNED_WORDS = {
     r"beam[ _-]?width": "ef, or expand",
     r"prun(e|es|ed|ing)\b": "select",
@@ -90,80 +50,144 @@ BANNED_TRACES = {
 }
 
 
-def modules() -> dict[str, Path]:
-    return {path.stem: path for path in sorted(PACKAGE.glob("*.py"))}
+def modules() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def room(module: str) -> str:
+    """The room of a module of the package by its dotted name, such as "engine.beam"."""
+    first = module.partition(".")[0]
+    if (PACKAGE / first).is_dir():
+        return first
+    return next(name for name, members in ON_THE_GROUND.items() if first in members)
+
+
+def dotted(path: Path) -> str:
+    """The name of a module within the package: "engine.beam", of a front door "engine"."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
 
 
 def texts() -> list[Path]:
     """Every file that a person writes and reads."""
     found = [*PACKAGE.rglob("*.py"), *ROOT.glob("tests/**/*.py"), *ROOT.glob("benchmarks/**/*.py")]
-    found += [*ROOT.glob("kernels/*"), *ROOT.glob("tests/emulator/*.[hc]*")]
+    found += [*ROOT.glob("kernels/*"), *ROOT.glob("tests/gpu/emulator/*.[hc]*")]
     found += [*ROOT.glob("*.md"), ROOT / "pyproject.toml", ROOT / ".ci" / "run"]
     return sorted(path for path in found if path != Path(__file__))
 
 
-def imports(path: Path) -> set[str]:
-    """The package's modules that a module imports, anywhere in it."""
+def imports(path: Path) -> set[tuple[str, str]]:
+    """(module, name) of all that a module imports of the package, anywhere in it."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path.name}: a relative import"
-            for alias in node.names:
-                found.add(module_of(f"{node.module}.{alias.name}"))
+            root, _, module = str(node.module).partition(".")
+            if root == "hnsw_gpu":
+                found |= {_imported(module, alias.name) for alias in node.names}
         elif isinstance(node, ast.Import):
-            found |= {module_of(alias.name) for alias in node.names}
-    return found - {""}
+            dotted_names = [alias.name.partition(".") for alias in node.names]
+            found |= {
+                (rest or "__init__", "") for root, _, rest in dotted_names if root == "hnsw_gpu"
+            }
+    return {(module, name) for module, name in found if module not in EVERYWHERE}
 
 
-def module_of(name: str) -> str:
-    """The package's module that the dotted `name` lies in; "" for other packages."""
-    root, _, rest = name.partition(".")
-    if root != "hnsw_gpu":
-        return ""
-    first = rest.partition(".")[0]
-    return first if first in modules() else "__init__"
+def _imported(module: str, name: str) -> tuple[str, str]:
+    """What `from hnsw_gpu.<module> import <name>` means: a module of ours, or a name in one."""
+    inner = f"{module}.{name}".strip(".")
+    place = PACKAGE.joinpath(*inner.split("."))
+    if place.with_suffix(".py").exists() or place.is_dir():
+        return inner, ""
+    return (module, name) if module else (hnsw_gpu._HOME.get(name, "__init__"), name)
 
 
-def row(module: str) -> int:
-    return next(number for number, names in enumerate(LAYERS.values()) if module in names)
+def arrows(paths: list[Path]) -> dict[str, set[str]]:
+    """Room to room: which others each imports."""
+    found: dict[str, set[str]] = {}
+    for path in paths:
+        mine = dotted(path)
+        if mine in EVERYWHERE:
+            continue
+        here = found.setdefault(room(mine), set())
+        here |= {room(module) for module, _ in imports(path)} - {room(mine)}
+    return found
 
 
-def is_downwards(importer: str, imported: str) -> bool:
-    return row(importer) < row(imported) or (importer, imported) in ARROWS
+def past_the_door(paths: list[Path]) -> list[str]:
+    """Imports of another room's insides, or of a name that its front door does not offer."""
+    found = []
+    for path in paths:
+        mine = dotted(path)
+        for module, name in imports(path):
+            is_folder = (PACKAGE / module.partition(".")[0]).is_dir()
+            if mine == "__init__" or not is_folder or room(module) == room(mine):
+                continue
+            if "." in module or name not in offered(module):
+                found.append(f"{mine} -> {module} {name}".rstrip())
+    return found
 
 
-def test_every_module_has_a_place():
-    known = [name for names in LAYERS.values() for name in names]
-    assert len(known) == len(set(known))
-    assert set(modules()) - set(known) == set()
-    folders = [path.name for path in PACKAGE.iterdir() if path.is_dir()]
-    assert set(folders) <= {"__pycache__"}
+def offered(folder: str) -> list[str]:
+    """`__all__` of a room's front door."""
+    for node in ast.parse((PACKAGE / folder / "__init__.py").read_text()).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            return list(ast.literal_eval(node.value))
+    raise AssertionError(f"{folder}: no __all__")
 
 
-def test_imports_go_downwards_only():
-    wrong = [
-        f"{name} -> {imported}"
-        for name, path in modules().items()
-        for imported in imports(path)
-        if not is_downwards(name, imported)
-    ]
-    assert wrong == []
+def test_the_rooms_are_the_drawing_of_the_readme():
+    """Every room is there with all the rooms that it imports, and each only from further down."""
+    drawn = {name: set(re.findall(r"`(\w+)`", uses)) for name, uses in DRAWING.findall(README)}
+    assert arrows(modules()) == drawn
+    order = list(drawn)
+    upwards = [(a, b) for a in order for b in drawn[a] if order.index(b) <= order.index(a)]
+    assert upwards == []
 
 
-def test_the_layer_test_can_fail(tmp_path):
-    upwards = tmp_path / "beam.py"
-    upwards.write_text(
-        "def f():\n    from hnsw_gpu.index import Index\n    import hnsw_gpu.graph\n"
+def test_rooms_meet_at_their_front_doors():
+    assert past_the_door(modules()) == []
+    for folder in (path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()):
+        door = f"hnsw_gpu.{folder}"
+        used = {name for path in modules() for module, name in imports(path) if module == folder}
+        assert set(offered(folder)) == used | set(
+            name for name, home in hnsw_gpu._HOME.items() if home == folder
+        ), f"{door} offers what nobody takes, or not what somebody does"
+
+
+def test_no_room_imports_in_a_circle():
+    for name in {room(dotted(path)) for path in modules() if dotted(path) not in EVERYWHERE}:
+        inside = {
+            dotted(path): {module for module, _ in imports(path)}
+            for path in modules()
+            if dotted(path) not in EVERYWHERE and room(dotted(path)) == name
+        }
+        TopologicalSorter(inside).prepare()  # raises CycleError
+
+
+def test_the_tests_of_rooms_can_fail(tmp_path, monkeypatch):
+    (tmp_path / "engine").mkdir()
+    (tmp_path / "files").mkdir()
+    (tmp_path / "engine" / "__init__.py").write_text("__all__ = ['Graph']\n")
+    (tmp_path / "files" / "__init__.py").write_text("__all__ = []\n")
+    (tmp_path / "engine" / "beam.py").write_text("from hnsw_gpu.engine.graph import Graph\n")
+    (tmp_path / "engine" / "graph.py").write_text(
+        "def f():\n    from hnsw_gpu.index import Index\n    import hnsw_gpu.files.storage\n"
     )
-    assert imports(upwards) == {"index", "graph"}
-    assert not is_downwards("beam", "index")
-    assert not is_downwards("beam", "graph")
-    assert is_downwards("index", "beam")
+    (tmp_path / "index.py").write_text("from hnsw_gpu.engine import Graph, beam, graph_of\n")
+    monkeypatch.setitem(globals(), "PACKAGE", tmp_path)
+    assert arrows(modules()) == {"engine": {"index", "files"}, "files": set(), "index": {"engine"}}
+    assert sorted(past_the_door(modules())) == [
+        "engine.graph -> files.storage",
+        "index -> engine graph_of",
+        "index -> engine.beam",
+    ]
 
 
 def test_optional_packages_are_imported_where_used():
     wrong = []
-    for name, path in modules().items():
+    for path in modules():
+        name = path.stem
         for node in ast.parse(path.read_text()).body:
             found = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom):
@@ -185,7 +209,7 @@ def test_file_names():
 @pytest.mark.parametrize("path", texts(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_vocabulary(path):
     words = dict(BANNED_WORDS)
-    if path.stem.removeprefix("test_") in SIMILAR:
+    if path.stem in SIMILAR or path.parent.name == "deduplication":
         del words[SIMILARITY]
     assert offences(path.read_text(), words | BANNED_TRACES) == []
 

@@ -7,9 +7,9 @@ import oracle
 import pytest
 
 import hnsw_gpu
-from hnsw_gpu import build
-from hnsw_gpu.graph import check
-from hnsw_gpu.workers import run_to_a_stop
+from hnsw_gpu.engine import build
+from hnsw_gpu.engine.graph import check_graph
+from hnsw_gpu.engine.workers import run_to_a_stop
 
 DIM = 16
 
@@ -51,7 +51,7 @@ def test_links_to_nodes_that_did_not_follow_are_dropped():
     planted.neighbors0[5, 0] = 300
     planted.neighbors0[6, 1] = 2**31 - 1
     mended = build.without_unfinished(planted)
-    assert all("reachable" in problem for problem in check(mended))
+    assert all("reachable" in problem for problem in check_graph(mended))
     for row in (5, 6):
         kept = [link for link in planted.neighbors0[row] if 0 <= link < 300]
         np.testing.assert_array_equal(mended.neighbors0[row][: len(kept)], kept)
@@ -69,7 +69,7 @@ def check_prefix(index, rows):
 
 def test_three_interrupts_wait_for_the_work(monkeypatch):
     """However often Ctrl-C is pressed, the call returns after the work has stopped."""
-    from hnsw_gpu import workers
+    from hnsw_gpu.engine import workers
 
     presses = iter(range(3))
     waiting = workers.wait

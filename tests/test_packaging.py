@@ -104,7 +104,9 @@ def test_metadata(packages):
     """One version, one licence, and no requirement of the core but the five."""
     wheel = only(packages.glob("*.whl"))
     with zipfile.ZipFile(wheel) as archive:
-        assert {"hnsw_gpu/report_page.html", "hnsw_gpu/server_page.html"} <= set(archive.namelist())
+        assert {"hnsw_gpu/deduplication/report_page.html", "hnsw_gpu/serve/page.html"} <= set(
+            archive.namelist()
+        )
         name = only(name for name in archive.namelist() if name.endswith("/METADATA"))
         text = archive.read(name).decode()
     version = re.search('^__version__ = "(.*)"$', (ROOT / "hnsw_gpu/__init__.py").read_text(), re.M)
@@ -141,7 +143,7 @@ def test_the_installed_command_works(installed, tmp_path):
 
 def test_the_kernels_are_found_in_the_wheel(installed, tmp_path):
     look = (
-        "from hnsw_gpu import kernel_source as k; print(k.folder()); "
+        "from hnsw_gpu.gpu import kernel_source as k; print(k.folder()); "
         "assert all(k.source(name) for name in k.FILE_OF_KERNEL)"
     )
     found = call(sys.executable, "-c", look, cwd=tmp_path, PYTHONPATH=str(installed))
@@ -157,7 +159,7 @@ def test_an_editable_install_is_the_checkout(tmp_path):
     look = (
         "import site, sys; sys.path[:] = [p for p in sys.path if p != sys.argv[2]]; "
         "site.addsitedir(sys.argv[1]); import hnsw_gpu; print(hnsw_gpu.__file__); "
-        "from hnsw_gpu import kernel_source; print(kernel_source.folder())"
+        "from hnsw_gpu.gpu import kernel_source; print(kernel_source.folder())"
     )
     found = call(sys.executable, "-c", look, tmp_path / "site", ROOT, cwd=tmp_path)
     assert found.split() == [str(ROOT / "hnsw_gpu" / "__init__.py"), str(ROOT / "kernels")]

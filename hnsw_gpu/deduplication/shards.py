@@ -1,0 +1,215 @@
+"""Nodes in shards, and the joins of shard with shard that together find all pairs.
+
+A node is a distinct vector of the whole set, however many shards hold it. Nodes are numbered by
+their first appearance, so that the numbers of those at home in a shard (it is the first to hold
+them) follow each other, and are the same however the set is cut. Block (s, t), s <= t: the nodes at
+home in t ask shard s.
+"""
+
+import itertools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from hnsw_gpu.deduplication import pairs
+from hnsw_gpu.deduplication.pairs import Nodes
+from hnsw_gpu.engine import (
+    NodeTable,
+    key_distances,
+    key_nodes,
+    rerank,
+    rows_as_queries,
+    search_graph,
+)
+
+LEAST_PAIRS = 10_000_000  # that may be kept,
+PAIRS_A_NODE = 64  # or this many for each node, if that is more
+GATHERED = 16384  # rows fetched at a time
+ID_BITS = np.uint64(0xFFFFFFFF)  # of a key: id and flag
+
+
+class Block(NamedTuple):
+    """What the join of two shards found; numbers are those of nodes of the whole set."""
+
+    one: np.ndarray  # int32 (p,): a pair may be there twice, in either order
+    other: np.ndarray  # int32 (p,)
+    distances: np.ndarray  # float32 (p,)
+    open_nodes: np.ndarray  # int32 (o,): two of them may be near without being here
+    nearest: np.ndarray  # float32 (home nodes of t,): distance of the nearest other in s
+    nearest_back: np.ndarray  # float32 (nodes of s,): of the nearest that asked, as far as seen
+
+
+class Pairs(NamedTuple):
+    """Pairs of nodes, a < b, in ascending order, each once."""
+
+    a: np.ndarray  # int32 (p,)
+    b: np.ndarray  # int32 (p,)
+    distances: np.ndarray  # float32 (p,)
+    is_open: np.ndarray  # bool (nodes,): two such nodes may be a pair that is not here
+    nearest: np.ndarray  # float32 (nodes,): distance of the nearest other node, +inf where none
+
+
+class Shards:
+    """Nodes in parts. numbers: for each shard int64 (n,), the number of each of its own nodes.
+
+    opened(s): the Nodes of a shard, in memory; rows(s): their rows alone, perhaps mapped.
+    """
+
+    def __init__(
+        self,
+        numbers: list[np.ndarray],
+        opened: Callable[[int], Nodes],
+        rows: Callable[[int], np.ndarray],
+        metric: str,
+        *,
+        ef: int,
+        threads: int,
+    ) -> None:
+        self.numbers, self.metric = numbers, metric
+        self.opened, self._rows, self._ef, self._threads = opened, rows, ef, threads
+        self._home, start = [], 0  # own numbers of the nodes at home, of each shard
+        for own in numbers:
+            self._home.append(np.flatnonzero(own >= start))
+            start += len(self._home[-1])
+        self.starts = np.cumsum([0] + [len(home) for home in self._home])
+
+    @property
+    def nodes(self) -> int:
+        return int(self.starts[-1])
+
+    def home(self, s: int) -> np.ndarray:
+        """int64: a shard's own numbers of the nodes that are at home in it."""
+        return self._home[s]
+
+    @property
+    def blocks(self) -> list[tuple[int, int]]:
+        """All (s, t), those of one s together."""
+        count = len(self.numbers)
+        return [(s, t) for s in range(count) for t in range(s, count)]
+
+    def join(
+        self, s: int, t: int, limit: float, advance: Callable[[int], object] = lambda _: None
+    ) -> Block:
+        """Block (s, t). advance: told how many nodes have asked."""
+        home = self._home[t]
+        whole = max(sum(len(self._home[j]) for _, j in self.blocks), 1)
+        most = max(LEAST_PAIRS, PAIRS_A_NODE * self.nodes) * len(home) // whole
+        back = np.full(len(self.numbers[s]), np.inf, np.float32)
+        found = pairs.find_pairs(
+            self._lists(s, t), home, self._others(s, t), limit, most, advance, back
+        )
+        one = [self.numbers[t][found.asked]]
+        other = [self.numbers[s][key_nodes(found.keys)]]
+        distances = [key_distances(found.keys)]
+        open_nodes = [self.numbers[t][home[found.is_open]]]
+        if s != t and found.is_open.any():  # what these did not list may list them
+            again = pairs.find_pairs(
+                self._lists(t, s), self._home[s], self._others(t, s), limit, most, lambda _: None
+            )
+            one.append(self.numbers[s][again.asked])
+            other.append(self.numbers[t][key_nodes(again.keys)])
+            distances.append(key_distances(again.keys))
+            open_nodes.append(self.numbers[s][self._home[s][again.is_open]])
+        a, b = (np.concatenate(part).astype(np.int32) for part in (one, other))
+        is_pair = a != b
+        return Block(
+            a[is_pair],
+            b[is_pair],
+            np.concatenate(distances)[is_pair],
+            np.concatenate(open_nodes).astype(np.int32),
+            found.nearest,
+            back,
+        )
+
+    def _lists(self, s: int, t: int) -> pairs.Lists:
+        """Of shard s, asked by the nodes of shard t."""
+        if s == t:
+            return pairs.lists_within(self.opened(s), self._ef, self._threads)
+        return pairs.lists_across(self.opened(s), self._rows(t), self._ef, self._threads)
+
+    def _others(self, s: int, t: int) -> int:
+        return len(self.numbers[s]) - (s == t)
+
+    def pairs(self, blocks: Callable[[int, int], Block]) -> Pairs:
+        """All pairs, from all blocks."""
+        is_open, nearest = np.zeros(self.nodes, bool), np.full(self.nodes, np.inf, np.float32)
+        parts = []
+        for s, t in self.blocks:
+            block = blocks(s, t)
+            parts.append(block[:3])
+            is_open[block.open_nodes] = True
+            asked = slice(self.starts[t], self.starts[t + 1])
+            nearest[asked] = np.minimum(nearest[asked], block.nearest)
+            np.minimum.at(nearest, self.numbers[s], block.nearest_back)
+        if not parts:
+            return no_pairs(nearest)
+        one, other, distances = (np.concatenate(part) for part in zip(*parts, strict=True))
+        return Pairs(*pairs.united(one, other, distances), is_open, nearest)
+
+    def near_of(
+        self, nodes: np.ndarray, limit: float, *, exactly: bool = False
+    ) -> list[np.ndarray]:
+        """Keys of all near others of each of some nodes, ascending. exactly: compare with all."""
+        rows = self.rows_of(nodes)
+        found: list[list[np.ndarray]] = [[np.empty(0, np.uint64)] for _ in nodes]
+        for s, numbers in enumerate(self.numbers):
+            part = self.opened(s)
+            part = part._replace(graph=None) if exactly else part
+            lists = pairs.lists_across(part, rows, self._ef, self._threads)
+            every = pairs.within(lists, np.arange(len(nodes)), len(numbers), limit)
+            for i, keys in enumerate(every):
+                number = numbers[key_nodes(keys)]
+                keys = keys & ~ID_BITS | number.astype(np.uint64) << np.uint64(1)
+                found[i].append(keys[number != nodes[i]])
+        return [np.unique(np.concatenate(keys)) for keys in found]
+
+    def rows_of(self, nodes: np.ndarray) -> np.ndarray:
+        """float32 (m, row), encoded, of some nodes."""
+        homes = np.searchsorted(self.starts, nodes, side="right") - 1
+        rows = np.empty((len(nodes), self._rows(0).shape[1] if self.numbers else 0), np.float32)
+        for s in np.unique(homes):
+            here = np.flatnonzero(homes == s)
+            rows[here] = self._rows(s)[self._home[s][nodes[here] - self.starts[s]]]
+        return rows
+
+    def distances(self, one: np.ndarray, other: np.ndarray) -> np.ndarray:
+        """float32 (m,), between nodes; 0 of a node to itself."""
+        found = np.zeros(len(one), np.float32)
+        for start in range(0, len(one), GATHERED):
+            place = slice(start, start + GATHERED)
+            queries, rows = rows_as_queries(self.rows_of(one[place])), self.rows_of(other[place])
+            keys = np.arange(len(rows), dtype=np.uint64)[:, None] << np.uint64(1)
+            decided = rerank(keys, rows, queries, self.metric, k=1, threads=1)
+            found[place] = key_distances(decided[:, 0])
+        found[one == other] = 0
+        return found
+
+    def row_reads(self, sample: int) -> dict[str, float] | None:
+        """Rows that a search of the first shard reads: from the node itself (R10), and without."""
+        part = self.opened(0) if self.numbers else None
+        if part is None or part.graph is None or not len(part.rows):
+            return None
+        own = np.linspace(0, len(part.rows) - 1, min(sample, len(part.rows))).astype(np.int32)
+        queries = rows_as_queries(part.rows[own])
+        how = {"k": pairs.FIRST_K, "ef": self._ef, "threads": self._threads}
+        mine = search_graph(part.graph, part.rows, queries, self.metric, own=own, **how)
+        entered = search_graph(part.graph, part.rows, queries, self.metric, **how)
+        return {
+            "sampled_rows": len(own),
+            "from_own_node": float(mine.distances.mean()),
+            "from_entry_point": float(entered.distances.mean()),
+        }
+
+
+def no_pairs(nearest: np.ndarray) -> Pairs:
+    none = np.empty(0, np.int32)
+    return Pairs(none, none, np.empty(0, np.float32), np.zeros(len(nearest), bool), nearest)
+
+
+def numbered(digests: list[np.ndarray]) -> list[np.ndarray]:
+    """The numbers of the nodes of each shard, from digests uint64 (n, words) of their rows."""
+    ends = np.cumsum([0] + [len(part) for part in digests])
+    every = np.concatenate(digests) if digests else np.empty((0, 2), np.uint64)
+    nodes, _ = NodeTable().assign(every, 0, len(every))
+    return [nodes[start:stop] for start, stop in itertools.pairwise(ends)]

@@ -1,0 +1,541 @@
+"""Building the graph: batches of points, no locks, the same bytes for any number of threads.
+
+Nodes are inserted in order of their ids, in batches of 1 / GROWTH of the graph so far, at least 1
+and at most BATCH. For a batch:
+
+1. Every point searches the graph as it was before the batch (R3-R6 with `ef_construction`), on each
+   of its layers, and adds the points of the batch that come before it, compared one by one: a
+   batch is never blind to itself, however clustered or sorted the data is, and yet the first
+   point of a new cluster gets its links to the world outside, as if it had been inserted alone.
+   The `ef_construction` smallest keys are the candidates; `_select` keeps at most M of them,
+   nearest first, as the point's own links, on layer 0 too.
+2. The reverse links (target, source) are grouped by target, ordered by (distance, source).
+3. Every target takes its new links: appended where they fit, else selected again, at most M (M0 on
+   layer 0), among old and new.
+
+Each row is written by one iteration of one loop, so the threads need no locks and leave no trace.
+Selection is algorithm 4 of Malkov & Yashunin in its strict form: a candidate is kept only if it is
+nearer to the point than to every neighbour kept before it; a tie is rejected.
+Afterwards `repair` sees to it that layer 0 leads from every node to every other.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from numba import njit
+
+from hnsw_gpu.engine.beam import insert, size
+from hnsw_gpu.engine.distance import as_query, distance
+from hnsw_gpu.engine.graph import Graph, reach
+from hnsw_gpu.engine.keys import KEY_NONE, key_node, make_key
+from hnsw_gpu.engine.search import Task, search_graph, walk
+from hnsw_gpu.engine.vectors import METRICS, empty_queries, engine_view, rows_as_queries
+from hnsw_gpu.engine.workers import run_chunks
+
+BATCH = 2048  # comparing a batch with itself then costs a few percent of its searches
+GROWTH = 50  # larger batches give their targets too many links at once, all chosen blindly
+LINK_CHUNK = 64  # points or targets that a thread takes at a time
+BITS_OF_DISTANCE = np.uint64(0xFFFFFFFF00000000)
+
+
+class Growth(NamedTuple):
+    """The graph that grows, with room for every node, and what its links mean."""
+
+    graph: Graph
+    rows: np.ndarray  # (n, row) encoded
+    metric: int
+
+
+class Selection(NamedTuple):
+    """What one thread selects in."""
+
+    kept: np.ndarray  # (M0, ...) the kept nodes as queries
+    kept_keys: np.ndarray  # (M0,) uint64
+    own: np.ndarray  # (1, ...) the target as query
+    candidates: np.ndarray  # (1, M0 + sources of a target) uint64
+
+
+def empty_graph(M):
+    """The graph of no nodes."""
+    return Graph(
+        neighbors0=np.empty((0, 2 * M), np.int32),
+        layer_offsets=np.zeros(1, np.int64),
+        nodes=np.empty(0, np.int32),
+        neighbors=np.empty((0, M), np.int32),
+        below=np.empty(0, np.int32),
+    )
+
+
+def draw_levels(seed, start, stop, M):
+    """int32 levels of nodes start..stop: floor(-ln(u) / ln(M)), u from (seed, node) alone.
+
+    The counter-based generator is splitmix64 (Steele, Lea, Flood 2014).
+    """
+    with np.errstate(over="ignore"):
+        node = np.arange(start, stop, dtype=np.uint64)
+        x = _mix(np.uint64(seed)) + (node + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+        u = ((_mix(x) >> np.uint64(11)) + np.float64(0.5)) / np.float64(1 << 53)
+    return np.floor(-np.log(u) / np.log(M)).astype(np.int32)
+
+
+def _mix(x):
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def insert_nodes(graph, neighbors0, rows, metric, *, ef_construction, seed, threads, relinked=None):
+    """Insert rows[n:] into a graph of n nodes; yields the grown Graph after each batch.
+
+    `rows` (n + m, row) are encoded; `neighbors0` (n + m, M0) int32 begins with the graph's own rows
+    and is written in place. `relinked` bool (n + m,) becomes True where links of layer 0 are new.
+    Who stops early calls `without_unfinished` on the last graph.
+    """
+    start, stop = len(graph.neighbors0), len(rows)
+    M = graph.neighbors.shape[1]
+    levels = draw_levels(seed, start, stop, M)
+    neighbors0[start:] = -1
+    whole = _with_room(graph, neighbors0, levels)
+    growth = Growth(whole, engine_view(rows), METRICS[metric])
+    while start < stop:
+        end = min(stop, start + max(1, min(start // GROWTH, BATCH)))
+        batch_levels = levels[: end - start]
+        levels = levels[end - start :]
+        targets = _insert_batch(graph, growth, batch_levels, ef_construction, threads)
+        if relinked is not None:
+            relinked[start:end] = True
+            relinked[targets[targets < stop]] = True
+        start = end
+        graph = _first_nodes(whole, start, max(graph.top, batch_levels.max()))
+        yield graph
+
+
+def _with_room(graph, neighbors0, levels):
+    """The graph with rows for the new nodes on all of their layers, their links still empty."""
+    first = len(graph.neighbors0)
+    M = graph.neighbors.shape[1]
+    nodes, neighbors, below = [], [], []
+    for layer in range(1, max(graph.top, levels.max(initial=0)) + 1):
+        old = slice(*graph.layer_offsets[layer - 1 : layer + 1]) if layer <= graph.top else slice(0)
+        new = (first + np.flatnonzero(levels >= layer)).astype(np.int32)
+        nodes.append(np.concatenate([graph.nodes[old], new]))
+        room = np.full((len(new), M), -1, np.int32)
+        neighbors.append(np.concatenate([graph.neighbors[old], room]))
+        below.append(nodes[0] if layer == 1 else np.searchsorted(nodes[-2], nodes[-1]))
+    if not nodes:
+        return graph._replace(neighbors0=neighbors0)
+    return Graph(
+        neighbors0=neighbors0,
+        layer_offsets=np.cumsum([0] + [len(part) for part in nodes], dtype=np.int64),
+        nodes=np.concatenate(nodes),
+        neighbors=np.concatenate(neighbors),
+        below=np.concatenate(below).astype(np.int32),
+    )
+
+
+def _first_nodes(whole, count, top):
+    """The graph as its first `count` nodes, of which the highest level is `top`, left it.
+
+    Layers above are room for later nodes; so is the end of each layer, which nothing links to.
+    """
+    return whole._replace(
+        neighbors0=whole.neighbors0[:count], layer_offsets=whole.layer_offsets[: top + 1]
+    )
+
+
+def without_unfinished(graph):
+    """A graph that `insert_nodes` yielded, without what a later batch may have begun.
+
+    That is the room for nodes that did not follow and, after an error, links to them.
+    """
+    count = len(graph.neighbors0)
+    _drop_links_from(graph.neighbors0, count)
+    layers = [slice(*graph.layer_offsets[i : i + 2]) for i in range(graph.top)]
+    is_in = np.zeros(len(graph.nodes), bool)
+    for layer in layers:
+        is_in[layer] = graph.nodes[layer] < count
+        _drop_links_from(graph.neighbors[layer], is_in[layer].sum())
+    return Graph(
+        neighbors0=graph.neighbors0,
+        layer_offsets=np.cumsum([0] + [is_in[layer].sum() for layer in layers], dtype=np.int64),
+        nodes=graph.nodes[is_in],
+        neighbors=graph.neighbors[is_in],
+        below=graph.below[is_in],
+    )
+
+
+@njit(nogil=True, cache=True, _nrt=False)
+def _drop_links_from(neighbors, count):
+    """Remove links to numbers `count` and above, in place; rows stay filled from the left."""
+    for i in range(neighbors.shape[0]):
+        kept = 0
+        for j in range(neighbors.shape[1]):
+            link = neighbors[i, j]
+            neighbors[i, j] = -1
+            if 0 <= link < count:
+                neighbors[i, kept] = link
+                kept += 1
+
+
+def _insert_batch(graph, growth, levels, ef_construction, threads):
+    """Steps 1 to 3 for the nodes that follow `graph`'s, one level each; returns the targets."""
+    first, count = len(graph.neighbors0), len(levels)
+    M = graph.neighbors.shape[1]
+    ends = np.cumsum(levels + 1, dtype=np.int64)
+    task = Task(
+        metric=growth.metric,
+        queries=rows_as_queries(growth.rows[first : first + count]),
+        levels=levels,
+        own=np.empty(0, np.int32),
+        allowed=np.empty((0, 0), np.uint32),
+        ef=ef_construction,
+        ef_upper=1,
+        keys_start=ends - levels - 1,
+        keys=np.full((ends[-1], ef_construction), KEY_NONE, np.uint64),
+        counts=np.empty((count, 2), np.int32),
+    )
+    if first:
+        walk(graph, growth.rows, task, threads=threads)
+    # One row a point and layer. Targets are numbered through all layers: first the rows of
+    # `neighbors0`, then those of `neighbors`.
+    targets = np.full((ends[-1], M), -1, np.int64)
+    sources = np.empty((ends[-1], M), np.uint64)
+
+    def link(start, stop):
+        selection = _new_selection(growth, 0)
+        _link_points(growth, task, selection, first, start, stop, targets, sources)
+
+    run_chunks(link, count, LINK_CHUNK, threads)
+    targets, sources, group_start = _group(targets.ravel(), sources.ravel())
+    most = np.diff(group_start).max(initial=0)
+
+    def relink(start, stop):
+        selection = _new_selection(growth, most)
+        _relink_targets(growth, selection, targets, sources, group_start[start : stop + 1])
+
+    run_chunks(relink, len(group_start) - 1, LINK_CHUNK, threads)
+    return targets[group_start[:-1]]
+
+
+def _new_selection(growth, most_sources):
+    M0 = growth.graph.neighbors0.shape[1]
+    queries = empty_queries(M0 + 1, growth.rows)
+    return Selection(
+        kept=queries[:M0],
+        kept_keys=np.empty(M0, np.uint64),
+        own=queries[M0:],
+        candidates=np.empty((1, M0 + most_sources), np.uint64),
+    )
+
+
+def _group(targets, sources):
+    """The pairs that exist, by (target, source key), and where each target's begin and end."""
+    pairs = np.flatnonzero(targets >= 0)
+    order = pairs[np.lexsort((sources[pairs], targets[pairs]))]
+    targets, sources = targets[order], sources[order]
+    changes = np.flatnonzero(targets[1:] != targets[:-1]) + 1
+    ends = [len(targets)] if len(targets) else []
+    return targets, sources, np.concatenate([[0], changes, ends]).astype(np.int64)
+
+
+@njit(nogil=True, cache=True, _nrt=False)
+def _node(graph, layer, number):
+    """Id of a number on a layer."""
+    return np.int64(graph.nodes[graph.layer_offsets[layer - 1] + number]) if layer else number
+
+
+@njit(nogil=True, cache=True, _nrt=False)
+def _number(graph, layer, node):
+    """Number on a layer of the first node that is not smaller than `node`."""
+    if layer == 0:
+        return np.int64(node)
+    start, end = graph.layer_offsets[layer - 1], graph.layer_offsets[layer]
+    return np.int64(np.searchsorted(graph.nodes[start:end], node))
+
+
+@njit(nogil=True, cache=True, _nrt=False)
+def _link_points(growth, task, selection, first, start, stop, targets, sources):
+    """Step 1 after the search, for points start..stop of the batch that begins at id `first`."""
+    graph = growth.graph
+    for q in range(start, stop):
+        for layer in range(task.levels[q] + 1):
+            row = task.keys_start[q] + layer
+            own = _number(graph, layer, first + q)
+            _add_batch_mates(growth, task, first, q, layer)
+            candidates = size(task.keys, row)
+            count = _select(growth, layer, task.keys, row, candidates, targets.shape[1], selection)
+            layer_start = graph.layer_offsets[layer - 1] if layer else np.int64(0)
+            first_target = graph.neighbors0.shape[0] + layer_start if layer else np.int64(0)
+            for j in range(count):
+                key = selection.kept_keys[j]
+                number = key_node(key)
+                if layer:
+                    graph.neighbors[layer_start + own, j] = number
+                else:
+                    graph.neighbors0[own, j] = number
+                targets[row, j] = first_target + number
+                sources[row, j] = key & BITS_OF_DISTANCE | np.uint64(own) << np.uint64(1)
+
+
+@njit(nogil=True, cache=True, _nrt=False)
+def _add_batch_mates(growth, task, first, q, layer):
+    """Merge the points of the batch before this one that are on the layer into the candidates."""
+    keys, row = task.keys, task.keys_start[q] + layer
+    capacity, count = keys.shape[1], size(keys, row)
+    number = _number(growth.graph, layer, first)
+    for mate in range(q):
+        if task.levels[mate] < layer:
+            continue
+        key = make_key(distance(task.metric, task.queries, q, growth.rows, first + mate), number)
+        if key < keys[row, capacity - 1]:  # KEY_NONE until the row is full
+            insert(keys, row, count, capacity, key)
+            count = min(count + 1, capacity)
+        number += 1
+
+
+@njit(nogil=True, cache=True, _nrt=False)
+def _select(growth, layer, keys, row, candidates, limit, selection):
+    """Algorithm 4, strict: writes the kept keys, nearest first, at most `limit`; returns how many.
+
+    The candidates are keys[row, :candidates], ascending by distance to the point.
+    """
+    count = 0
+    for i in range(candidates):
+        key = keys[row, i]
+        node = _node(growth.graph, layer, key_node(key))
+        is_kept = True
+        for j in range(count):
+            between = distance(growth.metric, selection.kept, j, growth.rows, node)
+            if make_key(between, 0) <= key & BITS_OF_DISTANCE:
+                is_kept = False
+                break
+        if is_kept:
+            selection.kept_keys[count] = key
+            as_query(growth.rows, node, selection.kept, count)
+            count += 1
+            if count == limit:
+                break
+    return count
+
+
+@njit(nogil=True, cache=True, _nrt=False)
+def _relink_targets(growth, selection, targets, sources, group_start):
+    """Step 3 for a run of groups of pairs."""
+    graph = growth.graph
+    count = graph.neighbors0.shape[0]
+    for g in range(len(group_start) - 1):
+        target = targets[group_start[g]]
+        new = sources[group_start[g] : group_start[g + 1]]
+        if target < count:
+            _relink(growth, 0, graph.neighbors0, target, new, selection)
+        else:
+            row = target - count
+            layer = np.searchsorted(graph.layer_offsets, row, side="right")
+            _relink(growth, layer, graph.neighbors, row, new, selection)
+
+
+@njit(nogil=True, cache=True, _nrt=False)
+def _relink(growth, layer, neighbors, row, sources, selection):
+    """Give one target its new links: append them, or select among old and new."""
+    graph, candidates = growth.graph, selection.candidates
+    width = neighbors.shape[1]
+    count = 0
+    while count < width and neighbors[row, count] >= 0:
+        count += 1
+    new = 0
+    for i in range(len(sources)):
+        if not _has(neighbors, row, count, key_node(sources[i])):
+            candidates[0, new] = sources[i]
+            new += 1
+    if count + new <= width:
+        for i in range(new):
+            neighbors[row, count + i] = key_node(candidates[0, i])
+        return
+    number = row - graph.layer_offsets[layer - 1] if layer else row
+    as_query(growth.rows, _node(graph, layer, number), selection.own, 0)
+    for j in range(count):
+        link = np.int64(neighbors[row, j])
+        node = _node(graph, layer, link)
+        key = make_key(distance(growth.metric, selection.own, 0, growth.rows, node), link)
+        insert(candidates, 0, new + j, candidates.shape[1], key)
+    count = _select(growth, layer, candidates, 0, new + count, width, selection)
+    for j in range(width):
+        neighbors[row, j] = key_node(selection.kept_keys[j]) if j < count else -1
+
+
+@njit(nogil=True, cache=True, _nrt=False)
+def _has(neighbors, row, count, number):
+    for j in range(count):
+        if neighbors[row, j] == number:
+            return True
+    return False
+
+
+def repair(graph, rows, metric, *, ef_construction, threads):
+    """Make layer 0 strongly connected; returns how many nodes could not be reached.
+
+    Writes `graph.neighbors0`. First every node that cannot be reached from the entry point gets a
+    link from the nearest that can and has room: an empty slot, or a link that no path found by the
+    breadth-first search needs. Then every node that leads nowhere near the entry point gets a link
+    to the nearest that does, where it or a node that it leads to has room.
+    The nearest are looked for by a search of the graph, and only then among all nodes.
+    """
+    neighbors0 = graph.neighbors0
+    if not len(neighbors0):
+        return 0
+    parents = np.full(len(neighbors0), -1, np.int32)
+    reach(neighbors0, parents, graph.entry_point)
+    lost = np.flatnonzero(parents < 0)
+
+    def nearest(missing):
+        queries = rows_as_queries(rows[missing])
+        k = min(ef_construction, len(rows))
+        return queries, search_graph(graph, rows, queries, metric, k=k, ef=k, threads=threads).keys
+
+    if len(lost):
+        queries, keys = nearest(lost)
+        space = Space(engine_view(rows), queries, METRICS[metric])
+        _repair_ways_in(neighbors0, parents, lost, keys, space)
+    starts, sources = _reversed_links(neighbors0)
+    leads_back = np.zeros(len(neighbors0), np.bool_)
+    _mark_back(starts, sources, leads_back, graph.entry_point)
+    trapped = np.flatnonzero(~leads_back)
+    if len(trapped):
+        queries, keys = nearest(trapped)
+        space = Space(engine_view(rows), queries, METRICS[metric])
+        _repair_ways_out(neighbors0, parents, leads_back, (starts, sources), trapped, keys, space)
+    return len(lost)
+
+
+class Space(NamedTuple):
+    """Rows, and queries for the nodes in question."""
+
+    rows: np.ndarray  # (n, row) encoded
+    queries: np.ndarray  # (m, ...) encoded
+    metric: int
+
+
+@njit(nogil=True, cache=True)
+def _repair_ways_in(neighbors0, parents, lost, keys, space):
+    is_giver = np.zeros(neighbors0.shape[0], np.bool_)
+    for i in range(len(lost)):
+        node = lost[i]
+        if parents[node] >= 0:  # a node repaired before leads to it
+            continue
+        giver = np.int64(-1)
+        for j in range(size(keys, i)):
+            candidate = key_node(keys[i, j])
+            if parents[candidate] >= 0 and _free_slot(neighbors0, parents, candidate) >= 0:
+                giver = candidate
+                break
+        if giver < 0:
+            for other in range(neighbors0.shape[0]):
+                has_slot = parents[other] >= 0 and _free_slot(neighbors0, parents, other) >= 0
+                is_giver[other] = has_slot
+            giver = _nearest(space, i, is_giver)
+        neighbors0[giver, _free_slot(neighbors0, parents, giver)] = node
+        reach(neighbors0, parents, node)
+        parents[node] = giver
+
+
+@njit(nogil=True, cache=True)
+def _repair_ways_out(neighbors0, parents, leads_back, links_back, trapped, keys, space):
+    starts, sources = links_back
+    for i in range(len(trapped)):
+        node = np.int64(trapped[i])
+        if leads_back[node]:  # it leads to a node repaired before
+            continue
+        target = np.int64(-1)
+        for j in range(size(keys, i)):
+            if leads_back[key_node(keys[i, j])]:
+                target = key_node(keys[i, j])
+                break
+        if target < 0:
+            target = _nearest(space, i, leads_back)
+        giver = _first_with_room(neighbors0, parents, node)
+        neighbors0[giver, _free_slot(neighbors0, parents, giver)] = target
+        _mark_back(starts, sources, leads_back, giver)
+
+
+@njit(nogil=True, cache=True, _nrt=False)
+def _free_slot(neighbors0, parents, giver):
+    """The first empty slot of a node, else its last link that is no parent's, else -1."""
+    width = neighbors0.shape[1]
+    for slot in range(width):
+        if neighbors0[giver, slot] < 0:
+            return np.int64(slot)
+    for slot in range(width - 1, -1, -1):
+        if parents[neighbors0[giver, slot]] != giver:
+            return np.int64(slot)
+    return np.int64(-1)
+
+
+@njit(nogil=True, cache=True)
+def _first_with_room(neighbors0, parents, start):
+    """The first node, breadth first from `start`, with a free slot: the tree's last ones have."""
+    seen = np.full(neighbors0.shape[0], -1, np.int32)
+    queue = np.empty(neighbors0.shape[0], np.int32)
+    seen[start] = start
+    queue[0] = start
+    count, head = 1, 0
+    while head < count:
+        node = np.int64(queue[head])
+        head += 1
+        if _free_slot(neighbors0, parents, node) >= 0:
+            return node
+        for j in range(neighbors0.shape[1]):
+            link = neighbors0[node, j]
+            if link >= 0 and seen[link] < 0:
+                seen[link] = node
+                queue[count] = link
+                count += 1
+    return np.int64(start)
+
+
+@njit(nogil=True, cache=True, _nrt=False)
+def _nearest(space, q, is_candidate):
+    """The nearest of all candidate nodes to a query."""
+    best = KEY_NONE
+    for node in range(len(is_candidate)):
+        if is_candidate[node]:
+            d = distance(space.metric, space.queries, q, space.rows, node)
+            best = min(best, make_key(d, node))
+    return key_node(best)
+
+
+@njit(nogil=True, cache=True)
+def _reversed_links(neighbors0):
+    """The nodes that link to node i: sources[starts[i]:starts[i + 1]]."""
+    count, width = neighbors0.shape
+    starts = np.zeros(count + 2, np.int64)
+    for i in range(count):
+        for j in range(width):
+            if neighbors0[i, j] >= 0:
+                starts[neighbors0[i, j] + 2] += 1
+    starts = np.cumsum(starts)
+    sources = np.empty(starts[-1], np.int32)
+    for i in range(count):
+        for j in range(width):
+            link = neighbors0[i, j]
+            if link >= 0:
+                sources[starts[link + 1]] = i
+                starts[link + 1] += 1
+    return starts, sources
+
+
+@njit(nogil=True, cache=True)
+def _mark_back(starts, sources, leads_back, target):
+    """Mark `target` and every node that leads to it through nodes not yet marked."""
+    queue = np.empty(len(leads_back), np.int32)
+    leads_back[target] = True
+    queue[0] = target
+    count, head = 1, 0
+    while head < count:
+        node = queue[head]
+        head += 1
+        for place in range(starts[node], starts[node + 1]):
+            source = sources[place]
+            if not leads_back[source]:
+                leads_back[source] = True
+                queue[count] = source
+                count += 1

@@ -1,0 +1,138 @@
+"""The caller's labels and the nodes that carry them."""
+
+import functools
+
+import numpy as np
+from numba import njit
+
+from hnsw_gpu.engine.keys import KEY_NONE, key_distance, key_node
+
+
+class Labels:
+    """Labels of nodes 0..n-1: node i carries `labels[offsets[i]:offsets[i + 1]]`, ascending.
+
+    Equal vectors share a node, so it can carry many; none, and it is deleted. An entry is a place
+    in `labels`. While every node carries one, `offsets` is 0..n and entries are nodes.
+    """
+
+    def __init__(self, offsets=None, labels=None):
+        self.offsets = np.zeros(1, np.int64) if offsets is None else offsets
+        self.labels = np.empty(0, np.int64) if labels is None else labels
+        self._order = None  # entries by label, made when first asked for
+
+    def __len__(self):
+        return len(self.labels)
+
+    @property
+    def nbytes(self):
+        """Bytes held."""
+        order = 0 if self._order is None else self._order.nbytes
+        return self.offsets.nbytes + self.labels.nbytes + order
+
+    @property
+    def sorted(self):
+        """int64 labels, ascending."""
+        return self.labels if self._is_ascending() else self.labels[self._entry_order()]
+
+    def _is_ascending(self):
+        return self._entry_order() is None
+
+    def _entry_order(self):
+        if self._order is None and len(self.labels) and (np.diff(self.labels) < 0).any():
+            self._order = np.argsort(self.labels, kind="stable")
+        return self._order
+
+    def find(self, labels):
+        """int64 entries of the given labels (m,); -1 where there is none."""
+        order = self._entry_order()
+        ascending = self.labels if order is None else self.labels[order]
+        if not len(ascending):
+            return np.full(len(labels), -1, np.int64)
+        place = np.minimum(np.searchsorted(ascending, labels), len(ascending) - 1)
+        entries = place if order is None else order[place]
+        return np.where(ascending[place] == labels, entries, -1)
+
+    def nodes(self, entries):
+        """int64 nodes of entries."""
+        return np.searchsorted(self.offsets, entries, side="right") - 1
+
+    def with_added(self, labels, nodes, count):
+        """Labels after giving `labels` (m,) to `nodes` (m,), of `count` nodes in all."""
+        known = len(self.offsets) - 1
+        order = np.lexsort((labels, nodes))
+        labels, nodes = labels[order], nodes[order]
+        split = np.searchsorted(nodes, known)
+        counts = np.bincount(nodes, minlength=count)
+        counts[:known] += np.diff(self.offsets)
+        merged = self.labels
+        if split:  # copies of vectors that are already here
+            mine = np.repeat(np.arange(known), np.diff(self.offsets))
+            merged = np.concatenate([self.labels, labels[:split]])
+            merged = merged[np.lexsort((merged, np.concatenate([mine, nodes[:split]])))]
+        offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        return Labels(offsets, np.concatenate([merged, labels[split:]]))
+
+    def without(self, entries):
+        """Labels after removing entries; the nodes stay."""
+        kept = np.ones(len(self.labels), bool)
+        kept[entries] = False
+        before = np.concatenate([[0], np.cumsum(kept)]).astype(np.int64)
+        return Labels(before[self.offsets], self.labels[kept])
+
+    def live_nodes(self):
+        """bool (n,): nodes that carry a label."""
+        return self.offsets[1:] > self.offsets[:-1]
+
+    @functools.cached_property
+    def are_all_live(self):
+        """Does every node carry a label? Looked up by every search, and labels never change."""
+        return bool(self.live_nodes().all())
+
+    def any_of_node(self, entries):
+        """bool (..., n): nodes with at least one True among their entries, bool (..., entries)."""
+        starts, ends = self.offsets[:-1], self.offsets[1:]
+        if len(starts) == len(self.labels) and (ends > starts).all():
+            return entries  # one entry a node
+        result = np.empty((*entries.shape[:-1], len(starts)), bool)
+        for row in np.ndindex(entries.shape[:-1]):
+            before = np.concatenate([[0], np.cumsum(entries[row])])
+            result[row] = before[ends] > before[starts]
+        return result
+
+    def spread(self, keys, k, allowed=None, skipped=None):
+        """Labels and distances (q, k) of keys (q, m): each node's labels, ascending.
+
+        `allowed` is None or packed bits of entries, uint32 (1 or q, words); `skipped` int64 (q,)
+        one entry a query that is left out. Too few: label -1, distance +inf.
+        """
+        labels = np.full((len(keys), k), -1, np.int64)
+        distances = np.full((len(keys), k), np.inf, np.float32)
+        allowed = np.empty((0, 0), np.uint32) if allowed is None else allowed
+        skipped = np.empty(0, np.int64) if skipped is None else skipped
+        _spread(keys, self.offsets, self.labels, allowed, skipped, labels, distances)
+        return labels, distances
+
+
+@njit(nogil=True, cache=True, _nrt=False)
+def _spread(keys, offsets, entry_labels, allowed, skipped, labels, distances):
+    k = labels.shape[1]
+    for q in range(keys.shape[0]):
+        count = 0
+        row = q if allowed.shape[0] > 1 else 0
+        for i in range(keys.shape[1]):
+            key = keys[q, i]
+            if key == KEY_NONE or count == k:
+                break
+            node = key_node(key)
+            for entry in range(offsets[node], offsets[node + 1]):
+                if count == k:
+                    break
+                if len(skipped) and skipped[q] == entry:
+                    continue
+                if allowed.shape[0]:
+                    bits = allowed[row, entry >> 5]
+                    if not bits >> np.uint32(entry & 31) & np.uint32(1):
+                        continue
+                labels[q, count] = entry_labels[entry]
+                distances[q, count] = key_distance(key)
+                count += 1

@@ -1,0 +1,427 @@
+"""Beam search over the graph on the CPU, for many queries at once.
+
+The rules, which every engine follows and code, kernels and tests cite by number:
+
+R1  Distance. float32, smaller is nearer. l2: squared; ip: 1 - dot; cosine: 1 - dot of unit vectors.
+R2  Key. ordered(distance) << 32 | id << 1 | expanded, one uint64. "Smaller", "nearest" and "k best"
+    mean keys: ties go to the smaller id.
+R3  Descent. From the entry point, on each layer top..1, a beam search (R4-R6) of capacity
+    `ef_upper`; its beam is the seed of the layer below.
+R4  Beam. At most max(ef, k) smallest keys seen on the layer.
+R5  Step. Take the `expand` smallest unexpanded keys of the beam (fewer if there are fewer), mark
+    them; compute the key of every neighbour not known to be visited; merge them all at once.
+R6  Stop. When no key in the beam is unexpanded.
+R7  Visited. An engine may forget what it visited; the answer cannot depend on it. Once the beam is
+    full its worst key never grows: a forgotten id that was rejected is rejected again, and one
+    still in the beam comes back as an equal key and is dropped. This engine forgets nothing.
+R8  Allowed. Ids that are not allowed are traversed like any other and never returned: beside the
+    beam a second list keeps the k smallest allowed keys seen. Where allowed ids are few, exact
+    search answers instead (`cpu.py` says where).
+R9  Result. The k smallest allowed keys, ascending; too few: empty slots.
+R10 Self. A query that is a stored vector starts from its own node, skips R3, and the node itself is
+    left out of the result.
+R11 Same bits. The summation order of one distance depends only on (metric, dtype, dim).
+
+One thread walks SLOTS queries in turn. Each step of a query ends by asking for the memory that its
+next step needs (first the links of the node to expand, then the rows of the unvisited neighbours),
+and while that is on its way the other queries take theirs.
+
+The slow version is `tests/reference.py`.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from numba import njit
+
+from hnsw_gpu.engine.beam import insert
+from hnsw_gpu.engine.distance import distance, prefetch_row
+from hnsw_gpu.engine.keys import EXPANDED, KEY_NONE, key_node, make_key
+from hnsw_gpu.engine.vectors import METRICS, engine_view
+from hnsw_gpu.engine.workers import run_chunks
+
+SLOTS = 4  # queries that one thread walks in turn
+CHUNK = 256  # queries that a thread takes at a time
+LEAST_CHUNK = 8  # fewer are not worth another thread
+TOUCHED = 1 << 15  # ids remembered for clearing the visited set; beyond, all of it is cleared
+# int64 fields of a slot
+QUERY, LAYER, PHASE, SIZE, CAPACITY, FIRST, PICKED, PENDING, TOUCH, FOUND, HOPS, READ = range(12)
+IDLE, GATHER, COMPUTE = range(3)
+
+
+class Task(NamedTuple):
+    """What to search for, and where the answer goes."""
+
+    metric: int
+    queries: np.ndarray  # (q, ...) encoded
+    levels: np.ndarray  # (q,) int32: the beams of layers level..0 are wanted; 0 in a search
+    own: np.ndarray  # (q,) int32 ids for R10, or (0,)
+    allowed: np.ndarray  # (0, 0), (1, words) or (q, words) uint32, bit id & 31 of word id >> 5
+    ef: int  # beam capacity on layers level..0: max(ef, k)
+    ef_upper: int  # beam capacity above
+    keys_start: np.ndarray  # (q,) int64 row of layer 0 in `keys`; layer l is l rows further
+    keys: np.ndarray  # (rows, k or ef) uint64
+    counts: np.ndarray  # (q, 2) int32: hops, distances
+
+
+class Scratch(NamedTuple):
+    """What one thread works in; the visited bits are all zero between calls."""
+
+    slots: np.ndarray  # (SLOTS, fields) int64
+    beam: np.ndarray  # (SLOTS, max(ef, ef_upper)) uint64
+    found: np.ndarray  # (SLOTS, k) uint64, allowed keys (R8)
+    visited: np.ndarray  # (SLOTS, words) uint32
+    touched: np.ndarray  # (SLOTS, TOUCHED) int32
+    picked: np.ndarray  # (SLOTS, expand) int32
+    pending: np.ndarray  # (SLOTS, expand * M0) int32
+
+
+class Result(NamedTuple):
+    """Keys ascending, KEY_NONE where too few, and what they cost."""
+
+    keys: np.ndarray  # (q, k) uint64
+    hops: np.ndarray  # (q,) int32 expansions, all layers
+    distances: np.ndarray  # (q,) int32 distances computed, all layers
+
+
+def pack_bits(mask):
+    """uint32 words (..., words) of a bool mask (..., n): bit i & 31 of word i >> 5."""
+    count = mask.shape[-1]
+    words = np.zeros((*mask.shape[:-1], -(-count // 32) * 4), np.uint8)
+    words[..., : -(-count // 8)] = np.packbits(mask, axis=-1, bitorder="little")
+    return words.view("<u4").astype(np.uint32, copy=False)
+
+
+def search_graph(
+    graph,
+    rows,
+    queries,
+    metric,
+    *,
+    k,
+    ef,
+    expand=1,
+    ef_upper=1,
+    allowed=None,
+    own=None,
+    threads=1,
+):
+    """The k nearest nodes of each encoded query (rules R1-R11).
+
+    `rows` (n, row) and `queries` (q, ...) are encoded (`vectors.py`); `allowed` is None or packed
+    uint32 bits, (words,) or (q, words); `own` int32 (q,) makes it a self search (R10).
+    """
+    count = len(queries)
+    keys = np.full((count, k), KEY_NONE, np.uint64)
+    task = Task(
+        metric=METRICS[metric],
+        queries=queries,
+        levels=np.zeros(count, np.int32),
+        own=np.empty(0, np.int32) if own is None else own,
+        allowed=np.empty((0, 0), np.uint32) if allowed is None else np.atleast_2d(allowed),
+        ef=max(ef, k),
+        ef_upper=ef_upper,
+        keys_start=np.arange(count, dtype=np.int64),
+        keys=keys,
+        counts=np.zeros((count, 2), np.int32),
+    )
+    if len(rows):
+        walk(graph, rows, task, expand, threads)
+    return Result(keys, task.counts[:, 0], task.counts[:, 1])
+
+
+def walk(graph, rows, task, expand=1, threads=1):
+    """Run a task over all of its queries."""
+    rows = engine_view(rows)
+    share = max(LEAST_CHUNK, -(-len(task.queries) // threads))  # of each thread
+    chunk = -(-share // -(-share // CHUNK))  # so that all threads have as many
+    spare: list[Scratch] = []  # of chunks that have ended
+
+    def run(start, stop):
+        try:
+            scratch = spare.pop()
+        except IndexError:
+            scratch = _new_scratch(graph, task, expand, chunk)
+        _walk_chunk(graph, rows, task, scratch, start, stop)
+        spare.append(scratch)
+
+    run_chunks(run, len(task.queries), chunk, threads)
+
+
+def _new_scratch(graph, task, expand, chunk):
+    slots = min(SLOTS, chunk)
+    count, width = graph.neighbors0.shape
+    return Scratch(
+        slots=np.zeros((slots, 12), np.int64),
+        beam=np.empty((slots, max(task.ef, task.ef_upper)), np.uint64),
+        found=np.empty((slots, task.keys.shape[1]), np.uint64),
+        visited=np.zeros((slots, (count + 31) >> 5), np.uint32),
+        touched=np.empty((slots, TOUCHED), np.int32),
+        picked=np.empty((slots, expand), np.int32),
+        pending=np.empty((slots, expand * width), np.int32),
+    )
+
+
+@njit(nogil=True, cache=True, _nrt=False)
+def _walk_chunk(graph, rows, task, scratch, start, stop):
+    """Walk queries start..stop, some at a time, each in its slot."""
+    slots = scratch.slots
+    following = start
+    active = 0
+    for s in range(slots.shape[0]):
+        if following < stop:
+            _begin(graph, rows, task, scratch, s, following)
+            following += 1
+            active += 1
+    while active:
+        for s in range(slots.shape[0]):
+            if slots[s, PHASE] == IDLE:
+                continue
+            if slots[s, PHASE] == GATHER:
+                _gather(graph, rows, scratch, s)
+                continue
+            _compute(graph, rows, task, scratch, s)
+            if _next_step(graph, task, scratch, s):
+                continue
+            if following < stop:
+                _begin(graph, rows, task, scratch, s, following)
+                following += 1
+            else:
+                slots[s, PHASE] = IDLE
+                active -= 1
+
+
+@njit(nogil=True, cache=True, _nrt=False)
+def _layer_start(graph, layer):
+    """First row of a layer in `nodes`, `neighbors` and `below`."""
+    return graph.layer_offsets[layer - 1]
+
+
+@njit(nogil=True, cache=True, _nrt=False)
+def _visit(scratch, s, node):
+    """Mark a node visited, known to be new."""
+    word = node >> 5
+    scratch.visited[s, word] |= np.uint32(1) << np.uint32(node & 31)
+    touched = scratch.slots[s, TOUCH]
+    scratch.touched[s, touched & (TOUCHED - 1)] = word
+    scratch.slots[s, TOUCH] = touched + 1
+
+
+@njit(nogil=True, cache=True, _nrt=False)
+def _forget(scratch, s):
+    """Clear the visited set."""
+    touched = scratch.slots[s, TOUCH]
+    if touched < TOUCHED:  # a full list may have been written over, at its beginning
+        for i in range(touched):
+            scratch.visited[s, scratch.touched[s, i]] = 0
+    else:
+        scratch.visited[s, :] = 0
+    scratch.slots[s, TOUCH] = 0
+
+
+@njit(nogil=True, cache=True, _nrt=False)
+def _is_allowed(task, q, node):
+    if len(task.own) and task.own[q] == node:
+        return False
+    if task.allowed.shape[0] == 0:
+        return True
+    row = q if task.allowed.shape[0] > 1 else 0
+    return task.allowed[row, node >> 5] >> np.uint32(node & 31) & np.uint32(1) != 0
+
+
+@njit(nogil=True, cache=True, _nrt=False)
+def _has_found_list(task):
+    return len(task.own) > 0 or task.allowed.shape[0] > 0
+
+
+@njit(nogil=True, cache=True, _nrt=False)
+def _offer(task, scratch, s, key):
+    """Merge one key of layer 0 or above into the beam (R4) and the allowed list (R8)."""
+    slots = scratch.slots
+    size, capacity = slots[s, SIZE], slots[s, CAPACITY]
+    if size < capacity or key < scratch.beam[s, size - 1]:
+        position = insert(scratch.beam, s, size, capacity, key)
+        slots[s, SIZE] = min(size + 1, capacity)
+        slots[s, FIRST] = min(slots[s, FIRST], position)
+    if slots[s, LAYER] == 0 and _has_found_list(task):
+        found, k = slots[s, FOUND], scratch.found.shape[1]
+        is_near = found < k or key < scratch.found[s, k - 1]
+        if is_near and _is_allowed(task, slots[s, QUERY], key_node(key)):
+            insert(scratch.found, s, found, k, key)
+            slots[s, FOUND] = min(found + 1, k)
+
+
+@njit(nogil=True, cache=True, _nrt=False)
+def _enter_layer(task, scratch, s, layer):
+    """Start a layer with an empty beam."""
+    slots = scratch.slots
+    slots[s, LAYER] = layer
+    slots[s, SIZE] = 0
+    slots[s, FIRST] = 0
+    slots[s, PICKED] = 0
+    slots[s, PENDING] = 0
+    is_wanted = layer <= task.levels[slots[s, QUERY]]
+    slots[s, CAPACITY] = task.ef if is_wanted else task.ef_upper
+
+
+@njit(nogil=True, cache=True, _nrt=False)
+def _begin(graph, rows, task, scratch, s, q):
+    """Seed a query with the entry point, or with its own node (R3, R10)."""
+    slots = scratch.slots
+    slots[s, QUERY] = q
+    slots[s, PHASE] = COMPUTE
+    slots[s, FOUND] = 0
+    slots[s, HOPS] = 0
+    slots[s, READ] = 1
+    layer = len(graph.layer_offsets) - 1
+    number = np.int64(0)
+    if len(task.own):
+        layer = 0
+        number = np.int64(task.own[q])
+    node = number
+    if layer > 0:
+        node = np.int64(graph.nodes[_layer_start(graph, layer)])
+    _enter_layer(task, scratch, s, layer)
+    _visit(scratch, s, number)
+    _offer(task, scratch, s, make_key(distance(task.metric, task.queries, q, rows, node), number))
+
+
+@njit(nogil=True, cache=True, _nrt=False)
+def _list_unvisited(links, row, scratch, s, count):
+    """Append the unvisited links of a row to the pending list, mark them; returns its length.
+
+    Whether a link was visited is close to random, so it is counted, not branched on.
+    """
+    touched = scratch.slots[s, TOUCH]
+    for j in range(links.shape[1]):
+        link = links[row, j]
+        if link < 0:
+            break
+        word, shift = link >> 5, np.uint32(link & 31)
+        old = scratch.visited[s, word]
+        is_new = np.int64((old >> shift & np.uint32(1)) ^ np.uint32(1))
+        scratch.visited[s, word] = old | np.uint32(1) << shift
+        scratch.touched[s, touched & (TOUCHED - 1)] = word
+        scratch.pending[s, count] = link
+        touched += is_new
+        count += is_new
+    scratch.slots[s, TOUCH] = touched
+    return count
+
+
+@njit(nogil=True, cache=True, _nrt=False)
+def _gather(graph, rows, scratch, s):
+    """Second half of a step: list the unvisited neighbours and ask for their rows (R5, R7)."""
+    slots, pending = scratch.slots, scratch.pending
+    layer, count = slots[s, LAYER], 0
+    if layer == 0:
+        for p in range(slots[s, PICKED]):
+            count = _list_unvisited(graph.neighbors0, scratch.picked[s, p], scratch, s, count)
+        for j in range(count):
+            prefetch_row(rows, pending[s, j])
+    else:
+        start = _layer_start(graph, layer)
+        for p in range(slots[s, PICKED]):
+            row = start + scratch.picked[s, p]
+            count = _list_unvisited(graph.neighbors, row, scratch, s, count)
+        for j in range(count):
+            prefetch_row(rows, graph.nodes[start + pending[s, j]])
+    slots[s, PENDING] = count
+    slots[s, PHASE] = COMPUTE
+
+
+@njit(nogil=True, cache=True, _nrt=False)
+def _compute(graph, rows, task, scratch, s):
+    """End of a step: the pending neighbours' keys, merged (R5)."""
+    slots = scratch.slots
+    q, layer, count = slots[s, QUERY], slots[s, LAYER], slots[s, PENDING]
+    offers_all = layer == 0 and _has_found_list(task)
+    start = _layer_start(graph, layer) if layer else 0
+    worst = _worst(scratch, s)
+    for j in range(count):
+        number = np.int64(scratch.pending[s, j])
+        node = np.int64(graph.nodes[start + number]) if layer else number
+        key = make_key(distance(task.metric, task.queries, q, rows, node), number)
+        if key < worst or offers_all:
+            _offer(task, scratch, s, key)
+            worst = _worst(scratch, s)
+    slots[s, READ] += count
+    slots[s, PENDING] = 0
+
+
+@njit(nogil=True, cache=True, _nrt=False)
+def _worst(scratch, s):
+    """The key that a new one must be smaller than to enter the beam."""
+    size = scratch.slots[s, SIZE]
+    is_full = size == scratch.slots[s, CAPACITY]
+    return scratch.beam[s, size - 1] if is_full else KEY_NONE
+
+
+@njit(nogil=True, cache=True, _nrt=False)
+def _pick(scratch, s):
+    """Mark the `expand` smallest unexpanded keys (R5); False if there is none (R6)."""
+    slots = scratch.slots
+    size, position, picked = slots[s, SIZE], slots[s, FIRST], 0
+    while picked < scratch.picked.shape[1] and position < size:
+        key = scratch.beam[s, position]
+        if not key & EXPANDED:
+            scratch.beam[s, position] = key | EXPANDED
+            scratch.picked[s, picked] = key_node(key)
+            picked += 1
+        position += 1
+    slots[s, FIRST] = position
+    slots[s, PICKED] = picked
+    slots[s, HOPS] += picked
+    return picked > 0
+
+
+@njit(nogil=True, cache=True, _nrt=False)
+def _next_step(graph, task, scratch, s):
+    """First half of a step: pick, on this layer or one below; False when the query has ended."""
+    slots = scratch.slots
+    while not _pick(scratch, s):
+        _write_keys(task, scratch, s)
+        _forget(scratch, s)
+        if slots[s, LAYER] == 0:
+            task.counts[slots[s, QUERY], 0] = slots[s, HOPS]
+            task.counts[slots[s, QUERY], 1] = slots[s, READ]
+            return False
+        _descend(graph, task, scratch, s)
+    start = _layer_start(graph, slots[s, LAYER]) if slots[s, LAYER] else 0
+    for p in range(slots[s, PICKED]):
+        if slots[s, LAYER]:
+            prefetch_row(graph.neighbors, start + scratch.picked[s, p])
+        else:
+            prefetch_row(graph.neighbors0, scratch.picked[s, p])
+    slots[s, PHASE] = GATHER
+    return True
+
+
+@njit(nogil=True, cache=True, _nrt=False)
+def _descend(graph, task, scratch, s):
+    """Make the beam the seed of the layer below (R3)."""
+    slots = scratch.slots
+    start, size = _layer_start(graph, slots[s, LAYER]), slots[s, SIZE]
+    _enter_layer(task, scratch, s, slots[s, LAYER] - 1)
+    for i in range(size):  # ascending keys stay ascending: `below` keeps the order of ids
+        key = scratch.beam[s, i]
+        number = np.int64(graph.below[start + key_node(key)])
+        _visit(scratch, s, number)
+        distance_bits = key >> np.uint64(32) << np.uint64(32)
+        _offer(task, scratch, s, distance_bits | np.uint64(number) << np.uint64(1))
+
+
+@njit(nogil=True, cache=True, _nrt=False)
+def _write_keys(task, scratch, s):
+    """Hand over a wanted layer's beam, or the allowed list in its place (R8, R9)."""
+    slots = scratch.slots
+    q, layer = slots[s, QUERY], slots[s, LAYER]
+    if layer > task.levels[q]:
+        return
+    row = task.keys_start[q] + layer
+    if layer == 0 and _has_found_list(task):
+        for i in range(slots[s, FOUND]):
+            task.keys[row, i] = scratch.found[s, i] & ~EXPANDED
+        return
+    for i in range(min(slots[s, SIZE], task.keys.shape[1])):
+        task.keys[row, i] = scratch.beam[s, i] & ~EXPANDED

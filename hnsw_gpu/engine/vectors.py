@@ -1,0 +1,123 @@
+"""Encoded vectors: rows in the storage dtype, padded to whole 32-byte blocks.
+
+fp32 and fp16 rows hold the vector and zeros. An int8 row holds codes (the vector divided by its
+own scale and rounded), zeros, and in its last 12 bytes float32 scale, float32 norm (squared length
+of the decoded vector) and int32 sum of codes. The scale is one per row: a later `add` with larger
+values clips nothing, and a row's bytes never depend on the rows beside it.
+Under cosine every row and query is scaled to unit length first.
+"""
+
+import numpy as np
+from numba import njit
+
+from hnsw_gpu.engine.distance import COSINE, IP, L2, TAIL_BYTES, as_query
+
+METRICS = {"l2": L2, "ip": IP, "cosine": COSINE}
+STORAGE = {"fp32": np.float32, "fp16": np.float16, "int8": np.int8}
+BLOCK_BYTES = 32
+
+
+def row_length(dim, dtype):
+    """Elements of one encoded row."""
+    item = np.dtype(STORAGE[dtype]).itemsize
+    used = dim * item + (TAIL_BYTES if dtype == "int8" else 0)
+    return -(-used // BLOCK_BYTES) * BLOCK_BYTES // item
+
+
+def empty_rows(count, dim, dtype):
+    """Uninitialised rows (count, row_length), aligned to a cache line."""
+    return _aligned((count, row_length(dim, dtype)), STORAGE[dtype])
+
+
+def _aligned(shape, dtype):
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    memory = np.empty(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
+@njit(nogil=True, cache=True)
+def squared_lengths(vectors):
+    """float64 (n,) sums of squares of float32 rows (n, dim); not finite where a value is not."""
+    result = np.empty(vectors.shape[0], np.float64)
+    for i in range(vectors.shape[0]):
+        total = 0.0
+        for j in range(vectors.shape[1]):
+            total += np.float64(vectors[i, j]) * np.float64(vectors[i, j])
+        result[i] = total
+    return result
+
+
+def _unit(vectors):
+    lengths = np.sqrt(squared_lengths(vectors))
+    return (vectors / lengths[:, None]).astype(np.float32)
+
+
+def encode(vectors, metric, dtype):
+    """Encoded rows of float32 vectors (m, dim), C order, already validated."""
+    if metric == "cosine":
+        vectors = _unit(vectors)
+    count, dim = vectors.shape
+    rows = empty_rows(count, dim, dtype)
+    if dtype != "int8":
+        rows[:, :dim] = vectors
+        rows[:, :dim] += 0  # -0.0 becomes 0.0: equal vectors are equal bytes
+        rows[:, dim:] = 0
+        return rows
+    scales = np.abs(vectors).max(axis=1, initial=0) / np.float32(127)
+    divisors = np.where(scales > 0, scales, np.float32(1))
+    codes = np.clip(np.rint(vectors / divisors[:, None]), -127, 127).astype(np.int8)
+    tail = np.empty((count, 3), np.float32)
+    tail[:, 0] = scales
+    squares = np.square(codes, dtype=np.int32).sum(axis=1, dtype=np.int32)
+    tail[:, 1] = (scales * scales) * squares.astype(np.float32)
+    tail[:, 2] = codes.sum(axis=1, dtype=np.int32).view(np.float32)
+    rows[:, :dim] = codes
+    rows[:, dim:-TAIL_BYTES] = 0
+    rows[:, -TAIL_BYTES:] = tail.view(np.int8)
+    return rows
+
+
+def decode(rows, dim, dtype):
+    """float32 vectors (n, dim) that encoded rows stand for."""
+    if dtype != "int8":
+        return rows[:, :dim].astype(np.float32)
+    scales = np.ascontiguousarray(rows[:, -TAIL_BYTES : -TAIL_BYTES + 4]).view(np.float32)
+    return rows[:, :dim] * scales
+
+
+def encode_queries(vectors, metric, dtype):
+    """Encoded queries of float32 vectors (q, dim): float32 for float rows, codes for codes."""
+    if dtype == "int8":
+        return rows_as_queries(encode(vectors, metric, dtype))
+    if metric == "cosine":
+        vectors = _unit(vectors)
+    queries = _aligned((len(vectors), row_length(vectors.shape[1], dtype)), np.float32)
+    queries[:, : vectors.shape[1]] = vectors
+    queries[:, vectors.shape[1] :] = 0
+    return queries
+
+
+def empty_queries(count, rows):
+    """Uninitialised encoded queries (count, ...) for searching `rows`."""
+    if rows.dtype == np.int8:
+        return _aligned((count, rows.shape[1] + BLOCK_BYTES), np.uint8)
+    return _aligned((count, rows.shape[1]), np.float32)
+
+
+def rows_as_queries(rows):
+    """Encoded queries (n, ...) equal to encoded rows (n, row_length)."""
+    queries = empty_queries(len(rows), rows)
+    _rows_as_queries(engine_view(rows), queries)
+    return queries
+
+
+@njit(nogil=True, cache=True)
+def _rows_as_queries(rows, queries):
+    for i in range(rows.shape[0]):
+        as_query(rows, i, queries, i)
+
+
+def engine_view(rows):
+    """The rows as compiled code takes them: numba has no float16 arrays on the CPU."""
+    return rows.view(np.uint16) if rows.dtype == np.float16 else rows

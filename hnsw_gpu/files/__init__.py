@@ -1,0 +1,24 @@
+"""Bytes and arrays: saved indexes, and files of vectors that other programs wrote."""
+
+from hnsw_gpu.files.sources import Sources, file_checksum, open_sources
+from hnsw_gpu.files.storage import (
+    CorruptIndexError,
+    arrays_checksum,
+    atomic_file,
+    read_arrays,
+    write_arrays,
+)
+from hnsw_gpu.files.vector_files import read_vectors, write_result
+
+__all__ = [
+    "CorruptIndexError",
+    "Sources",
+    "arrays_checksum",
+    "atomic_file",
+    "file_checksum",
+    "open_sources",
+    "read_arrays",
+    "read_vectors",
+    "write_arrays",
+    "write_result",
+]

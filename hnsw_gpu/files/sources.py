@@ -1,0 +1,386 @@
+"""Files of vectors, one after the other, read in blocks, with the columns beside the vectors.
+
+Arrays are read as `vector_files.py` does; `.safetensors` by its package; `.parquet`, `.pq` and
+Arrow's `.arrow`, `.feather`, `.ipc` (file or stream) by pyarrow, in batches of rows, so that no
+more than a batch is held at a time. A folder is its files in order of their names.
+"""
+
+import os
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hnsw_gpu.files import vector_files
+
+if TYPE_CHECKING:
+    import pyarrow
+
+PARQUET = (".parquet", ".pq")
+ARROW = (".arrow", ".feather", ".ipc")
+SUFFIXES = (*vector_files.SUFFIXES, ".safetensors", *PARQUET, *ARROW)
+BATCH_ROWS = 16384
+BATCH_BYTES = 1 << 25  # of vectors, as float32
+READ_BYTES = 1 << 22
+NEEDS = 'needs pyarrow: pip install "hnsw-gpu[io]"'
+
+
+class ArrayFile:
+    """A file that is one array of vectors."""
+
+    columns: tuple[str, ...] = ()
+
+    def __init__(self, path: Path, column: str) -> None:
+        self.path, self._column = path, column
+        self._array = _tensor(path, column) if path.suffix == ".safetensors" else None
+        if self._array is None:
+            self._array = vector_files.read_vectors(path)
+        self.rows, self.dim = self._array.shape
+
+    def blocks(self, start: int, stop: int, count: int) -> Iterator[np.ndarray]:
+        assert self._array is not None
+        for first in range(start, stop, count):
+            yield np.asarray(self._array[first : min(first + count, stop)])
+
+    def tables(self, start: int, stop: int, count: int) -> Iterator["pyarrow.RecordBatch"]:
+        import pyarrow
+
+        for block in self.blocks(start, stop, count):
+            values = pyarrow.array(block.reshape(-1))
+            vectors = pyarrow.FixedSizeListArray.from_arrays(values, self.dim)
+            yield pyarrow.record_batch({self._column: vectors})
+
+    def where(self, row: int) -> str:
+        return f"{self.path}, row {row}"
+
+
+class TableFile:
+    """A file of columns, one of which holds the vectors."""
+
+    def __init__(self, path: Path, column: str) -> None:
+        self.path, self._column = path, column
+        with _retold(path):
+            self._parts, schema = _parts_of(path)
+        self._starts = np.cumsum([0] + [rows for rows, _ in self._parts])
+        self.rows = int(self._starts[-1])
+        if column not in schema.names:
+            raise ValueError(
+                f"{path}: no column {column!r}; there are {', '.join(map(repr, schema.names))}"
+            )
+        self.columns = tuple(name for name in schema.names if name != column)
+        self.schema = schema
+        self._check_type(schema.field(column).type)
+        self.dim = self._first_length()
+
+    def _check_type(self, kind: "pyarrow.DataType") -> None:
+        import pyarrow.types as types
+
+        is_list = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
+        if not is_list or not (
+            types.is_floating(kind.value_type) or types.is_integer(kind.value_type)
+        ):
+            raise ValueError(
+                f"{self.path}: column {self._column!r} is {kind}, expected lists of numbers"
+            )
+
+    def _first_length(self) -> int:
+        """Numbers in the first vector that is not null."""
+        for batch, _ in self._batches(0, self.rows, 256, [self._column]):
+            lists = batch.column(0).drop_null()
+            if len(lists):
+                return len(lists[0])
+        raise ValueError(f"{self.path}: column {self._column!r} has no vectors")
+
+    def _batches(
+        self, start: int, stop: int, count: int, names: list[str] | None
+    ) -> Iterator[tuple["pyarrow.RecordBatch", int]]:
+        """Batches of rows start..stop, and the number of the first row of each."""
+        with _retold(self.path):
+            for place, (rows, read) in enumerate(self._parts):
+                first = int(self._starts[place])
+                if first >= stop or first + rows <= start:
+                    continue
+                for batch in read(count, names):
+                    begin, end = max(start - first, 0), min(stop - first, len(batch))
+                    if begin < end:
+                        yield batch.slice(begin, end - begin), first + begin
+                    first += len(batch)
+                    if first >= stop:
+                        break
+
+    def blocks(self, start: int, stop: int, count: int) -> Iterator[np.ndarray]:
+        for batch, first in self._batches(start, stop, count, [self._column]):
+            lists = batch.column(0)
+            self._refuse(lists.is_null(), "null", first)
+            lengths = lists.value_lengths().to_numpy(zero_copy_only=False)
+            wrong = np.flatnonzero(lengths != self.dim)
+            if len(wrong):
+                what = f"{lengths[wrong[0]]} numbers, expected {self.dim},"
+                self._refuse(lengths != self.dim, what, first)
+            values = lists.flatten()  # of the slice, which `.values` is not
+            if values.null_count:
+                is_null = values.is_null().to_numpy(zero_copy_only=False)
+                self._refuse(is_null.reshape(-1, self.dim).any(axis=1), "null among numbers", first)
+            yield values.to_numpy(zero_copy_only=False).reshape(-1, self.dim)
+
+    def _refuse(self, is_bad: Any, what: str, first: int) -> None:
+        rows = np.flatnonzero(np.asarray(is_bad)) + first
+        if len(rows):
+            listed = ", ".join(self._place(row) for row in rows[:5])
+            more = f" and {len(rows) - 5} more of this batch" if len(rows) > 5 else ""
+            raise ValueError(f"{self.path}: column {self._column!r}: {what} in {listed}{more}")
+
+    def _place(self, row: int) -> str:
+        group = int(np.searchsorted(self._starts, row, side="right")) - 1
+        name = "row group" if self.path.suffix.lower() in PARQUET else "batch"
+        return f"row {row} ({name} {group})"
+
+    def column(self, name: str, start: int, stop: int, count: int) -> Iterator["pyarrow.Array"]:
+        for batch, _ in self._batches(start, stop, count, [name]):
+            column = batch.column(0)
+            yield column.dictionary_decode() if hasattr(column, "dictionary_decode") else column
+
+    def tables(self, start: int, stop: int, count: int) -> Iterator["pyarrow.RecordBatch"]:
+        for batch, _ in self._batches(start, stop, count, None):
+            yield batch
+
+    def where(self, row: int) -> str:
+        return f"{self.path}, {self._place(row)}"
+
+
+class Sources:
+    """The rows of several files, numbered through. dim: of every vector."""
+
+    def __init__(self, files: list[ArrayFile | TableFile]) -> None:
+        self.files, self.dim = files, files[0].dim
+        for file in files:
+            if file.dim != self.dim:
+                raise ValueError(
+                    f"{file.path}: vectors of {file.dim} numbers, and {files[0].path} has "
+                    f"{self.dim}"
+                )
+        self._starts = np.cumsum([0] + [file.rows for file in files])
+        self._count = max(1, min(BATCH_ROWS, BATCH_BYTES // (4 * self.dim)))
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def _spans(self, start: int, stop: int) -> Iterator[tuple[Any, int, int]]:
+        """Files with rows of start..stop, and which of theirs."""
+        for file, first in zip(self.files, self._starts.tolist(), strict=False):
+            begin, end = max(start - first, 0), min(stop - first, file.rows)
+            if begin < end:
+                yield file, begin, end
+
+    def vectors(self, start: int, stop: int) -> Iterator[np.ndarray]:
+        """Rows start..stop in blocks (m, dim), as stored."""
+        for file, begin, end in self._spans(start, stop):
+            yield from file.blocks(begin, end, self._count)
+
+    def column(self, name: str) -> "pyarrow.ChunkedArray":
+        """A column of all rows; ValueError where a value is null or a file lacks it."""
+        import pyarrow
+
+        parts = []
+        for row, part in self._column_parts(name):
+            if part.null_count:
+                bad = row + int(np.flatnonzero(np.asarray(part.is_null()))[0])
+                raise ValueError(f"{self.where(bad)}: null in column {name!r}")
+            parts.append(part)
+        return pyarrow.chunked_array(parts)
+
+    def take(self, name: str, rows: np.ndarray) -> list[Any]:
+        """Values of a column in some rows, ascending."""
+        values: list[Any] = []
+        for first, part in self._column_parts(name):
+            here = rows[(rows >= first) & (rows < first + len(part))]
+            values += part.take(here - first).to_pylist()
+        return values
+
+    def _column_parts(self, name: str) -> Iterator[tuple[int, "pyarrow.Array"]]:
+        """A column in parts, each with the number of its first row."""
+        row = 0
+        for file in self.files:
+            if name not in file.columns or not isinstance(file, TableFile):
+                there = ", ".join(map(repr, file.columns)) or "none"
+                raise ValueError(f"{file.path}: no column {name!r} beside the vectors: {there}")
+            for part in file.column(name, 0, file.rows, BATCH_ROWS):
+                yield row, part
+                row += len(part)
+
+    def tables(self) -> Iterator["pyarrow.RecordBatch"]:
+        """All columns of all rows, in batches."""
+        for file in self.files:
+            yield from file.tables(0, file.rows, self._count)
+
+    def require_same_columns(self) -> None:
+        """ValueError where two files differ in names or types of columns."""
+        schemas = [next(iter(file.tables(0, file.rows, 1))).schema for file in self.files]
+        for file, schema in zip(self.files, schemas, strict=True):
+            if not schema.equals(schemas[0]):
+                raise ValueError(
+                    f"{file.path}: columns {_types(schema)}, and {self.files[0].path} "
+                    f"has {_types(schemas[0])}"
+                )
+
+    def where(self, row: int) -> str:
+        """The file and the row in it, for people."""
+        for file, begin, _ in self._spans(row, row + 1):
+            return str(file.where(begin))
+        raise IndexError(f"row {row} of {len(self)}")
+
+    def fingerprints(self) -> list[dict[str, Any]]:
+        """Path, rows, bytes and checksum (CRC-32) of each file."""
+        return [
+            {
+                "path": str(file.path),
+                "rows": file.rows,
+                "size": _data_path(file.path).stat().st_size,
+                "checksum": file_checksum(_data_path(file.path)),
+            }
+            for file in self.files
+        ]
+
+
+def open_sources(paths: Sequence[Path], *, column: str = "embedding") -> Sources:
+    """Files and folders of vectors. ValueError, OSError that name the file."""
+    files = [_opened(path, column) for given in paths for path in _listed(Path(given))]
+    if not files:
+        raise ValueError("no files of vectors")
+    return Sources(files)
+
+
+def file_checksum(path: Path) -> str:
+    """CRC-32 of a file's bytes."""
+    total = 0
+    with open(path, "rb") as file:
+        while part := file.read(READ_BYTES):
+            total = zlib.crc32(part, total)
+    return f"{total:08x}"
+
+
+def _data_path(path: Path) -> Path:
+    """Without the name of an array inside: FILE.npz:NAME."""
+    text = os.fspath(path)
+    cut = text.lower().rfind(".npz:")
+    return path if cut < 0 or path.exists() else Path(text[: cut + 4])
+
+
+def _listed(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    found = [
+        file
+        for file in sorted(path.rglob("*"))
+        if file.suffix.lower() in SUFFIXES
+        and file.is_file()
+        and not any(part.startswith((".", "_")) for part in file.relative_to(path).parts)
+    ]
+    if not found:
+        raise ValueError(f"{path}: no files of vectors; known are {', '.join(SUFFIXES)}")
+    return found
+
+
+def _opened(path: Path, column: str) -> ArrayFile | TableFile:
+    if path.suffix.lower() in (*PARQUET, *ARROW):
+        return TableFile(path, column)
+    suffix = _data_path(path).suffix.lower()
+    if suffix not in SUFFIXES:
+        raise ValueError(f"{path}: unknown suffix {suffix!r}; known are {', '.join(SUFFIXES)}")
+    return ArrayFile(path, column)
+
+
+def _tensor(path: Path, name: str) -> Any:
+    """The tensor of that name, or the only one; rows are read when they are asked for."""
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError:
+        raise ImportError(f'{path} needs safetensors: pip install "hnsw-gpu[io]"') from None
+    path.open("rb").close()  # its own error has no path
+    try:
+        file = safe_open(path, "numpy")
+        names = list(file.keys())
+        name = names[0] if len(names) == 1 else name
+        if name not in names:
+            raise ValueError(f"{path}: no tensor {name!r}; there are {', '.join(names)}")
+        part = file.get_slice(name)
+        shape, dtype = part.get_shape(), part.get_dtype()
+    except SafetensorError as error:
+        raise ValueError(f"{path}: truncated, or no safetensors file: {error}") from None
+    if len(shape) != 2 or dtype not in ("F16", "F32", "F64", "I8", "U8"):
+        raise ValueError(f"{path}: tensor {name!r} is {dtype} {shape}, expected (n, dim) floats")
+    return _Slices(part, tuple(shape))
+
+
+class _Slices:
+    """A tensor of a file, sliced like an array."""
+
+    def __init__(self, part: Any, shape: tuple[int, int]) -> None:
+        self._part, self.shape = part, shape
+
+    def __getitem__(self, place: slice) -> np.ndarray:
+        return self._part[place]
+
+
+class _retold:
+    """What pyarrow says, after the path."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, ModuleNotFoundError):
+            raise ImportError(f"{self._path} {NEEDS}") from None
+        if isinstance(error, OSError) and error.errno is not None:
+            return
+        if isinstance(error, (ValueError, OSError, NotImplementedError, KeyError)):
+            if str(error).startswith(str(self._path)):
+                return
+            raise ValueError(f"{self._path}: {error}") from None
+
+
+def _parts_of(path: Path) -> tuple[list[tuple[int, Any]], "pyarrow.Schema"]:
+    """(rows, reader of batches) of each row group or record batch, and the schema."""
+    import pyarrow
+
+    path.open("rb").close()  # OSError of the system as it is
+    if path.suffix.lower() in PARQUET:
+        import pyarrow.parquet
+
+        file = pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
+
+        def reader(group: int) -> Any:
+            return lambda count, names: file.iter_batches(
+                batch_size=count, row_groups=[group], columns=names, use_threads=False
+            )
+
+        groups = range(file.metadata.num_row_groups)
+        rows = [file.metadata.row_group(group).num_rows for group in groups]
+        return [(rows[group], reader(group)) for group in groups], file.schema_arrow
+    mapped = pyarrow.memory_map(str(path))
+    try:
+        opened = pyarrow.ipc.open_file(mapped)
+        batches = [opened.get_batch(i) for i in range(opened.num_record_batches)]
+    except pyarrow.ArrowInvalid:
+        mapped.seek(0)
+        opened = pyarrow.ipc.open_stream(mapped)
+        batches = list(opened)
+
+    def cut(batch: "pyarrow.RecordBatch") -> Any:
+        def read(count: int, names: list[str] | None) -> Iterator["pyarrow.RecordBatch"]:
+            chosen = batch if names is None else batch.select(names)
+            for start in range(0, len(batch), count):
+                yield chosen.slice(start, count)
+
+        return read
+
+    return [(len(batch), cut(batch)) for batch in batches], opened.schema
+
+
+def _types(schema: "pyarrow.Schema") -> str:
+    return ", ".join(f"{field.name} {field.type}" for field in schema)

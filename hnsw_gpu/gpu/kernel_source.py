@@ -1,0 +1,122 @@
+"""The CUDA kernels as text: found, pasted together, specialised; CuPy and compilers are elsewhere.
+
+A kernel's headers are pasted into it, because CuPy's disk cache does not see a header reached by
+`-I`: an edited one would run a stale kernel. `#line` keeps the positions of errors right.
+"""
+
+import re
+from pathlib import Path
+
+import numpy as np
+
+from hnsw_gpu.engine import METRICS, STORAGE, row_length
+
+# extern "C" functions, each in a file of its name; and the most registers a thread of it may take,
+# which is what the launch plan reckons with. The compile test holds the kernels to it.
+REGISTERS_CAP = {"search": 128, "compare": 128, "encode": 128, "spread": 128}
+FILE_OF_KERNEL = {"search": "search", "compare": "compare", "encode": "encode", "spread": "labels"}
+DTYPES = {"fp32": 0, "fp16": 1, "int8": 2}
+
+_INCLUDE = re.compile(r'\s*#\s*include\s*"([^"]+)"')
+_PRAGMA_ONCE = re.compile(r"\s*#\s*pragma\s+once\b")
+_COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
+_FIELD = re.compile(r"(?:const\s+)?([\w ]*?\w)\s*(\*\s*(?:__restrict__\s*)?|\s)(\w+)")
+_FIELD_TYPES = {
+    "int": np.int32,
+    "unsigned": np.uint32,
+    "unsigned int": np.uint32,
+    "long long": np.int64,
+    "unsigned long long": np.uint64,
+    "float": np.float32,
+}
+
+
+def folder() -> Path:
+    """Where the kernels lie: inside an installed package, beside the package in a checkout."""
+    package = Path(__file__).parents[1]
+    installed = package / "kernels"
+    return installed if installed.is_dir() else package.parent / "kernels"
+
+
+def source(name: str) -> str:
+    """Text of the kernel `name`, each of its own headers pasted in once, where first included."""
+    return _pasted(f"{FILE_OF_KERNEL.get(name, name)}.cu", set())
+
+
+def _pasted(file: str, seen: set[str]) -> str:
+    seen.add(file)
+    lines = [f'#line 1 "{file}"']
+    for number, line in enumerate((folder() / file).read_text(encoding="utf-8").splitlines(), 1):
+        include = _INCLUDE.match(line)
+        if include is None:
+            lines.append("" if _PRAGMA_ONCE.match(line) else line)
+        elif include[1] in seen:
+            lines.append("")
+        else:
+            lines += [_pasted(include[1], seen), f'#line {number + 1} "{file}"']
+    return "\n".join(lines)
+
+
+def definitions(
+    metric: str,
+    dtype: str,
+    dim: int,
+    M: int,
+    warps: int,
+    tag_bits: int = 16,
+    has_found: bool = False,
+) -> dict[str, int]:
+    """The constants that specialise every kernel.
+
+    METRIC and DTYPE number `metric` and `dtype`; DIM numbers make a vector, ROW_BYTES bytes its
+    encoded row; a node has M links (2 M on layer 0); WARPS share a query; TAG_BITS is the width
+    of a tag in the visited cache; HAS_FOUND is 1 where allowed keys are kept beside the beam.
+    """
+    return {
+        "METRIC": METRICS[metric],
+        "DTYPE": DTYPES[dtype],
+        "DIM": dim,
+        "ROW_BYTES": row_length(dim, dtype) * np.dtype(STORAGE[dtype]).itemsize,
+        "M": M,
+        "WARPS": warps,
+        "TAG_BITS": tag_bits,
+        "HAS_FOUND": int(has_found),
+    }
+
+
+def options(definitions: dict[str, int]) -> tuple[str, ...]:
+    """What NVRTC is told, beside the architecture and what CuPy adds by itself."""
+    return (*sorted(f"-D{name}={value}" for name, value in definitions.items()), "--std=c++17")
+
+
+def struct_dtype(name: str) -> np.dtype:
+    """The dtype of `struct <name>` in the kernels: its fields by name, laid out as C++ does.
+
+    A pointer is uint64. A kernel takes such a struct by value as an array of one element.
+    """
+    bodies = [
+        body
+        for path in sorted(folder().glob("*.cu*"))
+        for body in re.findall(
+            rf"\bstruct\s+{name}\s*\{{(.*?)\}}\s*;",
+            _COMMENT.sub("", path.read_text(encoding="utf-8")),
+            re.DOTALL,
+        )
+    ]
+    if len(bodies) != 1:
+        raise ValueError(f"struct {name} is defined {len(bodies)} times in {folder()}, not once")
+    fields = [field.strip() for field in bodies[0].split(";")]
+    return np.dtype([_field(name, field) for field in fields if field], align=True)
+
+
+def _field(struct: str, text: str) -> tuple[str, type]:
+    """Name and dtype of a field such as `const int* neighbors0`."""
+    match = _FIELD.fullmatch(" ".join(text.split()))
+    if match is None:
+        raise ValueError(f"struct {struct}: not a field with a type and a name: {text!r}")
+    kind, pointer, name = match.groups()
+    if pointer.strip():
+        return name, np.uint64
+    if kind not in _FIELD_TYPES:
+        raise ValueError(f"struct {struct}: {name} is of type {kind!r}, which has no dtype here")
+    return name, _FIELD_TYPES[kind]

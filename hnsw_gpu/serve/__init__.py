@@ -1,0 +1,40 @@
+"""Searches for many callers: gathered in batches, in a process or over HTTP.
+
+The server needs the extra `serve`; each name brings its module when it is first used.
+"""
+
+from typing import TYPE_CHECKING
+
+from hnsw_gpu.lazy_names import lazy_names
+
+if TYPE_CHECKING:
+    from hnsw_gpu.serve.batcher import Batch, Batcher, QueueFullError
+    from hnsw_gpu.serve.client import Client, ServerError
+    from hnsw_gpu.serve.served_index import Edition
+    from hnsw_gpu.serve.server import ServerSettings, listen, serve
+
+__all__ = [
+    "Batch",
+    "Batcher",
+    "Client",
+    "Edition",
+    "QueueFullError",
+    "ServerError",
+    "ServerSettings",
+    "listen",
+    "serve",
+]
+
+_HOME = {
+    "Batch": "batcher",
+    "Batcher": "batcher",
+    "Client": "client",
+    "Edition": "served_index",
+    "QueueFullError": "batcher",
+    "ServerError": "client",
+    "ServerSettings": "server",
+    "listen": "server",
+    "serve": "server",
+}
+
+__getattr__ = lazy_names(__name__, _HOME)

@@ -1,0 +1,112 @@
+"""One edition of what a server answers from: a saved index with its filters and its canary.
+
+Beside `docs.hnsw` may lie `docs.filters/NAME.npy`, what may be returned under that name (a bool
+mask by label, or int labels), and `docs.canary.npy`, queries (q, dim) by which recall is watched.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from hnsw_gpu import inputs
+from hnsw_gpu.files import arrays_checksum, read_vectors
+from hnsw_gpu.index import Index, SearchResult, load
+
+CANARY_ROWS = 64
+CANARY_K = 10
+
+
+class Canary(NamedTuple):
+    """Queries whose true neighbours are known."""
+
+    queries: np.ndarray  # float32 (q, dim)
+    farthest: np.ndarray  # float32 (q, 1) distance of the k-th true neighbour
+    k: int
+
+    def recall(self, found: SearchResult) -> float:
+        """Recall@k of an answer; ties are not errors."""
+        return float((found.distances <= self.farthest).mean())
+
+
+@dataclass(frozen=True)
+class Edition:
+    """What is served, from one swap to the next."""
+
+    version: int  # 1, 2, ... since the server began
+    path: Path
+    checksum: str
+    index: Index
+    filters: dict[str, np.ndarray]
+    canary: Canary | None  # None: the index is empty
+
+
+def load_edition(
+    path: Path, version: int, *, device: str = "auto", mmap: bool = False, threads: int | None
+) -> Edition:
+    """Load an index and all that belongs to it, and search once in each way, which warms it."""
+    checksum = arrays_checksum(path)
+    index = load(path, mmap=mmap, device=device)
+    filters = _filters(path, index)
+    canary = _canary(path, index, threads)
+    if canary is not None:
+        some = index.labels[: max(1, len(index) // 2)]
+        for allow in (None, some, some[:1], *filters.values()):
+            for rows in (canary.queries, canary.queries[:1]):
+                index.search(rows, canary.k, allow=allow, threads=threads)
+    return Edition(version, path, checksum, index, filters, canary)
+
+
+def _filters(path: Path, index: Index) -> dict[str, np.ndarray]:
+    filters = {}
+    for file in sorted(path.with_suffix(".filters").glob("*.npy")):
+        with file.open("rb") as opened:
+            try:
+                allow = np.lib.format.read_array(opened, allow_pickle=False)
+                if allow.ndim != 1:
+                    raise ValueError(f"shape {allow.shape}, expected (n,)")
+                inputs.entry_mask(allow, index.labels, 1)
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{file}: {error}") from None
+        filters[file.stem] = allow
+    return filters
+
+
+def _canary(path: Path, index: Index, threads: int | None) -> Canary | None:
+    if not len(index):
+        return None
+    file = path.with_suffix(".canary.npy")
+    if file.exists():
+        try:
+            queries = index.checked_queries(read_vectors(file))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{file}: {error}") from None
+    else:
+        labels = index.labels
+        rows = min(CANARY_ROWS, len(labels))
+        queries = index.vectors(labels[np.arange(rows) * len(labels) // rows])
+    k = min(CANARY_K, len(index))
+    truth = index.exact_search(queries, k, threads=threads)
+    return Canary(queries, truth.distances[:, -1:], k)
+
+
+def memory_needed(path: Path) -> int:
+    """About the bytes that an edition takes while it is loaded."""
+    return path.stat().st_size * 5 // 4
+
+
+def memory_free() -> int | None:
+    """Bytes that this process may still take, by the system and by its cgroup; None: unknown."""
+    free = []
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                free.append(int(line.split()[1]) * 1024)
+        group = Path("/sys/fs/cgroup")
+        most = (group / "memory.max").read_text().strip()
+        if most != "max":
+            free.append(int(most) - int((group / "memory.current").read_text()))
+    except OSError:
+        pass
+    return min(free, default=None)

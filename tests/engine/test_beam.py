@@ -1,0 +1,132 @@
+"""Keys and the beam, held against plain Python on numbers that hypothesis picks."""
+
+import numpy as np
+import pytest
+import reference
+
+pytest.importorskip("hypothesis", reason="properties are tested with the extra `test`")
+
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from hnsw_gpu.engine import beam, keys
+
+FLOATS = st.floats(width=32, allow_nan=False)
+NODES = st.integers(0, 2**31 - 1)
+# The same examples on every run, and no clock: the first example compiles.
+seeded = settings(derandomize=True, deadline=None, max_examples=300)
+# Few enough that equal keys and full beams are common.
+KEYS = st.one_of(st.integers(0, 40), st.integers(0, reference.KEY_NONE))
+
+
+def bits(value: float) -> int:
+    return int(np.float32(value).view(np.uint32))
+
+
+# --- R2: keys -------------------------------------------------------------------------------------
+
+
+@seeded
+@given(FLOATS, NODES)
+@example(0.0, 0)
+@example(-0.0, 2**31 - 1)
+@example(float("inf"), 2**31 - 1)
+@example(float("-inf"), 0)
+@example(-1.401298464324817e-45, 1)
+def test_key_gives_back_what_it_was_made_of(distance: float, node: int) -> None:
+    key = int(keys.make_key(np.float32(distance), node))
+    assert key == reference.key(np.float32(distance), node)
+    assert key & int(keys.EXPANDED) == 0
+    for flag in (0, 1):
+        flagged = np.uint64(key | flag)
+        assert int(keys.key_node(flagged)) == node
+        assert bits(keys.key_distance(flagged)) == bits(distance)
+        assert bits(keys.key_distances(np.array([[flagged]]))[0, 0]) == bits(distance)
+        assert keys.key_nodes(np.array([[flagged]])).tolist() == [[node]]
+
+
+@seeded
+@given(FLOATS, NODES, FLOATS, NODES)
+@example(0.0, 5, 0.0, 4)
+@example(-1.0, 5, -1.0, 4)
+@example(-1.0, 4, -2.0, 5)
+@example(float("-inf"), 9, -3.4028234663852886e38, 0)
+@example(float("inf"), 0, 3.4028234663852886e38, 9)
+def test_keys_sort_by_distance_then_id(
+    distance: float, node: int, other_distance: float, other_node: int
+) -> None:
+    key = keys.make_key(np.float32(distance), node)
+    other = keys.make_key(np.float32(other_distance), other_node)
+    if distance != other_distance:
+        assert (key < other) == (distance < other_distance)
+    elif bits(distance) == bits(other_distance):
+        assert (key < other) == (node < other_node)
+        assert (key == other) == (node == other_node)
+
+
+def test_minus_zero_comes_before_zero() -> None:
+    assert keys.make_key(np.float32(-0.0), 7) < keys.make_key(np.float32(0.0), 0)
+
+
+@seeded
+@given(FLOATS, NODES)
+@example(float("inf"), 2**31 - 1)
+def test_an_empty_slot_is_larger_than_every_key(distance: float, node: int) -> None:
+    assert keys.make_key(np.float32(distance), node) | keys.EXPANDED < keys.KEY_NONE
+
+
+def test_an_empty_slot_reads_as_nothing() -> None:
+    held = np.array([keys.KEY_NONE, keys.make_key(np.float32(-2.5), 3)], dtype=np.uint64)
+    assert keys.key_nodes(held).tolist() == [-1, 3]
+    assert keys.key_nodes(held).dtype == np.int32
+    assert keys.key_distances(held).tolist() == [np.inf, -2.5]
+    assert keys.key_distances(held).dtype == np.float32
+
+
+# --- R4: the beam ---------------------------------------------------------------------------------
+
+
+@seeded
+@given(st.integers(0, 20), st.lists(KEYS, max_size=60))
+def test_beam_holds_the_smallest_keys(capacity: int, keys: list[int]) -> None:
+    marker = 12345  # in slots that insert must leave alone
+    slots = np.full((3, capacity + 2), marker, dtype=np.uint64)
+    size = 0
+    for i, key in enumerate(keys):
+        before = slots[1, :size].tolist()
+        position = int(beam.insert(slots, 1, size, capacity, np.uint64(key)))
+        size = min(size + 1, capacity)
+
+        wanted = sorted(keys[: i + 1])[:capacity]
+        assert slots[1, :size].tolist() == wanted
+        if position < capacity:
+            assert wanted[position] == key
+            assert wanted[:position] == before[:position]
+        else:
+            assert wanted == before
+    assert (slots[1, size:] == marker).all()
+    assert (slots[[0, 2]] == marker).all()
+
+
+@seeded
+@given(
+    st.integers(1, 12),
+    st.lists(st.tuples(FLOATS, st.booleans()), max_size=40),
+)
+def test_flags_travel_with_their_keys(capacity: int, seen: list[tuple[float, bool]]) -> None:
+    # Whether a key is expanded (its lowest bit) does not change which keys stay, nor their order.
+    slots = np.zeros((1, capacity), dtype=np.uint64)
+    size = 0
+    is_expanded = {}
+    for node, (distance, expanded) in enumerate(seen):
+        is_expanded[node] = expanded
+        key = keys.make_key(np.float32(distance), node) | np.uint64(expanded)
+        beam.insert(slots, 0, size, capacity, key)
+        size = min(size + 1, capacity)
+    kept = slots[0, :size]
+    wanted = sorted(
+        (reference.ordered(np.float32(distance)), node) for node, (distance, _) in enumerate(seen)
+    )
+    assert keys.key_nodes(kept).tolist() == [node for _, node in wanted[:capacity]]
+    for key in kept.tolist():
+        assert bool(key & 1) == is_expanded[reference.node_of(key)]

@@ -1,0 +1,328 @@
+"""The builder equals `reference.py` array for array, whatever the threads; repair likewise.
+
+Vectors are small integers, so that every summation order gives the same float and ties abound.
+"""
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+import reference
+
+from hnsw_gpu.engine import build, graph
+from hnsw_gpu.engine.graph import Graph
+from hnsw_gpu.engine.search import search_graph
+from hnsw_gpu.engine.vectors import encode, encode_queries
+
+METRICS = ["l2", "ip", "cosine"]
+DTYPES = ["fp32", "fp16", "int8"]
+
+
+def integer_vectors(n: int, dim: int, metric: str, dtype: str, seed: int) -> np.ndarray:
+    # int8 distances tie where codes are the same few
+    largest = 1 if dtype == "int8" else 3
+    return reference.integer_vectors(n, dim, metric, np.random.default_rng(seed), largest)
+
+
+def built(
+    rows: np.ndarray,
+    metric: str,
+    *,
+    M: int,
+    ef_construction: int,
+    seed: int = 0,
+    threads: int = 1,
+    stops: tuple[int, ...] = (),
+) -> Graph:
+    """The engine's graph of `rows`, added in one call, or in calls that end at `stops`."""
+    made = build.empty_graph(M)
+    for stop in (*stops, len(rows)):
+        neighbors0 = np.empty((stop, 2 * M), dtype=np.int32)
+        neighbors0[: len(made.neighbors0)] = made.neighbors0
+        for grown in build.insert_nodes(
+            made,
+            neighbors0,
+            rows[:stop],
+            metric,
+            ef_construction=ef_construction,
+            seed=seed,
+            threads=threads,
+        ):
+            made = grown
+    return made
+
+
+def twin(
+    table: reference.KeyTable,
+    *,
+    M: int,
+    ef_construction: int,
+    seed: int = 0,
+    stops: tuple[int, ...] = (),
+    growth: int = 50,
+    largest_batch: int = 2048,
+) -> Graph:
+    """The oracle's graph."""
+    made = reference.empty_graph(M)
+    for stop in (*stops, len(table)):
+        made = reference.insert_nodes(
+            made,
+            table,
+            stop,
+            ef_construction=ef_construction,
+            seed=seed,
+            growth=growth,
+            largest_batch=largest_batch,
+        )
+    return made
+
+
+def assert_same(found: Graph, wanted: Graph, said: object = "") -> None:
+    for name, array, other in zip(Graph._fields, found, wanted, strict=True):
+        assert array.dtype == other.dtype, name
+        np.testing.assert_array_equal(array, other, err_msg=f"{name} {said}")
+
+
+# --- levels ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", [0, 1, 12345, 2**63 - 1])
+def test_levels(seed: int) -> None:
+    for M in (2, 5, 16):
+        levels = build.draw_levels(seed, 0, 3000, M)
+        assert levels.dtype == np.int32
+        assert levels.tolist() == [reference.draw_level(seed, node, M) for node in range(3000)]
+        # Adding in pieces draws the same levels.
+        pieces = [build.draw_levels(seed, a, b, M) for a, b in ((0, 7), (7, 7), (7, 3000))]
+        np.testing.assert_array_equal(np.concatenate(pieces), levels)
+
+
+def test_levels_thin_out_by_M() -> None:
+    levels = build.draw_levels(3, 0, 200_000, 16)
+    for level, share in ((1, 1 / 16), (2, 1 / 256)):
+        wanted = 200_000 * share
+        assert abs((levels >= level).sum() - wanted) < 4 * wanted**0.5
+
+
+def test_mix_is_splitmix64() -> None:
+    # The first outputs for seed 1234567, as published with the generator.
+    step = 0x9E3779B97F4A7C15
+    outputs = [reference.mix(1234567 + i * step) for i in (1, 2, 3)]
+    assert outputs == [6457827717110365317, 3203168211198807973, 9817491932198370423]
+
+
+# --- parity ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("metric", METRICS)
+def test_graph_equals_the_oracle(metric: str, dtype: str) -> None:
+    vectors = integer_vectors(300, 16, metric, dtype, seed=21)
+    rows = encode(vectors, metric, dtype)
+    table = reference.node_table(vectors, metric, dtype)
+    for M, ef_construction in itertools.product((2, 4, 8), (1, 5, 40)):
+        settings: dict[str, Any] = {"M": M, "ef_construction": ef_construction, "seed": M}
+        wanted = twin(table, **settings)
+        for threads in (1, 2):
+            assert_same(built(rows, metric, **settings, threads=threads), wanted, settings)
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 3, 4, 5, 9, 64, 65, 500])
+def test_every_size(n: int) -> None:
+    vectors = integer_vectors(n, 5, "l2", "fp32", seed=n) if n else np.empty((0, 5), np.float32)
+    rows = encode(vectors, "l2", "fp32")
+    table = reference.node_table(vectors, "l2", "fp32")
+    for seed in range(3):
+        wanted = twin(table, M=3, ef_construction=20, seed=seed)
+        assert_same(built(rows, "l2", M=3, ef_construction=20, seed=seed), wanted)
+
+
+@pytest.mark.parametrize("stops", [(1,), (10, 11, 150), (3, 100, 299), tuple(range(30, 300, 30))])
+def test_adding_in_pieces(stops: tuple[int, ...]) -> None:
+    vectors = integer_vectors(300, 8, "ip", "fp32", seed=22)
+    rows = encode(vectors, "ip", "fp32")
+    table = reference.node_table(vectors, "ip", "fp32")
+    for M in (2, 6):
+        wanted = twin(table, M=M, ef_construction=24, stops=stops)
+        assert_same(built(rows, "ip", M=M, ef_construction=24, stops=stops, threads=2), wanted)
+
+
+def test_stopping_after_any_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "GROWTH", 2)  # batches of half of the graph: fewer stops
+    vectors = integer_vectors(200, 8, "l2", "fp32", seed=26)
+    rows = encode(vectors, "l2", "fp32")
+    table = reference.node_table(vectors, "l2", "fp32")
+    stops = []
+    for made in build.insert_nodes(
+        build.empty_graph(3),
+        np.empty((200, 6), dtype=np.int32),
+        rows,
+        "l2",
+        ef_construction=24,
+        seed=0,
+        threads=1,
+    ):
+        stops.append(len(made.neighbors0))
+        wanted = twin(table[: stops[-1]], M=3, ef_construction=24, growth=2)
+        assert_same(build.without_unfinished(made), wanted, stops)
+    assert stops == [1, 2, 3, 4, 6, 9, 13, 19, 28, 42, 63, 94, 141, 200]
+
+
+def test_batches_up_to_the_largest(monkeypatch: pytest.MonkeyPatch) -> None:
+    # With the real limit this would take thousands of nodes.
+    monkeypatch.setattr(build, "BATCH", 37)
+    monkeypatch.setattr(build, "GROWTH", 1)
+    vectors = integer_vectors(300, 8, "l2", "fp32", seed=23)
+    rows = encode(vectors, "l2", "fp32")
+    wanted = twin(
+        reference.node_table(vectors, "l2", "fp32"),
+        M=4,
+        ef_construction=24,
+        growth=1,
+        largest_batch=37,
+    )
+    for threads in (1, 2):
+        assert_same(built(rows, "l2", M=4, ef_construction=24, threads=threads), wanted)
+
+
+@pytest.mark.parametrize("order", ["sorted", "clustered"])
+def test_orders_that_are_hard_on_batches(order: str) -> None:
+    # A batch that lies together, or far from all before it, must see itself.
+    rng = np.random.default_rng(24)
+    if order == "sorted":
+        vectors = np.stack([np.arange(300) // 20, np.arange(300) % 20], axis=1)
+    else:
+        vectors = np.unique(
+            rng.integers(0, 4, (600, 5)) + 20 * rng.integers(0, 3, (600, 1)), axis=0
+        )
+    vectors = vectors[:300].astype(np.float32)
+    rows = encode(vectors, "l2", "fp32")
+    wanted = twin(reference.node_table(vectors, "l2", "fp32"), M=4, ef_construction=16)
+    for threads in (1, 2):
+        assert_same(built(rows, "l2", M=4, ef_construction=16, threads=threads), wanted)
+
+
+# --- selection ------------------------------------------------------------------------------------
+
+
+def test_oracle_selects_strictly() -> None:
+    # On a line, point at 0: 1 hides 2 (nearer to 1 than to 0) and ties with nothing; -1 is kept.
+    positions = np.array([0, 1, 2, -1, -3], dtype=np.float32)[:, None]
+    table = reference.node_table(positions, "l2", "fp32")
+    assert reference.select(table[0][1:], table, limit=5) == [1, 3]
+    # 2 and -2 and (0, 2): equally far from the point; a candidate as near to a kept one goes.
+    corners = np.array([[0, 0], [1, 0], [1, 1], [0, 1], [-1, 0]], dtype=np.float32)
+    table = reference.node_table(corners, "l2", "fp32")
+    # [1, 1] is nearer to [1, 0] than to the point; the other corners are 2 apart, 1 from the point.
+    assert reference.select(table[0][1:], table, limit=5) == [1, 3, 4]
+    assert reference.select(table[0][1:], table, limit=2) == [1, 3]
+    # An equilateral triangle (in three dimensions): a tie, so the second is rejected.
+    triangle = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1]], dtype=np.float32)
+    table = reference.node_table(triangle, "l2", "fp32")
+    assert reference.select(table[0][1:], table, limit=5) == [1]
+
+
+# --- repair ---------------------------------------------------------------------------------------
+
+
+def cut_off(made: Graph, cut: np.ndarray, is_alone: bool) -> Graph:
+    """`made` without the layer-0 links from other nodes to nodes of `cut`, or without any to them.
+
+    So nodes of `cut` lie on islands, or each alone.
+    """
+    rows = np.full_like(made.neighbors0, -1)
+    for node, row in reference.links(made, 0).items():
+        kept = [other for other in row if not cut[other] or (cut[node] and not is_alone)]
+        rows[node, : len(kept)] = kept
+    return made._replace(neighbors0=rows)
+
+
+def filled(made: Graph) -> Graph:
+    """`made` with its rows filled up with links to reachable nodes."""
+    rows = made.neighbors0.copy()
+    reachable = np.setdiff1d(np.arange(len(rows)), graph.unreachable(made))
+    for node, row in enumerate(rows):
+        degree = int((row >= 0).sum())
+        others = [other for other in reachable if other != node and other not in row]
+        added = others[: len(row) - degree]
+        row[degree : degree + len(added)] = added
+    return made._replace(neighbors0=rows)
+
+
+def assert_repairs_alike(
+    made: Graph, vectors: np.ndarray, metric: str, dtype: str, ef_construction: int
+) -> None:
+    rows = encode(vectors, metric, dtype)
+    wanted = reference.repair(made, reference.node_table(vectors, metric, dtype), ef_construction)
+    missing = len(graph.unreachable(made))
+    assert missing
+    for threads in (1, 2):
+        repaired = made._replace(neighbors0=made.neighbors0.copy())
+        settings = {"ef_construction": ef_construction, "threads": threads}
+        assert build.repair(repaired, rows, metric, **settings) == missing
+        np.testing.assert_array_equal(repaired.neighbors0, wanted)
+        assert graph.check_graph(repaired) == []
+        assert build.repair(repaired, rows, metric, **settings) == 0
+        np.testing.assert_array_equal(repaired.neighbors0, wanted)
+
+
+@pytest.mark.parametrize("is_full", [False, True], ids=["with room", "full rows"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("metric", METRICS)
+def test_repair_equals_the_oracle(metric: str, dtype: str, is_full: bool) -> None:
+    shapes = [(0.05, False, 1), (0.3, True, 30), (0.6, False, 2), (0.6, True, 9), (0.9, False, 9)]
+    for seed, (share, is_alone, ef_construction) in enumerate(shapes):
+        rng = np.random.default_rng(seed)
+        vectors = integer_vectors(100, 8, metric, dtype, seed)
+        made = reference.random_graph(vectors, M=4, seed=seed)
+        cut = rng.random(100) < share
+        cut[made.entry_point] = False
+        made = cut_off(made, cut, is_alone)
+        if is_full:
+            made = filled(made)
+        assert_repairs_alike(made, vectors, metric, dtype, ef_construction)
+
+
+def test_repair_where_no_node_that_was_found_can_give() -> None:
+    # A binary tree: every inner row is full of links that the tree needs. The search of capacity 1
+    # ends at the root, beside which the missing nodes lie: a leaf, far off, must give.
+    count, missing = 31, 6
+    rows = np.full((count + missing, 2), -1, dtype=np.int32)
+    rows[: count // 2] = 1 + np.arange(count - 1).reshape(-1, 2)
+    flat = build.empty_graph(1)._replace(neighbors0=rows)
+    vectors = np.zeros((count + missing, 2), dtype=np.float32)
+    vectors[1:count] = 10 + reference.integer_vectors(count - 1, 2, "l2", np.random.default_rng(3))
+    vectors[count:, 0] = np.arange(1, missing + 1) / 8
+    assert_repairs_alike(flat, vectors, "l2", "fp32", ef_construction=1)
+
+
+def test_nothing_to_repair() -> None:
+    assert (
+        build.repair(
+            build.empty_graph(4), np.empty((0, 8), np.float32), "l2", ef_construction=5, threads=1
+        )
+        == 0
+    )
+
+
+# --- what comes of it -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("metric", METRICS)
+def test_search_of_a_built_graph_equals_the_oracle(metric: str, dtype: str) -> None:
+    vectors = integer_vectors(400, 16, metric, dtype, seed=25)
+    rows = encode(vectors, metric, dtype)
+    made = built(rows, metric, M=5, ef_construction=40)
+    build.repair(made, rows, metric, ef_construction=40, threads=1)
+    assert graph.check_graph(made) == []
+    asked = vectors[::40]
+    queries = encode_queries(asked, metric, dtype)
+    table = reference.key_table(vectors, asked, metric, dtype)
+    for expand, ef_upper, ef in itertools.product((1, 2, 4, 8), (1, 4), (1, 2, 31, 64, 200)):
+        settings: dict[str, Any] = {"k": 5, "ef": ef, "expand": expand, "ef_upper": ef_upper}
+        wanted = reference.search(made, table, **settings)
+        found = search_graph(made, rows, queries, metric, **settings)
+        np.testing.assert_array_equal(found.keys, wanted.keys, err_msg=str(settings))
+        np.testing.assert_array_equal(found.hops, wanted.hops, err_msg=str(settings))

@@ -1,0 +1,193 @@
+"""The kernels' call, on the emulator: encoded arrays in, arrays out, as search.py has them."""
+
+from typing import NamedTuple
+
+import emulator
+import numpy as np
+
+from hnsw_gpu.engine.keys import KEY_NONE
+from hnsw_gpu.engine.search import Result
+from hnsw_gpu.gpu import kernel_source
+
+LANES = 32
+
+
+class Build(NamedTuple):
+    """Which kernel: what it is specialised to, how it is compiled, and from what text."""
+
+    metric: str
+    dtype: str
+    dim: int
+    M: int
+    warps: int = 1
+    tag_bits: int = 16
+    sanitizer: str | None = None
+    source: str | None = None  # None: the kernel as it is
+
+    def library(self, kernel: str, has_found: bool = False) -> emulator.Library:
+        definitions = kernel_source.definitions(
+            self.metric, self.dtype, self.dim, self.M, self.warps, self.tag_bits, has_found
+        )
+        return emulator.compile(kernel, definitions, sanitizer=self.sanitizer, source=self.source)
+
+
+def struct(name: str, **fields) -> tuple[np.ndarray, list]:
+    """One element of a kernel's struct, and the arrays it points at, to be kept alive."""
+    value = np.zeros(1, kernel_source.struct_dtype(name))
+    assert set(fields) == set(value.dtype.names)
+    for field, content in fields.items():
+        value[field] = content.ctypes.data if isinstance(content, np.ndarray) else (content or 0)
+    return value, list(fields.values())
+
+
+def own_memory(array: np.ndarray, dtype=None) -> np.ndarray:
+    """A copy in memory of just its size, so that a sanitizer sees who reads beyond."""
+    return np.array(array, dtype=dtype, order="C")
+
+
+def shared_bytes(build: Build, *, ef, ef_upper, k, visited_buckets, has_found) -> int:
+    """Of one query: what `divide` in search.cu hands out."""
+    slots = max(ef, ef_upper) + 1 & ~1
+    found = (k + 1 & ~1) if has_found else 0
+    fresh = 0 if build.warps == 1 else 128
+    return 8 * (slots + found + 64 + fresh) + 16 * visited_buckets + 4 * (128 + 32) + 16
+
+
+def search(
+    build: Build,
+    graph,
+    rows: np.ndarray,
+    queries: np.ndarray,
+    *,
+    k: int,
+    ef: int,
+    expand: int = 1,
+    ef_upper: int = 1,
+    allowed: np.ndarray | None = None,
+    own: np.ndarray | None = None,
+    visited_buckets: int = 32,
+    groups: int = 2,
+    blocks: int = 2,
+    seed: int = 0,
+    limit: int | None = None,
+    bytes_read: dict[str, int] | None = None,
+) -> Result:
+    """`search.search` by search.cu. `groups` queries a block (one where warps share a query).
+
+    `limit` shortens the shared memory by as many bytes, which no launch may survive. `bytes_read`
+    takes what was read of "rows" and of each array of the graph (the "count" build).
+    """
+    count = len(queries)
+    ef = max(ef, k)
+    has_found = allowed is not None or own is not None
+    groups = groups if build.warps == 1 else 1
+    arrays = {name: own_memory(array) for name, array in graph._asdict().items()}
+    keys = np.zeros((count, k), np.uint64)
+    counts = np.full((count, 2), -1, np.int32)
+    bits = None if allowed is None else own_memory(np.atleast_2d(allowed))
+    arrays["rows"] = own_memory(rows)
+    graph_struct, held = struct("Graph", **arrays, top=graph.top)
+    task, held_too = struct(
+        "Task",
+        queries=own_memory(queries),
+        allowed=bits,
+        own=None if own is None else own_memory(own, np.int32),
+        keys=keys,
+        counts=counts,
+        next_query=np.zeros(1, np.uint32),
+        allowed_stride=0 if bits is None or len(bits) == 1 else bits.shape[1],
+        query_count=count,
+        ef=ef,
+        ef_upper=ef_upper,
+        k=k,
+        expand=expand,
+        visited_buckets=visited_buckets,
+    )
+    one = shared_bytes(
+        build,
+        ef=ef,
+        ef_upper=ef_upper,
+        k=k,
+        visited_buckets=visited_buckets,
+        has_found=has_found,
+    )
+    library = build.library("search", has_found)
+    if bytes_read is not None:
+        counted = library.count(arrays)
+    library.launch(
+        (blocks,),
+        (LANES * build.warps * groups,),
+        (graph_struct, task),
+        shared_mem=one * groups - (limit or 0),
+        seed=seed,
+    )
+    del held, held_too
+    if bytes_read is not None:
+        bytes_read |= {name: counted[name] for name in arrays}
+    return Result(keys, counts[:, 0], counts[:, 1])
+
+
+def compare(
+    build: Build, rows, queries, *, ids=None, candidates=None, k=0, shares=2, seed: int = 0
+) -> np.ndarray:
+    """Sorted keys (q, m) of ids (m,), or of each query's candidates (q, m), by compare.cu.
+
+    k: keys kept of each share, the k smallest of which are returned; 0: all.
+    """
+    count = len(ids) if candidates is None else candidates.shape[1]
+    keys = np.full((len(queries), shares * k or count), 7, np.uint64)
+    task, held = struct(
+        "Comparison",
+        rows=own_memory(rows),
+        queries=own_memory(queries),
+        ids=None if ids is None else own_memory(ids, np.int32),
+        candidates=None if candidates is None else own_memory(candidates),
+        keys=keys,
+        query_count=len(queries),
+        count=count,
+        k=k,
+    )
+    grid = (-(-len(queries) // 8), shares)
+    build.library("compare").launch(grid, (256,), (task,), shared_mem=8 * 8 * k, seed=seed)
+    del held
+    if k:  # each share is sorted
+        assert (np.diff(keys.reshape(-1, k).astype(object), axis=1) >= 0).all()
+    return np.sort(keys, axis=1)[:, : k or count]
+
+
+def encode(build: Build, vectors: np.ndarray, width: int) -> np.ndarray:
+    """Encoded queries uint8 (q, width) of float32 vectors (q, dim), by encode.cu."""
+    queries = np.zeros((len(vectors), width), np.uint8)
+    task, held = struct(
+        "Encoding", vectors=own_memory(vectors), queries=queries, count=len(vectors)
+    )
+    build.library("encode").launch((-(-len(vectors) // 4),), (128,), (task,))
+    del held
+    return queries
+
+
+def spread(build: Build, keys, offsets, entry_labels, k, allowed=None, root=False, seed: int = 0):
+    """Labels and distances (q, k) of keys (q, m), by labels.cu."""
+    labels = np.zeros((len(keys), k), np.int64)
+    distances = np.zeros((len(keys), k), np.float32)
+    bits = None if allowed is None else own_memory(np.atleast_2d(allowed))
+    task, held = struct(
+        "Spread",
+        keys=own_memory(keys),
+        offsets=own_memory(offsets),
+        entry_labels=own_memory(entry_labels),
+        allowed=bits,
+        labels=labels,
+        distances=distances,
+        allowed_stride=0 if bits is None or len(bits) == 1 else bits.shape[1],
+        query_count=len(keys),
+        m=keys.shape[1],
+        k=k,
+        root=int(root),
+    )
+    build.library("spread").launch((-(-len(keys) // 4),), (128,), (task,), seed=seed)
+    del held
+    return labels, distances
+
+
+__all__ = ["KEY_NONE", "Build", "compare", "encode", "search", "spread"]

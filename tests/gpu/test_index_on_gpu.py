@@ -1,0 +1,234 @@
+"""An Index on a GPU answers as the same Index on the CPU: everything that the public face offers.
+
+Without a GPU the kernels are emulated and CuPy is replaced, as in test_gpu.py. Vectors are small
+integers, so that every summation order gives the same float.
+"""
+
+import logging
+from collections.abc import Iterator
+
+import emulator
+import numpy as np
+import oracle
+import pytest
+from emulator import cupy_stand_in
+
+import hnsw_gpu
+
+DIM = 16
+ROWS = 240
+FORMS = [("l2", "fp32", False), ("ip", "fp16", False), ("cosine", "int8", True)]
+
+
+@pytest.fixture
+def machine() -> Iterator[cupy_stand_in.Machine]:
+    if emulator.missing():
+        pytest.skip(emulator.missing())
+    with cupy_stand_in.installed() as made:
+        yield made
+
+
+def vectors(count: int, seed: int) -> np.ndarray:
+    """Small integers, a few rows more than once."""
+    rows = oracle.integers(count, DIM, seed=seed)
+    rows[rows.any(axis=1) == 0, 0] = 1  # cosine has no zero vectors
+    rows[-count // 8 :] = rows[: -(-count // 8)]
+    return rows.astype(np.float32)
+
+
+def pair(metric: str = "l2", dtype: str = "fp32", refine: bool = False) -> list[hnsw_gpu.Index]:
+    """The same index on the CPU and on the GPU."""
+    made = []
+    for device in ("cpu", "cuda"):
+        index = hnsw_gpu.Index(
+            DIM, metric, dtype, M=4, ef_construction=20, refine=refine, device=device
+        )
+        index.add(vectors(ROWS, seed=1), labels=np.arange(ROWS)[::-1].copy())
+        made.append(index)
+    return made
+
+
+def assert_alike(cpu: hnsw_gpu.Index, gpu: hnsw_gpu.Index, exact: bool = True, **how) -> None:
+    queries = vectors(9, seed=2)
+    one, other = cpu.search(queries, 7, expand=2, **how), gpu.search(queries, 7, expand=2, **how)
+    if exact:
+        oracle.assert_same(one, other)
+    else:  # under cosine rows are no integers: sums differ in their last bits, and so do ties
+        np.testing.assert_allclose(one.distances, other.distances, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_searches(machine, form):
+    cpu, gpu = pair(*form)
+    exact = form[0] != "cosine"
+    assert gpu.device == "cuda" and "device='cuda'" in repr(gpu)
+    assert_alike(cpu, gpu, exact)
+    assert_alike(cpu, gpu, exact, ef=20, ef_upper=3)
+    assert_alike(cpu, gpu, exact, allow=np.arange(0, ROWS, 3))
+    masks = np.random.default_rng(3).random((9, ROWS)) < 0.7
+    assert_alike(cpu, gpu, exact, allow=masks)
+    cpu.delete(np.arange(40)), gpu.delete(np.arange(40))
+    assert_alike(cpu, gpu, exact)
+
+
+def test_radius_and_neighbour_graph(machine):
+    cpu, gpu = pair()
+    queries = vectors(9, seed=2)
+    for one, other in zip(
+        cpu.search_radius(queries, 60.0, ef=ROWS),
+        gpu.search_radius(queries, 60.0, ef=ROWS),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(one, other)
+    # at ef = n both meet every node, whatever they expand at a time
+    oracle.assert_same(cpu.neighbor_graph(5, ef=ROWS), gpu.neighbor_graph(5, ef=ROWS))
+    cpu.delete(np.arange(50)), gpu.delete(np.arange(50))
+    oracle.assert_same(cpu.neighbor_graph(5, ef=ROWS), gpu.neighbor_graph(5, ef=ROWS))
+
+
+def test_the_default_of_expand_is_the_devices(machine):
+    cpu, gpu = pair()
+    queries = vectors(9, seed=2)
+    oracle.assert_same(gpu.search(queries, 3, ef=12), cpu.search(queries, 3, ef=12, expand=2))
+    oracle.assert_same(gpu.search(queries, 3, ef=48), cpu.search(queries, 3, ef=48, expand=4))
+
+
+def test_only_what_changed_goes_up_again(machine):
+    cpu, gpu = pair()
+    assert_alike(cpu, gpu)
+    whole = machine.sum_of("upload")
+    machine.steps.clear()
+    assert_alike(cpu, gpu)
+    queries_alone = machine.sum_of("upload")
+    machine.steps.clear()
+    more = vectors(12, seed=5) + 20  # far from all others: few of them are linked anew
+    for index in (cpu, gpu):
+        index.add(more)
+    assert_alike(cpu, gpu)
+    assert 12 * DIM * 4 < machine.sum_of("upload") - queries_alone < whole / 2
+    machine.steps.clear()
+    for index in (cpu, gpu):
+        index.delete([3])
+    assert_alike(cpu, gpu)
+    words = 4 * -(-(ROWS + 12) // 32)
+    assert machine.sum_of("upload") - queries_alone <= words
+
+
+def test_repair_and_interruption_reach_the_gpu(machine, monkeypatch):
+    cpu, gpu = pair()
+    for index in (cpu, gpu):
+        index.add(vectors(60, seed=6) * 3)
+        index.check()  # repairs
+    assert_alike(cpu, gpu)
+
+    def torn(*given, **settings):
+        raise RuntimeError("torn")
+
+    for index in (cpu, gpu):
+        with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="torn"):
+            patched.setattr("hnsw_gpu.engine.build._insert_batch", torn)
+            index.add(vectors(20, seed=7) + 2)
+    assert_alike(cpu, gpu)
+    for index in (cpu, gpu):
+        index.add(vectors(20, seed=7) + 2)
+    assert_alike(cpu, gpu)
+
+
+def test_compact_save_load_and_back(machine, tmp_path):
+    cpu, gpu = pair("l2", "int8", True)
+    for index in (cpu, gpu):
+        index.delete(np.arange(100, 180))
+        index.compact()
+    assert_alike(cpu, gpu)
+    gpu.save(tmp_path / "a.hnsw")
+    loaded = hnsw_gpu.load(tmp_path / "a.hnsw", device="cuda")
+    assert loaded.device == "cuda"
+    assert_alike(cpu, loaded)
+    assert hnsw_gpu.load(tmp_path / "a.hnsw", device="cpu").device == "cpu"
+    assert loaded.to("cpu").device == "cpu"
+    assert_alike(cpu, loaded)
+    assert_alike(cpu, loaded.to("cuda"))
+
+
+def test_auto_takes_the_gpu_and_says_so(machine, caplog):
+    with caplog.at_level(logging.INFO, "hnsw_gpu"):
+        assert hnsw_gpu.Index(DIM, device="auto").device == "cuda"
+    assert "searching on" in caplog.text
+
+
+def test_an_index_that_does_not_fit(machine, tmp_path, caplog):
+    cpu, _ = pair()
+    cpu.save(tmp_path / "a.hnsw")
+    machine.free = 1000
+    for ask in (lambda: cpu.to("cuda"), lambda: hnsw_gpu.load(tmp_path / "a.hnsw", device="cuda")):
+        with pytest.raises(MemoryError, match="device='cuda': the index takes"):
+            ask()
+    assert cpu.device == "cpu"
+    with caplog.at_level(logging.INFO, "hnsw_gpu"):
+        assert hnsw_gpu.load(tmp_path / "a.hnsw", device="auto").device == "cpu"
+    assert "the index takes" in caplog.text
+
+
+@pytest.mark.parametrize("metric", ["l2", "euclidean"])
+def test_queries_on_the_gpu(machine, metric):
+    cpu, gpu = pair(metric)
+    queries = vectors(9, seed=2)
+    on_gpu = cupy_stand_in.asarray(queries)
+    gpu.search(queries, 3)
+    wanted = cpu.search(queries, 7, expand=4)
+    machine.steps.clear()
+    found = gpu.search(on_gpu, 7)
+    assert not {"synchronize", "download"} & set(machine.names())
+    assert isinstance(found.labels, cupy_stand_in.ndarray)
+    oracle.assert_same(wanted, hnsw_gpu.SearchResult(*(array.get() for array in found)))
+    for index in (cpu, gpu):
+        index.delete(np.arange(30))
+    out = (cupy_stand_in.empty((9, 7), np.int64), cupy_stand_in.empty((9, 7), np.float32))
+    found = gpu.search(on_gpu, 7, out=out)
+    assert found.labels is out[0]
+    oracle.assert_same(
+        cpu.search(queries, 7, expand=4), hnsw_gpu.SearchResult(*(array.get() for array in out))
+    )
+
+
+def test_gpu_arrays_where_they_do_not_belong(machine):
+    cpu, gpu = pair()
+    on_gpu = cupy_stand_in.asarray(vectors(9, seed=2))
+    with pytest.raises(TypeError, match="queries: on a GPU"):
+        cpu.search(on_gpu)
+    with pytest.raises(TypeError, match="vectors: on a GPU"):
+        gpu.add(on_gpu)
+    with pytest.raises(ValueError, match="stream"):
+        gpu.search(vectors(9, seed=2), stream=cupy_stand_in.get_current_stream())
+
+
+def test_memory_says_what_is_uploaded(machine):
+    _, gpu = pair("l2", "int8", True)
+    parts = gpu.memory(queries=0)
+    gpu.search(cupy_stand_in.asarray(vectors(3, seed=2)))  # labels go up with device queries
+    held = gpu._gpu.nbytes
+    assert sum(parts.values()) == pytest.approx(held, abs=64)  # the starts of layers
+    more = gpu.memory(queries=1000, ef=200)
+    assert more["queries"] == 1000 * (gpu.memory(queries=1, ef=200)["queries"])
+    assert more["queries"] > 1000 * 200 * 8
+
+
+def test_a_batcher_has_two_batches_in_flight(machine):
+    """Requests split among batches that are searched at once: the answers of `search`."""
+    _, gpu = pair()
+    queries = vectors(60, seed=3)
+    allow = np.arange(0, ROWS, 2)
+    sizes: list[int] = []
+
+    def noted(batch: hnsw_gpu.Batch) -> None:
+        sizes.append(batch.rows)
+
+    with hnsw_gpu.Batcher(gpu, batch_rows=16, on_batch=noted) as batcher:
+        whole = batcher.submit(queries, 5)
+        parts = [batcher.submit(queries[i : i + 3], 4) for i in range(0, 60, 3)]
+        few = batcher.submit(queries[:9], 3, allow=allow)
+        oracle.assert_same(gpu.search(queries, 5), whole.result(300))
+        for i, part in enumerate(parts):
+            oracle.assert_same(gpu.search(queries[3 * i : 3 * i + 3], 4), part.result(300))
+        oracle.assert_same(gpu.search(queries[:9], 3, allow=allow), few.result(300))
+    assert sum(sizes) == 60 + 60 + 9 and max(sizes) <= 16

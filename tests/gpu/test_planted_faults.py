@@ -1,0 +1,595 @@
+"""Every gate can fail: faults are planted in a copy of the kernels, and each must be caught.
+
+The gates: "parity" (keys or hops are not the oracle's), "count" (distances computed are not the
+oracle's although nothing was forgotten), "seeds" (two schedules differ), "emulator" (it refuses
+what a lane does), and the sanitizers "address" (with undefined behaviour) and "thread".
+
+Each fault runs in a process of its own, because it may do anything; two at a time.
+"""
+
+import concurrent.futures
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import emulator
+import numpy as np
+import pytest
+
+from hnsw_gpu.engine.labels import Labels
+
+HERE = Path(__file__).parent
+SANITIZERS = ("address", "thread")
+# Which of these it is can depend on what memory held that a faulty kernel reads.
+BY_ANSWER = {"parity", "seeds", "emulator"}
+
+
+class Fault(NamedTuple):
+    """One edit of one file, and the gate that must catch it when `setting` is run."""
+
+    name: str
+    file: str
+    old: str  # occurs once in the file
+    new: str
+    gate: str
+    setting: str = "narrow"
+
+
+NARROW = {
+    "metric": "l2",
+    "dtype": "fp32",
+    "dim": 31,
+    "warps": 1,
+    "M": 4,
+    "tag_bits": 16,
+    "mode": "plain",
+    "expand": 4,
+    "ef": 64,
+    "ef_upper": 4,
+    "k": 12,
+    "layout": (2, 1),
+    "buckets": 32,
+}
+SETTINGS = {
+    "narrow": NARROW,
+    "four warps": NARROW | {"warps": 4, "layout": (1, 1)},
+    "wide": NARROW | {"M": 16, "expand": 8, "ef": 200},
+    "forgetful": NARROW | {"M": 16, "expand": 8, "ef": 200, "buckets": 1},
+    "remembering": NARROW | {"buckets": 256},
+    "in turn": NARROW | {"layout": (1, 1), "mode": "per query"},
+    "self": NARROW | {"mode": "self"},
+    "self per query": NARROW | {"mode": "self per query"},
+    "int8": NARROW | {"dtype": "int8"},
+    "part of a chunk": NARROW | {"metric": "ip", "dim": 100},
+    "odd": NARROW | {"ef": 31, "k": 1, "ef_upper": 1},
+    "far": NARROW | {"tag_bits": 32},
+    # of the two other kernels: the data, and k beyond what there is
+    "compare": NARROW | {"k": 100},
+    "spread": NARROW | {"k": 100},
+}
+
+FAULTS = [
+    # --- order of memory ---
+    Fault(
+        "keys move before all were read",
+        "beam.cuh",
+        "        sync_warp();\n        if (is_moving && target < beam.capacity)",
+        "        if (is_moving && target < beam.capacity)",
+        "thread",
+    ),
+    Fault(
+        "the beam is read while it is merged",
+        "beam.cuh",
+        "beam.first = min(beam.first, lowest_place);\n    sync_warp();",
+        "beam.first = min(beam.first, lowest_place);",
+        "seeds",
+    ),
+    Fault(
+        "picked is read before it is written",
+        "beam.cuh",
+        "    sync_warp();\n    return count;",
+        "    return count;",
+        "thread",
+    ),
+    Fault(
+        "the stage is read before it is written",
+        "search.cu",
+        "            staged += __popc(wanted);\n            sync_warp();",
+        "            staged += __popc(wanted);",
+        "emulator",
+    ),
+    Fault(
+        "fresh is read before it is written",
+        "search.cu",
+        "                sync_group();\n                if (warp == 0) walk.stage(batch, ",
+        "                if (warp == 0) walk.stage(batch, ",
+        "emulator",
+    ),
+    Fault(
+        "fresh keys are written over before they are read",
+        "search.cu",
+        "if (WARPS == 1) sync_warp();",
+        "",
+        "thread",
+    ),
+    Fault(
+        "fresh is read before other warps wrote it",
+        "search.cu",
+        "                sync_group();\n                if (warp == 0) walk.stage(batch, ",
+        "                sync_warp();\n                if (warp == 0) walk.stage(batch, ",
+        "emulator",
+        "four warps",
+    ),
+    Fault(
+        "the state is read before it is written",
+        "search.cu",
+        "            sync_group();\n            const int count",
+        "            sync_warp();\n            const int count",
+        "emulator",
+        "four warps",
+    ),
+    Fault(
+        "a group is one warp",
+        "search.cu",
+        "    if (WARPS == 1)\n        sync_warp",
+        "    if (true)\n        sync_warp",
+        "thread",
+        "four warps",
+    ),
+    Fault(
+        "the query's number is read before it is drawn",
+        "search.cu",
+        "        sync_group();\n        const int q",
+        "        const int q",
+        "emulator",
+    ),
+    Fault(
+        "visited is read before it was emptied",
+        "visited.cuh",
+        "visited.buckets[i] = empty;\n    sync_warp();",
+        "visited.buckets[i] = empty;",
+        "seeds",
+    ),
+    Fault(
+        "a bucket changes hands without a barrier",
+        "visited.cuh",
+        "            is_waiting = false;\n        }\n        sync_warp();",
+        "            is_waiting = false;\n        }",
+        "thread",
+        "forgetful",
+    ),
+    Fault(
+        "rivals for a bucket do not take turns",
+        "visited.cuh",
+        "is_waiting && lowest(rivals) == lane_number()",
+        "is_waiting && rivals",
+        "thread",
+        "forgetful",
+    ),
+    Fault(
+        "queries are drawn without an atomic",
+        "search.cu",
+        "static_cast<int>(atomicAdd(task.next_query, 1u))",
+        "static_cast<int>((*task.next_query)++)",
+        "thread",
+    ),
+    # --- lanes ---
+    Fault(
+        "a lane leaves the merge early",
+        "beam.cuh",
+        "if (entering == 0) return;",
+        "if (!is_new) return;",
+        "emulator",
+    ),
+    Fault(
+        "a warp of a group leaves early",
+        "search.cu",
+        "if (q >= task.query_count) return;",
+        "if (q >= task.query_count || warp > 1) return;",
+        "emulator",
+        "four warps",
+    ),
+    Fault(
+        "the lanes below include the lane",
+        "warp.cuh",
+        "(1u << lane_number()) - 1",
+        "(2u << lane_number()) - 1",
+        "emulator",
+    ),
+    Fault(
+        "a team's sum lacks a lane",
+        "warp.cuh",
+        "int distance = TEAM_LANES / 2; distance > 0;",
+        "int distance = TEAM_LANES / 2; distance > 1;",
+        "parity",
+    ),
+    # --- beam ---
+    Fault(
+        "off by one in the merge",
+        "beam.cuh",
+        "lowest(left)) <= i;",
+        "lowest(left)) < i;",
+        "emulator",
+    ),
+    Fault(
+        "a copy enters beside its twin", "beam.cuh", " && !is_known;", ";", "parity", "forgetful"
+    ),
+    Fault(
+        "copies among the lanes all enter",
+        "beam.cuh",
+        "is_copy |= other == key && other_lane < lane_number();",
+        "",
+        "parity",
+        "forgetful",
+    ),
+    Fault(
+        "ties are broken by luck",
+        "beam.cuh",
+        "rank += other < key;",
+        "rank += other >> 32 < key >> 32;",
+        "parity",
+    ),
+    Fault("the expanded flag is lost", "beam.cuh", "= key | EXPANDED;", "= key;", "parity"),
+    Fault(
+        "more are picked than asked for",
+        "beam.cuh",
+        "is_open && place < expand",
+        "is_open && place <= expand",
+        "parity",
+    ),
+    Fault(
+        "the first unexpanded key is not found again",
+        "beam.cuh",
+        "beam.first = min(beam.first, lowest_place);",
+        "",
+        "parity",
+    ),
+    # --- walk ---
+    Fault(
+        "the stage is not emptied",
+        "search.cu",
+        "base + LANES >= count ? 0 :",
+        "base + LANES >= count ? 1 :",
+        "parity",
+    ),
+    Fault(
+        "the beam outlives its query",
+        "search.cu",
+        "beam.size = found.size = found.first = 0;",
+        "if (q == 0) beam.size = 0;\n        found.size = found.first = 0;",
+        "emulator",
+        "in turn",
+    ),
+    Fault(
+        "the allowed list outlives its query",
+        "search.cu",
+        "beam.size = found.size = found.first = 0;",
+        "beam.size = 0;\n        if (q == 0) found.size = found.first = 0;",
+        "parity",
+        "in turn",
+    ),
+    Fault(
+        "layers above are as wide as layer 0",
+        "search.cu",
+        "const int width = layer ? M : 2 * M;",
+        "const int width = 2 * M;",
+        "emulator",
+    ),
+    Fault(
+        "a neighbour beyond the last",
+        "search.cu",
+        "if (place < links) {",
+        "if (place <= links) {",
+        "emulator",
+    ),
+    Fault(
+        "the seeds of a layer are expanded already",
+        "search.cu",
+        "static_cast<uint64>(number) << 1;",
+        "static_cast<uint64>(number) << 1 | EXPANDED;",
+        "parity",
+    ),
+    Fault(
+        "the seed is not marked visited",
+        "search.cu",
+        "visit(visited, lane_number() == 0 ? seed : -1);",
+        "",
+        "count",
+        "remembering",
+    ),
+    Fault(
+        "the mask is ignored in a self search",
+        "search.cu",
+        "if (!task.allowed) return true;",
+        "if (!task.allowed || task.own) return true;",
+        "parity",
+        "self per query",
+    ),
+    Fault(
+        "every query has the first one's mask",
+        "search.cu",
+        "task.allowed + query * task.allowed_stride",
+        "task.allowed",
+        "parity",
+        "in turn",
+    ),
+    Fault(
+        "a node finds itself",
+        "search.cu",
+        "__ldg(task.own + query) == node) return false;",
+        "__ldg(task.own + query) == node) return true;",
+        "parity",
+        "self",
+    ),
+    Fault(
+        "what misses the beam misses the allowed list",
+        "search.cu",
+        "is_wanted |= key < worst(found)",
+        "is_wanted &= key < worst(found)",
+        "parity",
+        "self per query",
+    ),
+    # --- visited ---
+    Fault(
+        "a tag is cut off",
+        "visited.cuh",
+        "TAG_BITS == 16 ? number >> visited.bucket_bits",
+        "TAG_BITS == 16 ? number >> visited.bucket_bits & 7",
+        "parity",
+        "wide",
+    ),
+    Fault(
+        "a tag has a false twin",
+        "visited.cuh",
+        "& 0x80008000u) != 0",
+        "& 0x80018001u) != 0",
+        "parity",
+        "wide",
+    ),
+    # --- memory ---
+    Fault(
+        "a row's offset has 32 bits",
+        "distance.cuh",
+        "static_cast<long long>(nodes[r]) * ROW_BYTES",
+        "static_cast<int>(static_cast<uint32>(nodes[r]) * ROW_BYTES)",
+        "emulator",
+        "far",
+    ),
+    Fault(
+        "a neighbour row's offset has 32 bits",
+        "search.cu",
+        "static_cast<long long>(shared.picked[row]) * width",
+        "static_cast<int>(static_cast<uint32>(shared.picked[row]) * width)",
+        "emulator",
+        "far",
+    ),
+    Fault(
+        "a query's offset has 32 bits",
+        "distance.cuh",
+        "static_cast<long long>(q) * QUERY_BYTES",
+        "static_cast<int>(static_cast<uint32>(q) * QUERY_BYTES)",
+        "emulator",
+        "far",
+    ),
+    Fault(
+        "a chunk beyond the row is read",
+        "distance.cuh",
+        "nodes[r] >= 0 && chunk < CHUNKS",
+        "nodes[r] >= 0",
+        "address",
+        "part of a chunk",
+    ),
+    Fault(
+        "buckets are not aligned",
+        "search.cu",
+        "return (count + 1) & ~1;",
+        "return count;",
+        "address",
+        "odd",
+    ),
+    Fault(
+        "what meets an int8 row's tail counts",
+        "distance.cuh",
+        "if (chunk == CHUNKS - 1) part.y = part.z = part.w = 0;",
+        "",
+        "parity",
+        "int8",
+    ),
+    # --- the other kernels ---
+    Fault(
+        "the kept keys begin with one that nobody wrote",
+        "compare.cu",
+        "beam.size = beam.first = 0;",
+        "beam.size = 1;\n    beam.first = 0;",
+        "parity",
+        "compare",
+    ),
+    Fault(
+        "a share's keys lie in another's place",
+        "compare.cu",
+        "* gridDim.y + blockIdx.y) * task.k",
+        "* gridDim.y) * task.k",
+        "parity",
+        "compare",
+    ),
+    Fault(
+        "the sum over lower lanes lacks its last distance",
+        "warp.cuh",
+        "distance = 1; distance < LANES;",
+        "distance = 1; distance < LANES / 2;",
+        "parity",
+        "spread",
+    ),
+    Fault(
+        "a place after the last label is not filled",
+        "labels.cu",
+        "place = count + lane_number(); place < task.k;",
+        "place = count + lane_number() + 1; place < task.k;",
+        "parity",
+        "spread",
+    ),
+]
+
+# --- the process that runs one fault --------------------------------------------------------------
+
+
+def plant(fault: Fault, folder: Path) -> None:
+    """A copy of the kernels, with the fault, becomes the kernels."""
+    from hnsw_gpu.gpu import kernel_source
+
+    shutil.copytree(kernel_source.folder(), folder)
+    text = (folder / fault.file).read_text(encoding="utf-8")
+    assert text.count(fault.old) == 1, f"{fault.name}: occurs {text.count(fault.old)} times"
+    (folder / fault.file).write_text(text.replace(fault.old, fault.new), encoding="utf-8")
+    kernel_source.folder = lambda: folder
+
+
+class Asked(NamedTuple):
+    """A kernel, what it answers by a seed, and what it must answer.
+
+    An answer is of two arrays at most, and of search.cu the distances computed are a third.
+    """
+
+    library: emulator.Library
+    answer: Callable[[int], tuple[np.ndarray, ...]]
+    wanted: tuple[np.ndarray, ...]
+
+
+def asked_of(setting: str, build) -> Asked:
+    import emulated
+    import kernel_cases
+
+    row = SETTINGS[setting]
+    asked = kernel_cases.question(row)
+    made, k = asked.data, asked.settings["k"]
+    keys = np.sort(np.array(made.table, np.uint64)[:, :40], axis=1)  # of the first 40 nodes
+    if setting == "compare":
+        ids = np.arange(40, dtype=np.int32)
+
+        def compare(seed: int) -> tuple[np.ndarray]:
+            found = emulated.compare(build, made.rows, made.queries, ids=ids, k=k, seed=seed)
+            return (found,)
+
+        none = np.full((len(keys), k - 40), emulated.KEY_NONE)
+        return Asked(build.library("compare"), compare, (np.concatenate([keys, none], axis=1),))
+    if setting == "spread":
+        offsets = np.cumsum([0, *(np.arange(len(made.rows)) % 5)])  # labels a node: none to four
+        labels = Labels(offsets, np.arange(offsets[-1]))
+
+        def spread(seed: int) -> tuple[np.ndarray, np.ndarray]:
+            return emulated.spread(build, keys, offsets, labels.labels, k, seed=seed)
+
+        return Asked(build.library("spread"), spread, labels.spread(keys, k))
+    if setting == "far":
+        asked = asked._replace(settings=asked.settings | {"k": 100})
+
+    def search(seed: int) -> tuple[np.ndarray, ...]:
+        if setting == "far":
+            return kernel_cases.ask_far(asked, build, seed)
+        return asked.ask(build, **kernel_cases.launch_of(row), seed=seed)
+
+    has_found = asked.mask is not None or asked.own is not None
+    return Asked(build.library("search", has_found), search, asked.wanted())
+
+
+def outcome(fault: Fault, sanitizer: str | None) -> set[str]:
+    """The gates that catch it; a sanitizer ends the process instead."""
+    import kernel_cases
+
+    row = SETTINGS[fault.setting]
+    asked = asked_of(fault.setting, kernel_cases.build_of(row, sanitizer=sanitizer))
+    asked.library.limit_s = 10
+    results, gates = [], set()
+    for seed in range(2 if sanitizer else 3):
+        try:
+            results.append(asked.answer(seed))
+        except emulator.KernelError as error:
+            print(str(error)[:300], file=sys.stderr)
+            gates.add("emulator")
+    for found in results:
+        if not are_equal(found[:2], asked.wanted[:2]):
+            gates.add("parity")
+        if row["buckets"] == 256 and not are_equal(found[2:], asked.wanted[2:]):
+            gates.add("count")
+        if not are_equal(found, results[0]):
+            gates.add("seeds")
+    return gates
+
+
+def are_equal(one: tuple[np.ndarray, ...], other: tuple[np.ndarray, ...]) -> bool:
+    return all(map(np.array_equal, one, other))
+
+
+def main(name: str, gate: str) -> None:
+    sanitizer = gate if gate in SANITIZERS else None
+    if not name:
+        for setting in sorted({fault.setting for fault in FAULTS if fault.gate == gate}):
+            print(*outcome(Fault("", "", "", "", gate, setting), sanitizer))
+        return
+    fault = next(fault for fault in FAULTS if fault.name == name)
+    with tempfile.TemporaryDirectory() as folder:
+        plant(fault, Path(folder) / "kernels")
+        print(*sorted(outcome(fault, sanitizer)))
+
+
+# --- the tests ------------------------------------------------------------------------------------
+
+
+def caught_by(name: str, gate: str) -> set[str]:
+    """Gates that catch a fault, "" being none; of the sanitizers only the one that is `gate`."""
+    arguments = [str(HERE / "test_planted_faults.py"), name, gate]
+    if gate in SANITIZERS:
+        try:
+            emulator.run_sanitized(gate, *arguments, timeout_s=120)
+        except emulator.KernelError as error:
+            reports = ("AddressSanitizer", "runtime error", "ThreadSanitizer: data race")
+            assert any(report in str(error) for report in reports), error
+            return {gate}
+        return set()
+    paths = os.pathsep.join(map(str, (emulator.ROOT, HERE.parent, HERE)))
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.split())
+
+
+@pytest.fixture(scope="module")
+def caught() -> dict[str, "concurrent.futures.Future[set[str]]"]:
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        yield {
+            fault.name: pool.submit(caught_by, fault.name, fault.gate)
+            for fault in FAULTS
+            if not emulator.missing(fault.gate if fault.gate in SANITIZERS else None)
+        }
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name.replace(" ", "_"))
+def test_fault_is_caught(caught, fault) -> None:
+    missing = emulator.missing(fault.gate if fault.gate in SANITIZERS else None)
+    if missing:
+        pytest.skip(missing)
+    gates = caught[fault.name].result()
+    wanted = BY_ANSWER if fault.gate in BY_ANSWER else {fault.gate}
+    assert gates & wanted, f"caught by {sorted(gates) or 'nothing'}"
+
+
+@pytest.mark.parametrize("gate", ["parity", "seeds", "emulator", "count", *SANITIZERS])
+def test_nothing_is_caught_without_a_fault(gate) -> None:
+    missing = emulator.missing(gate if gate in SANITIZERS else None)
+    if missing:
+        pytest.skip(missing)
+    assert caught_by("", gate) == set()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

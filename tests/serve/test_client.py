@@ -1,0 +1,197 @@
+"""The client: against the server, and against servers that misbehave."""
+
+import http.server
+import threading
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+
+pytest.importorskip("starlette")
+pytest.importorskip("uvicorn")
+pytest.importorskip("prometheus_client")
+
+import served
+from served import QUERIES, ROWS, running
+
+from hnsw_gpu import Client, ServerError, load
+from hnsw_gpu.serve import client, formats
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    made = tmp_path_factory.mktemp("indexes")
+    served.saved(made)
+    (made / "docs.filters").mkdir()
+    np.save(made / "docs.filters" / "even.npy", np.arange(ROWS) % 2 == 0)
+    return made
+
+
+@pytest.fixture(scope="module")
+def here(folder):
+    with running(folder / "docs.hnsw", token="s3cret") as one:
+        yield one
+
+
+@pytest.fixture
+def asking(here):
+    with Client(f"http://127.0.0.1:{here.port}", token="s3cret") as one:
+        yield one
+
+
+def equal(found, expected):
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+
+
+def test_it_answers_as_the_index_does(asking, folder):
+    index = load(folder / "docs.hnsw", device="cpu")
+    equal(asking.search(QUERIES, 7, ef=20), index.search(QUERIES, 7, ef=20))
+    equal(asking.search(QUERIES[0]), index.search(QUERIES[0]))
+    equal(asking.search(QUERIES.tolist(), 3), index.search(QUERIES, 3))
+    equal(asking.search(np.float16(QUERIES)), index.search(np.float16(QUERIES)))
+    even = np.arange(ROWS) % 2 == 0
+    equal(asking.search(QUERIES, allow="even"), index.search(QUERIES, allow=even))
+    equal(asking.search(QUERIES[:0], 3), index.search(QUERIES[:0], 3))
+    assert (asking.index()["n"], asking.index()["filters"]) == (ROWS, ["even"])
+    assert asking.swap("docs.hnsw")["version"] == 2
+
+
+def test_large_batches_are_split(here, folder):
+    before = here.server.metrics.request_seconds._sum.get()
+    url = f"http://127.0.0.1:{here.port}/"
+    with Client(url, token="s3cret", batch_rows=10) as asking:
+        equal(asking.search(QUERIES, 5), load(folder / "docs.hnsw").search(QUERIES, 5))
+    assert here.server.metrics.request_seconds._sum.get() > before
+
+
+def test_refusals_are_said(asking, here):
+    with pytest.raises(
+        ServerError, match=r"422: queries: shape \(64, 3\), expected \(n, 8\)"
+    ) as no:
+        asking.search(QUERIES[:, :3])
+    assert no.value.status == 422
+    with pytest.raises(ServerError, match="404: no index at"):
+        asking.swap("../x")
+    with (
+        Client(f"http://127.0.0.1:{here.port}") as stranger,
+        pytest.raises(ServerError, match="401: expected the header"),
+    ):
+        stranger.index()
+    with here.busy(), pytest.raises(ServerError, match=r"504: no answer within 0\.02 s"):
+        asking.search(QUERIES, timeout_s=0.02)
+    for wrong, words in [
+        ({"url": "ftp://x"}, "url='ftp://x'"),
+        ({"url": "localhost:80"}, "url='localhost:80'"),
+        ({"retries": 6}, "retries=6"),
+        ({"batch_rows": 0}, "batch_rows=0"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            Client(**{"url": "http://x", **wrong})
+    with pytest.raises(TypeError, match="queries"):
+        asking.search(["a"])
+
+
+def test_threads_may_share_one(asking, folder):
+    index, wrong = load(folder / "docs.hnsw", device="cpu"), []
+
+    def ask(i):
+        found = asking.search(QUERIES[i : i + 4], 3)
+        if (found.labels != index.search(QUERIES[i : i + 4], 3).labels).any():
+            wrong.append(i)
+        asking.close()
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(30)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+@contextmanager
+def misbehaving(answers):
+    """A server that gives `answers` in turn: a status, or "hang up"; notes what it was asked."""
+    asked = []
+    body = formats.write_result(
+        formats.NPY, np.zeros((1, 1), np.int64), np.zeros((1, 1), np.float32)
+    )
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            answer = answers[len(asked)]
+            asked.append(self.path)
+            if answer == "hang up":
+                self.close_connection = True
+                return
+            said = body if answer == 200 else b"<html>proxy</html>"
+            self.send_response(answer)
+            self.send_header("Content-Length", str(len(said)))
+            self.end_headers()
+            self.wfile.write(said)
+
+        def log_message(self, *_):
+            pass
+
+    made = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=made.serve_forever, args=(0.01,))
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{made.server_port}", asked
+    finally:
+        made.shutdown()
+        thread.join()
+        made.server_close()
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch):
+    monkeypatch.setattr(client, "WAITS_S", (0.0,) * len(client.WAITS_S))
+
+
+def test_it_tries_again_where_that_is_safe():
+    with (
+        misbehaving([503, "hang up", 429, 200]) as (url, asked),
+        Client(url) as asking,
+    ):
+        assert asking.search(QUERIES[:1], 1).labels.tolist() == [[0]]
+        assert len(asked) == 4
+
+
+@pytest.mark.parametrize(
+    ("answers", "error", "words", "calls"),
+    [
+        ([500], ServerError, "500: <html>proxy</html>", 1),
+        ([503] * 9, ServerError, "503", 3),
+        (["hang up"] * 9, ConnectionError, "127.0.0.1", 3),
+    ],
+)
+def test_it_gives_up(answers, error, words, calls):
+    with misbehaving(answers) as (url, asked), Client(url, retries=2) as asking:
+        with pytest.raises(error, match=words):
+            asking.search(QUERIES[:1], 1)
+        assert len(asked) == calls
+
+
+def test_a_swap_is_never_sent_twice():
+    with misbehaving(["hang up"] * 9) as (url, asked), Client(url) as asking:
+        with pytest.raises(ConnectionError):
+            asking.swap("x.hnsw")
+        assert asked == ["/v1/index:swap"]
+
+
+def test_nobody_is_there():
+    asking = Client("http://127.0.0.1:9", retries=1)
+    with pytest.raises(ConnectionError, match=r"127\.0\.0\.1"):
+        asking.index()
+
+
+def test_no_answer_in_time(here):
+    url = f"http://127.0.0.1:{here.port}"
+    asking = Client(url, token="s3cret", timeout_s=0.05)
+    with here.busy(), pytest.raises(TimeoutError, match=r"no answer of 127.0.0.1 within 0.05 s"):
+        asking.search(QUERIES)

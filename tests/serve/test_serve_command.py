@@ -1,0 +1,133 @@
+"""`hnsw-gpu serve` as a process: starting, signals, and what keeps it from starting."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("starlette")
+pytest.importorskip("uvicorn")
+pytest.importorskip("prometheus_client")
+
+import served
+from served import QUERIES, VECTORS, Caller
+
+from hnsw_gpu import Index
+from hnsw_gpu.serve import formats
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals are for POSIX")
+
+
+def start(*given: object) -> subprocess.Popen:
+    command = [sys.executable, "-m", "hnsw_gpu", "serve", *map(str, given), "--port", "0"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def until(is_true) -> None:
+    for _ in range(10_000):
+        if is_true():
+            return
+    raise AssertionError("it never came")
+
+
+@contextmanager
+def process(*given: object):
+    """The process and a caller of it, once it is ready."""
+    started = start(*given)
+    try:
+        first = started.stderr.readline()
+        found = re.fullmatch(r"serving .*\.hnsw on http://(127\.0\.0\.1|0\.0\.0\.0):(\d+)\n", first)
+        assert found, first + started.stderr.read()
+        caller = Caller(int(found[2]))
+        until(lambda: caller("GET", "/health/ready").status == 200)
+        yield started, caller
+        caller.connection.close()
+    finally:
+        started.kill()
+        started.wait()
+        started.stderr.close()
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return served.saved(tmp_path_factory.mktemp("indexes"))
+
+
+def test_sigterm_lets_what_is_under_way_end(tmp_path):
+    """A search that takes long is answered, new ones are refused, and the exit code is 0."""
+    index = Index(8, M=4, ef_construction=10)
+    index.add(np.random.default_rng(0).normal(size=(30_000, 8)))
+    index.save(tmp_path / "large.hnsw")
+    with process(tmp_path / "large.hnsw", "--drain", "0.3", "--threads", "1") as (one, call):
+        until(lambda: call.metric("canary_recall") > 0)
+        rows = np.tile(QUERIES, (6, 1))
+        replies = []
+
+        def ask():
+            caller = Caller(call.connection.port)
+            replies.append(caller.search(rows, "/v1/search?ef=10000&k=1"))
+            caller.connection.close()
+
+        thread = threading.Thread(target=ask)
+        thread.start()
+        until(lambda: call.metric("batches_in_flight") == 1)
+        one.send_signal(signal.SIGTERM)
+        until(lambda: call("GET", "/health/ready").status == 503)
+        call.search(QUERIES).refused(503, "the server is stopping")
+        thread.join(60)
+        assert one.wait(60) == 0
+        assert replies[0].status == 200
+        expected = index.search(rows, 1, ef=10_000)
+        np.testing.assert_array_equal(formats.read_result(replies[0].body)[0], expected.labels)
+
+
+def test_ctrl_c(path):
+    with process(path) as (one, _):
+        one.send_signal(signal.SIGINT)
+        assert one.wait(30) == 130
+        said = one.stderr.read()
+        ready = r"ready after \d+\.\d s: 400 vectors of 8, cosine, on the CPU\n\nInterrupted\.\n"
+        assert re.fullmatch(ready, said), said
+
+
+def test_a_token_and_another_address(path, tmp_path):
+    (tmp_path / "token").write_text("s3cret\n")
+    with process(path, "--token-file", tmp_path / "token", "--host", "0.0.0.0") as (_, call):
+        call("GET", "/v1/index").refused(401, "Bearer")
+        assert call("GET", "/v1/index", Authorization="Bearer s3cret").status == 200
+
+
+def failed(*given: object) -> str:
+    one = start(*given)
+    said = one.communicate(timeout=60)[1]
+    assert one.returncode != 0
+    return said
+
+
+def test_what_keeps_it_from_starting(path, tmp_path):
+    broken = tmp_path / "broken.hnsw"
+    broken.write_bytes(path.read_bytes()[:1000])
+    said = failed(broken)
+    assert re.search(r"Error: .*broken\.hnsw: truncated", said) and "Traceback" not in said
+    (tmp_path / "token").write_text("two words\n")
+    assert "token: expected one token" in failed(path, "--token-file", tmp_path / "token")
+    assert "is not within --root" in failed(path, "--root", tmp_path)
+    assert "cannot listen on 192.0.2.1:0" in failed(path, "--host", "192.0.2.1")
+    assert "without --token-file: whoever reaches this port" in failed(broken, "--host", "0.0.0.0")
+
+
+def test_swaps_stay_in_the_root(path, tmp_path):
+    (path.parent / "more").mkdir(exist_ok=True)
+    served.saved(path.parent / "more", "b.hnsw", VECTORS[:50])
+    with process(path, "--root", path.parent.parent) as (_, call):
+        inner = f"{path.parent.name}/more/b.hnsw"
+        assert call.as_json({"path": inner}, "/v1/index:swap").json["path"] == inner

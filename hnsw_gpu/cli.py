@@ -530,16 +530,17 @@ def _search(
     In blocks for the bar's sake: an answer does not depend on its batch (rule R11).
     """
     import numpy as np
-    from tqdm import tqdm
+
+    from hnsw_gpu.progress import bar
 
     found, seconds = [], 0.0
-    with tqdm(total=len(queries), desc=f"ef {ef}", unit=" queries", disable=None) as bar:
+    with bar(True, len(queries), f"ef {ef}", "queries") as shown:
         for start in range(0, max(len(queries), 1), QUERY_BLOCK):
             block = queries[start : start + QUERY_BLOCK]
             started = time.perf_counter()
             found.append(index.search(block, k, ef=ef, threads=threads))
             seconds += time.perf_counter() - started
-            bar.update(len(block))
+            shown.update(len(block))
     labels, distances = (np.concatenate(parts) for parts in zip(*found, strict=True))
     return labels, distances, seconds
 

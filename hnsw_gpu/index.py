@@ -4,12 +4,10 @@ import logging
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
-from tqdm import tqdm
 
 from hnsw_gpu import inputs
 from hnsw_gpu.engine import (
@@ -44,6 +42,7 @@ from hnsw_gpu.engine import (
 )
 from hnsw_gpu.files import CorruptIndexError, read_arrays, write_arrays
 from hnsw_gpu.gpu import bytes_a_query, index_bytes
+from hnsw_gpu.progress import bar
 
 if TYPE_CHECKING:
     from hnsw_gpu.gpu import GpuEngine
@@ -297,12 +296,12 @@ class Index:
 
             def insert(stop: threading.Event) -> None:
                 try:
-                    with _bar(progress, new, "build", "vectors") as bar:
+                    with bar(progress, new, "build", "vectors") as shown:
                         for grown in self._insertion(first + new, threads):
                             added = len(grown.neighbors0) - self._node_count
                             self._graph = grown
                             self._unrepaired += added
-                            bar.update(added)
+                            shown.update(added)
                             if stop.is_set():
                                 break
                 finally:  # whatever happened, labels and graph agree on the nodes there are
@@ -438,9 +437,9 @@ class Index:
             if self._refine_rows is not None:
                 fresh._refine_rows = self._refine_rows[live]
             fresh._neighbors0 = np.empty((len(live), 2 * self.M), np.int32)
-            with _bar(progress, len(live), "compact", "vectors") as bar:
+            with bar(progress, len(live), "compact", "vectors") as shown:
                 for grown in fresh._insertion(len(live), threads):
-                    bar.update(len(grown.neighbors0) - fresh._node_count)
+                    shown.update(len(grown.neighbors0) - fresh._node_count)
                     fresh._graph = grown
             fresh._unrepaired = len(live)
             fresh._repair(threads, 0)
@@ -622,13 +621,13 @@ class Index:
             entries = self._labels.find(self._labels.sorted)
             labels = np.empty((len(entries), k), np.int64)
             distances = np.empty((len(entries), k), np.float32)
-            with _bar(progress, len(entries), "neighbor graph", "vectors") as bar:
+            with bar(progress, len(entries), "neighbor graph", "vectors") as shown:
                 for start in range(0, len(entries), SELF_ROWS):
                     part = entries[start : start + SELF_ROWS]
                     place = slice(start, start + len(part))
                     keys = self._keys_of_others(self._labels.nodes(part), k, ef, threads)
                     labels[place], distances[place] = self._labels.spread(keys, k, skipped=part)
-                    bar.update(len(part))
+                    shown.update(len(part))
         return SearchResult(labels, self._as_asked(distances))
 
     def _keys_of_others(self, ids: np.ndarray, k: int, ef: int, threads: int) -> np.ndarray:
@@ -785,13 +784,13 @@ def exact_search(
     k, threads = inputs.integer("k", k, 1, MOST_NODES), _threads(threads)
     encoded = encode_queries(inputs.float_vectors("queries", asked, name), name, "fp32")
     keys = np.full((len(asked), min(k, len(given))), KEY_NONE, np.uint64)
-    with _bar(progress, len(given), "exact search", "vectors") as bar:
+    with bar(progress, len(given), "exact search", "vectors") as shown:
         block = max(256, min(BLOCK, BLOCK_VALUES // given.shape[1]))
         for start in range(0, len(given), block):
             part = given[start : start + block]
             part = inputs.float_vectors("vectors", part, name, first=start)
             exact_block(keys, encode(part, name, "fp32"), start, encoded, name, threads=threads)
-            bar.update(len(part))
+            shown.update(len(part))
     labels = np.full((len(asked), k), -1, np.int64)
     distances = np.full((len(asked), k), np.inf, np.float32)
     labels[:, : keys.shape[1]] = key_nodes(keys)
@@ -843,11 +842,3 @@ def _grown(rows: np.ndarray, used: int, count: int, dim: int, dtype: str) -> np.
     grown = empty_rows(max(count, used + used // 4), dim, dtype)
     grown[:used] = rows[:used]
     return grown
-
-
-@contextmanager
-def _bar(progress: bool, total: int, text: str, unit: str) -> Iterator[tqdm]:
-    """A tqdm bar on a terminal's stderr, if progress is asked for."""
-    hidden = None if progress else True  # None: hidden where there is no terminal
-    with tqdm(total=total, desc=text, unit=f" {unit}", unit_scale=True, disable=hidden) as bar:
-        yield bar

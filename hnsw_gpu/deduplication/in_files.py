@@ -30,7 +30,6 @@ from hnsw_gpu.deduplication.in_memory import (
     Clock,
     DedupResult,
     Join,
-    bar,
     encoded,
     limit_of,
     named,
@@ -44,6 +43,7 @@ from hnsw_gpu.files import (
     read_arrays,
     write_arrays,
 )
+from hnsw_gpu.progress import bar
 
 PROCESS_BYTES = 350 << 20  # Python with its libraries, compiled code, and blocks being read
 ROW_BYTES = 160  # held of every row: numbers, order, digests

@@ -7,12 +7,10 @@ near is decided by fp32 distances (R1), whoever found it.
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
-from tqdm import tqdm
 
 from hnsw_gpu import inputs
 from hnsw_gpu.deduplication import against as others
@@ -29,6 +27,7 @@ from hnsw_gpu.engine import (
     thread_count,
 )
 from hnsw_gpu.index import Index
+from hnsw_gpu.progress import bar
 
 if TYPE_CHECKING:
     import os
@@ -606,13 +605,6 @@ def _nullable(rows: np.ndarray) -> "pyarrow.Array":
     import pyarrow
 
     return pyarrow.array(rows, mask=rows < 0)
-
-
-@contextmanager
-def bar(progress: bool, total: int, what: str) -> Iterator[tqdm]:
-    hidden = None if progress else True  # None: hidden where there is no terminal
-    with tqdm(total=total, desc=what, unit=" rows", unit_scale=True, disable=hidden) as shown:
-        yield shown
 
 
 class Clock:

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from hnsw_gpu import inputs
-from hnsw_gpu.deduplication.in_memory import bar
 from hnsw_gpu.engine import (
     KEY_NONE,
     encode,
@@ -18,6 +17,7 @@ from hnsw_gpu.engine import (
     thread_count,
 )
 from hnsw_gpu.files import Sources, open_sources
+from hnsw_gpu.progress import bar
 
 BANDS = (1.0, 0.98, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6)  # of similarity, each down to the next
 BINS = 50  # of the histogram, from 0 to 1

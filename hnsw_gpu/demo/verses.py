@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from hnsw_gpu.files import CorruptIndexError, read_arrays, write_arrays
+from hnsw_gpu.progress import bar
 
 # The packages and what they hold. The order is that of the rows, and of `Verses.translation`.
 TRANSLATIONS = {
@@ -162,7 +162,7 @@ def embed(texts: list[str]) -> np.ndarray:
     table = table.astype(np.float32)
     vectors = np.zeros((len(texts), table.shape[1]), np.float32)
     step = 1024
-    with tqdm(total=len(texts), desc="embedding", unit="verse", disable=None) as bar:
+    with bar(True, len(texts), "embedding", "verses") as shown:
         for start in range(0, len(texts), step):
             batch = tokenizer.encode_batch_fast(
                 texts[start : start + step], add_special_tokens=False
@@ -170,7 +170,7 @@ def embed(texts: list[str]) -> np.ndarray:
             for row, encoding in enumerate(batch, start):
                 if encoding.ids:
                     vectors[row] = table[encoding.ids].sum(axis=0) / len(encoding.ids)
-            bar.update(len(batch))
+            shown.update(len(batch))
     return vectors
 
 
@@ -178,11 +178,13 @@ def _make(packages: Sequence[str]) -> Verses:
     """The verses from the packages' files."""
     translation, ids = [], []
     texts: list[str] = []
-    for package in tqdm(packages, desc="reading", unit="package", disable=None):
-        verses = read(package)
-        translation.append(np.full(len(verses), list(TRANSLATIONS).index(package), np.int32))
-        ids.append(np.fromiter(verses, np.int32, len(verses)))
-        texts += verses.values()
+    with bar(True, len(packages), "reading", "packages") as shown:
+        for package in packages:
+            verses = read(package)
+            translation.append(np.full(len(verses), list(TRANSLATIONS).index(package), np.int32))
+            ids.append(np.fromiter(verses, np.int32, len(verses)))
+            texts += verses.values()
+            shown.update(1)
     return Verses(np.concatenate(translation), np.concatenate(ids), texts, embed(texts))
 
 

@@ -59,7 +59,7 @@ class Ours:
     @property
     def arrays(self) -> tuple:
         """(graph, encoded rows), for what looks inside."""
-        return self.index._graph, self.index._rows
+        return self.index._state.graph, self.index._state.rows
 
 
 class Hnswlib:

@@ -13,8 +13,10 @@ from hnsw_gpu.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from hnsw_gpu.deduplication import DedupResult, dedup
+    from hnsw_gpu.exhaustive import exact_search
     from hnsw_gpu.files import CorruptIndexError
-    from hnsw_gpu.index import Index, RadiusResult, SearchResult, exact_search, load
+    from hnsw_gpu.index import Index, load
+    from hnsw_gpu.results import RadiusResult, SearchResult
     from hnsw_gpu.serve import Batch, Batcher, Client, QueueFullError, ServerError
 
 __version__ = "0.1.0"
@@ -44,11 +46,11 @@ _HOME = {
     "DedupResult": "deduplication",
     "Index": "index",
     "QueueFullError": "serve",
-    "RadiusResult": "index",
-    "SearchResult": "index",
+    "RadiusResult": "results",
+    "SearchResult": "results",
     "ServerError": "serve",
     "dedup": "deduplication",
-    "exact_search": "index",
+    "exact_search": "exhaustive",
     "load": "index",
 }
 

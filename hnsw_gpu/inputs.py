@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from hnsw_gpu.engine import squared_lengths
+from hnsw_gpu.engine import State, Walk, squared_lengths, thread_count
 
 METRICS = {"l2": "l2", "euclidean": "l2", "ip": "ip", "cosine": "cosine"}  # and the engines' name
 ALIASES = {
@@ -17,6 +17,7 @@ ALIASES = {
     "cos": "cosine",
     "angular": "cosine",
 }
+MOST_NODES = 2**31 - 1
 CUDA_MEMORY = (2, 13)  # device types of DLPack: plain, managed
 LONGEST_SQUARED = float(np.finfo(np.float32).max) / 4  # then no distance overflows float32
 
@@ -57,6 +58,22 @@ def integer(name: str, value: Any, least: int, most: int | None = None) -> int:
         bounds = f"at least {least}" if most is None else f"{least} to {most}"
         raise ValueError(f"{name}={number}: expected {bounds}")
     return number
+
+
+def threads(value: int | None) -> int:
+    """How many threads to use; None: one a processor."""
+    return thread_count(None if value is None else integer("threads", value, 1))
+
+
+def walk(k: int, ef: int, threads_given: int | None, expand: int, ef_upper: int = 1) -> Walk:
+    """The numbers of a search."""
+    return Walk(
+        k=integer("k", k, 1, MOST_NODES),
+        ef=integer("ef", ef, 1),
+        expand=integer("expand", expand, 1, 32),
+        ef_upper=integer("ef_upper", ef_upper, 1, 65536),
+        threads=threads(threads_given),
+    )
 
 
 def is_on_gpu(value: Any) -> bool:
@@ -158,6 +175,25 @@ def unique_labels(name: str, value: ArrayLike) -> np.ndarray:
     if len(repeated):
         raise ValueError(f"{name}: label {repeated[0]} is given more than once")
     return result
+
+
+def new_labels(value: ArrayLike | None, count: int, state: State) -> np.ndarray:
+    """int64 labels (count,) for new vectors, none in use; None goes on after the largest."""
+    if state.node_count + count > MOST_NODES:
+        raise ValueError(
+            f"vectors: {state.node_count + count} in all, and an index holds at most {MOST_NODES}"
+        )
+    if value is None:
+        return np.arange(state.next_label, state.next_label + count, dtype=np.int64)
+    given = unique_labels("labels", value)
+    if len(given) != count:
+        raise ValueError(f"labels: {len(given)} for {count} vectors")
+    known = state.labels.find(given) >= 0
+    if known.any():
+        raise ValueError(
+            f"labels: label {given[known][0]} is already in the index ({known.sum()} are)"
+        )
+    return given
 
 
 def entry_mask(value: ArrayLike, entry_labels: np.ndarray, queries: int) -> np.ndarray:

@@ -40,13 +40,13 @@ def test_an_error_in_the_middle_of_a_batch(step, failing_call, monkeypatch):
     index.add(rows[len(index) :], labels=np.arange(len(index), 2000))
     check_prefix(index, rows)
     index.add(rows[:10])
-    assert len(index) == 2010 and len(index._graph.neighbors0) == 2000
+    assert len(index) == 2010 and len(index._state.graph.neighbors0) == 2000
 
 
 def test_links_to_nodes_that_did_not_follow_are_dropped():
     index = hnsw_gpu.Index(DIM, "l2", M=4)
     index.add(oracle.gaussian(300, DIM, seed=2))
-    graph = index._graph
+    graph = index._state.graph
     planted = graph._replace(neighbors0=graph.neighbors0.copy(), neighbors=graph.neighbors.copy())
     planted.neighbors0[5, 0] = 300
     planted.neighbors0[6, 1] = 2**31 - 1

@@ -12,16 +12,13 @@ from typing import NamedTuple
 import numpy as np
 
 from hnsw_gpu.engine import (
-    BLOCK,
-    BLOCK_VALUES,
     KEY_NONE,
     Graph,
-    empty_graph,
+    block_rows,
+    build_graph,
     exact_block,
-    insert_nodes,
     key_distances,
     key_nodes,
-    repair,
     rows_as_queries,
     search_graph,
 )
@@ -61,16 +58,10 @@ def build_nodes(
     advance: Callable[[int], object],
 ) -> Nodes:
     """A graph over distinct encoded rows (n, row), fp32. advance: told how many nodes are in."""
-    graph = empty_graph(M)
-    neighbors0 = np.empty((len(rows), 2 * M), np.int32)
-    insertion = insert_nodes(
-        graph, neighbors0, rows, metric,
-        ef_construction=ef_construction, seed=seed, threads=threads,
+    graph = build_graph(
+        rows, metric, M=M, ef_construction=ef_construction, seed=seed, threads=threads,
+        advance=advance,
     )  # fmt: skip
-    for grown in insertion:
-        advance(len(grown.neighbors0) - len(graph.neighbors0))
-        graph = grown
-    repair(graph, rows, metric, ef_construction=ef_construction, threads=threads)
     return Nodes(rows, graph, metric)
 
 
@@ -119,7 +110,7 @@ def _walked(
 def _compared(nodes: Nodes, queries: np.ndarray, k: int, threads: int) -> np.ndarray:
     rows = nodes.rows
     keys = np.full((len(queries), min(k, len(rows))), KEY_NONE, np.uint64)
-    block = max(256, min(BLOCK, BLOCK_VALUES // rows.shape[1]))
+    block = block_rows(rows.shape[1])
     for start in range(0, len(rows), block):
         part = rows[start : start + block]
         exact_block(keys, part, start, queries, nodes.metric, threads=threads)

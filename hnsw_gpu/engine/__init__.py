@@ -1,19 +1,19 @@
 """Arrays in, arrays out: the graph, its search and its building on the CPU."""
 
-from hnsw_gpu.engine.build import empty_graph, insert_nodes, repair, without_unfinished
 from hnsw_gpu.engine.copies import NodeTable, move_together
 from hnsw_gpu.engine.cpu_engine import CpuEngine
-from hnsw_gpu.engine.exact import BLOCK, BLOCK_VALUES, exact_block, rerank
-from hnsw_gpu.engine.filtered_search import nearest, nearest_others, within
-from hnsw_gpu.engine.graph import Graph, check_graph
+from hnsw_gpu.engine.exact import block_rows, exact_block, rerank
+from hnsw_gpu.engine.filtered_search import nearest, within
+from hnsw_gpu.engine.graph import Graph
+from hnsw_gpu.engine.growth import build_graph, compacted, insert, repaired, with_vectors
 from hnsw_gpu.engine.keys import KEY_NONE, key_distances, key_nodes
-from hnsw_gpu.engine.labels import Labels
+
 from hnsw_gpu.engine.search import pack_bits, search_graph
+from hnsw_gpu.engine.state import Parameters, State, empty_state, from_arrays
 from hnsw_gpu.engine.vectors import (
     BLOCK_BYTES,
     METRICS,
     STORAGE,
-    decode,
     empty_rows,
     encode,
     encode_queries,
@@ -21,35 +21,38 @@ from hnsw_gpu.engine.vectors import (
     rows_as_queries,
     squared_lengths,
 )
+from hnsw_gpu.engine.walk import Queries, Walk
 from hnsw_gpu.engine.workers import SharedLock, run_to_a_stop, thread_count
 
 __all__ = [
-    "BLOCK",
     "BLOCK_BYTES",
-    "BLOCK_VALUES",
     "KEY_NONE",
     "METRICS",
     "STORAGE",
     "CpuEngine",
     "Graph",
-    "Labels",
     "NodeTable",
+    "Parameters",
+    "Queries",
     "SharedLock",
-    "check_graph",
-    "decode",
-    "empty_graph",
+    "State",
+    "Walk",
+    "block_rows",
+    "build_graph",
+    "compacted",
     "empty_rows",
+    "empty_state",
     "encode",
     "encode_queries",
     "exact_block",
-    "insert_nodes",
+    "from_arrays",
+    "insert",
     "key_distances",
     "key_nodes",
     "move_together",
     "nearest",
-    "nearest_others",
     "pack_bits",
-    "repair",
+    "repaired",
     "rerank",
     "row_length",
     "rows_as_queries",
@@ -57,6 +60,6 @@ __all__ = [
     "search_graph",
     "squared_lengths",
     "thread_count",
+    "with_vectors",
     "within",
-    "without_unfinished",
 ]

@@ -14,10 +14,15 @@ from hnsw_gpu.engine.vectors import METRICS, engine_view, rows_as_queries, squar
 from hnsw_gpu.engine.workers import run_chunks
 
 QUERY_TILE = 512  # queries a matrix product: its result is 16 MB
-BLOCK = 8192  # rows a matrix product
-BLOCK_VALUES = 1 << 21  # numbers of those rows
+BLOCK = 8192  # rows a matrix product, at most
+BLOCK_VALUES = 1 << 21  # numbers of those rows, likewise
 CHUNK = 16  # queries a thread takes at a time
 AHEAD = 8  # rows asked for before they are needed
+
+
+def block_rows(dim):
+    """How many rows of `dim` numbers to give `exact_block` at a time."""
+    return max(256, min(BLOCK, BLOCK_VALUES // dim))
 
 
 def exact_block(keys, rows, first, queries, metric, *, threads):

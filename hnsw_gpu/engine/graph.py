@@ -124,30 +124,32 @@ def _first_link_defect(neighbors):
 
 def unreachable(graph):
     """int64 ids that cannot be reached on layer 0 from the entry point."""
-    parents = np.full(len(graph.neighbors0), -1, np.int32)
-    reach(graph.neighbors0, parents, graph.entry_point)
+    count, width = graph.neighbors0.shape
+    parents = np.full(count, -1, np.int32)
+    starts = np.arange(0, count * width + 1, width)
+    reach(graph.neighbors0.ravel(), starts, parents, graph.entry_point)
     return np.flatnonzero(parents < 0)
 
 
 @njit(nogil=True, cache=True)
-def reach(neighbors0, parents, start):
+def reach(links, starts, parents, start):
     """Breadth-first search from `start` through nodes whose parent is -1, writing their parents.
 
-    The parent of `start` becomes itself. Returns how many nodes were reached.
+    Node i links to links[starts[i]:starts[i + 1]] up to the first -1, int32. The parent of `start`
+    becomes itself.
     """
-    queue = np.empty(neighbors0.shape[0], np.int32)
+    queue = np.empty(len(parents), np.int32)
     parents[start] = start
     queue[0] = start
     count, head = 1, 0
     while head < count:
         node = queue[head]
         head += 1
-        for j in range(neighbors0.shape[1]):
-            link = neighbors0[node, j]
+        for place in range(starts[node], starts[node + 1]):
+            link = links[place]
             if link < 0:
                 break
             if parents[link] < 0:
                 parents[link] = node
                 queue[count] = link
                 count += 1
-    return count

@@ -52,6 +52,15 @@ class Labels:
         entries = place if order is None else order[place]
         return np.where(ascending[place] == labels, entries, -1)
 
+    def known(self, labels):
+        """int64 entries of the given labels (m,); KeyError names the first that is not here."""
+        entries = self.find(labels)
+        missing = labels[entries < 0]
+        if len(missing):
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise KeyError(f"label {missing[0]}{more}: not in the index")
+        return entries
+
     def nodes(self, entries):
         """int64 nodes of entries."""
         return np.searchsorted(self.offsets, entries, side="right") - 1
@@ -78,6 +87,35 @@ class Labels:
         kept[entries] = False
         before = np.concatenate([[0], np.cumsum(kept)]).astype(np.int64)
         return Labels(before[self.offsets], self.labels[kept])
+
+    def of_nodes(self, nodes):
+        """Labels of some nodes (m,) that between them carry all labels, renumbered 0..m-1."""
+        counts = np.diff(self.offsets)[nodes]
+        return Labels(np.concatenate([[0], np.cumsum(counts)]).astype(np.int64), self.labels)
+
+    def problems(self, count, next_label):
+        """What is wrong, in sentences, as the labels of `count` nodes, all below `next_label`."""
+        offsets, labels = self.offsets, self.labels
+        if len(offsets) != count + 1 or offsets[0] != 0 or (np.diff(offsets) < 0).any():
+            return ["label_offsets do not divide the labels among the nodes"]
+        if offsets[-1] != len(labels):
+            return ["label_offsets do not cover the labels"]
+        found = []
+        is_within = np.ones(max(len(labels) - 1, 0), bool)  # a label and the next share a node
+        firsts = offsets[1:-1]
+        is_within[firsts[(firsts > 0) & (firsts < len(labels))] - 1] = False
+        if (np.diff(labels)[is_within] <= 0).any():
+            found.append("the labels of a node do not ascend")
+        ordered = np.sort(labels)
+        if len(labels) and (ordered[0] < 0 or (np.diff(ordered) == 0).any()):
+            found.append("labels are negative or repeated")
+        if len(labels) and ordered[-1] >= next_label:
+            found.append(f"the next label is {next_label}, and {ordered[-1]} is there")
+        return found
+
+    def count(self, nodes):
+        """How many labels nodes (m,) carry, together."""
+        return int((self.offsets[nodes + 1] - self.offsets[nodes]).sum())
 
     def live_nodes(self):
         """bool (n,): nodes that carry a label."""

@@ -8,13 +8,14 @@ Whatever is allocated is used in the order of one stream, or kept until its use 
 gives freed memory to the next that asks on the same stream.
 """
 
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
-from hnsw_gpu.engine import KEY_NONE, Graph, key_nodes, rows_as_queries
+from hnsw_gpu.engine import KEY_NONE, CpuEngine, Graph, key_nodes, rows_as_queries
 from hnsw_gpu.gpu import launch_plan
 from hnsw_gpu.gpu.device_index import (
     DeviceIndex,
@@ -25,6 +26,8 @@ from hnsw_gpu.gpu.device_index import (
     keys_walked,
     mask_stride,
 )
+
+logger = logging.getLogger("hnsw_gpu")
 
 BATCH_SHARE = 4  # the batches in flight take one part in so many of the free memory
 MOST_QUERIES = 16384  # of a batch: it fills a GPU, and copying hides behind searching
@@ -127,6 +130,9 @@ class GpuEngine:
         self._index.compile_encoder()
         self._device = self._index.device
         self._rows = self._refine_rows = np.empty((0, 0))
+        self._relinked = np.empty(0, bool)  # nodes with links that the GPU lacks
+        self._is_stale = True  # it lacks some, or nodes
+        self._updating = threading.Lock()
         self._slots: list[_Slot] = []  # not in use
         self._lock = threading.Lock()  # of `_searches`, and of uploading labels
         self._searches: list[tuple[Any, Any]] = []  # not waited for: the event at the end, queries
@@ -163,6 +169,23 @@ class GpuEngine:
         self._searches = []
         self._rows = rows
         self._refine_rows = rows if refine_rows is None else refine_rows
+
+    def changing(self, count: int) -> np.ndarray:
+        """bool (count,): to be set True for nodes whose links on layer 0 change, before `walk`."""
+        before, self._relinked = self._relinked, np.zeros(count, bool)
+        known = min(count, len(before))
+        self._relinked[:known] = before[:known]
+        self._is_stale = True
+        return self._relinked
+
+    def up_to_date(self, cpu: CpuEngine) -> "GpuEngine":
+        """This engine, with what changed since the last call; may be called from many threads."""
+        with self._updating:
+            if self._is_stale:
+                changed = np.flatnonzero(self._relinked[: self.node_count])
+                self.update(cpu.graph, cpu.rows, cpu.refine_rows, changed)
+                self._relinked, self._is_stale = np.zeros(cpu.node_count, bool), False
+        return self
 
     def close(self) -> None:
         """Give the memory back to CuPy, when the last search has ended; `update` fills it again."""
@@ -475,6 +498,27 @@ class GpuEngine:
                 f"{name}: on GPU {given.device.id}, and the index is on GPU {self._device.id}"
             )
         return given
+
+
+def on_gpu(device: str, cpu: CpuEngine, dim: int) -> GpuEngine | None:
+    """What `cpu` holds, on the current GPU; None where that cannot be and device is "auto".
+
+    With device "cuda" RuntimeError says what is missing, MemoryError what does not fit.
+    """
+    engine = None
+    try:
+        M = cpu.graph.neighbors.shape[1]
+        engine = GpuEngine(cpu.metric, cpu.dtype, cpu.refine, dim, M)
+        engine.up_to_date(cpu)
+    except (RuntimeError, MemoryError) as error:
+        if engine is not None:
+            engine.close()
+        if device == "cuda":
+            raise type(error)(f"device='cuda': {error}") from error
+        logger.info("device='auto': searching on the CPU: %s", error)
+        return None
+    logger.info("searching on %s", engine.name)
+    return engine
 
 
 _NO_IDS = np.empty(0, np.int32)

@@ -20,7 +20,8 @@ from numpy.typing import ArrayLike
 
 from hnsw_gpu import inputs
 from hnsw_gpu.engine import thread_count
-from hnsw_gpu.index import MOST_NODES, Index, SearchResult
+from hnsw_gpu.index import Index
+from hnsw_gpu.results import SearchResult
 
 logger = logging.getLogger("hnsw_gpu")
 
@@ -209,7 +210,7 @@ class Batcher:
         loop: asyncio.AbstractEventLoop | None,
     ) -> _Request:
         """Check what was given, and put it in the queue."""
-        k, ef = inputs.integer("k", k, 1, MOST_NODES), inputs.integer("ef", ef, 1)
+        k, ef = inputs.integer("k", k, 1, inputs.MOST_NODES), inputs.integer("ef", ef, 1)
         index = self._index
         given = index.checked_queries(queries)
         if given.flags.writeable:  # perhaps the caller's own array, which it may use again at once

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from hnsw_gpu import inputs
-from hnsw_gpu.index import SearchResult
+from hnsw_gpu.results import SearchResult
 from hnsw_gpu.serve import formats
 
 BUSY = (429, 503)  # refused before any work was done

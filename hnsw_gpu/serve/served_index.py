@@ -12,7 +12,8 @@ import numpy as np
 
 from hnsw_gpu import inputs
 from hnsw_gpu.files import arrays_checksum, read_vectors
-from hnsw_gpu.index import Index, SearchResult, load
+from hnsw_gpu.index import Index, load
+from hnsw_gpu.results import SearchResult
 
 CANARY_ROWS = 64
 CANARY_K = 10

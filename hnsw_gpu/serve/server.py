@@ -26,7 +26,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from hnsw_gpu.index import SearchResult
+from hnsw_gpu.results import SearchResult
 from hnsw_gpu.serve import formats, openapi
 from hnsw_gpu.serve.batcher import Batcher, QueueFullError
 from hnsw_gpu.serve.metrics import CONTENT_TYPE, Metrics

@@ -93,6 +93,8 @@ def test_the_recorded_walk_is_the_engines(dtype):
     base, queries = datasets.tiny()
     index = hnsw_gpu.Index(32, "cosine", dtype, **SETTING._asdict())
     index.add(base)
-    found = anatomy.shares(index._graph, index._rows, queries[:20], dtype, ef=32, rounds=1)
+    found = anatomy.shares(
+        index._state.graph, index._state.rows, queries[:20], dtype, ef=32, rounds=1
+    )
     assert sum(found["shares"].values()) == pytest.approx(1)
     assert found["hops_per_query"] >= 32

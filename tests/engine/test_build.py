@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import reference
 
-from hnsw_gpu.engine import build, graph
+from hnsw_gpu.engine import build, graph, repair
 from hnsw_gpu.engine.graph import Graph
 from hnsw_gpu.engine.search import search_graph
 from hnsw_gpu.engine.vectors import encode, encode_queries
@@ -260,10 +260,10 @@ def assert_repairs_alike(
     for threads in (1, 2):
         repaired = made._replace(neighbors0=made.neighbors0.copy())
         settings = {"ef_construction": ef_construction, "threads": threads}
-        assert build.repair(repaired, rows, metric, **settings) == missing
+        assert repair.repair(repaired, rows, metric, **settings) == missing
         np.testing.assert_array_equal(repaired.neighbors0, wanted)
         assert graph.check_graph(repaired) == []
-        assert build.repair(repaired, rows, metric, **settings) == 0
+        assert repair.repair(repaired, rows, metric, **settings) == 0
         np.testing.assert_array_equal(repaired.neighbors0, wanted)
 
 
@@ -299,7 +299,7 @@ def test_repair_where_no_node_that_was_found_can_give() -> None:
 
 def test_nothing_to_repair() -> None:
     assert (
-        build.repair(
+        repair.repair(
             build.empty_graph(4), np.empty((0, 8), np.float32), "l2", ef_construction=5, threads=1
         )
         == 0
@@ -315,7 +315,7 @@ def test_search_of_a_built_graph_equals_the_oracle(metric: str, dtype: str) -> N
     vectors = integer_vectors(400, 16, metric, dtype, seed=25)
     rows = encode(vectors, metric, dtype)
     made = built(rows, metric, M=5, ef_construction=40)
-    build.repair(made, rows, metric, ef_construction=40, threads=1)
+    repair.repair(made, rows, metric, ef_construction=40, threads=1)
     assert graph.check_graph(made) == []
     asked = vectors[::40]
     queries = encode_queries(asked, metric, dtype)

@@ -35,7 +35,7 @@ def reached(links, start):
 
 def assert_sound(index, folder):
     """All nodes reached on layer 0 from the entry point, and every array as its comment says."""
-    graph = index._graph  # before `save` and `check`, which might mend it
+    graph = index._state.graph  # before `save` and `check`, which might mend it
     if len(graph.neighbors0):
         missing = np.flatnonzero(~reached(graph.neighbors0, graph.entry_point))
         assert len(missing) == 0, f"{len(missing)} of {len(graph.neighbors0)}: {missing[:9]}"

@@ -480,7 +480,7 @@ def test_the_canary_sees_a_bad_index(folder, tmp_path):
     with running(path) as own:
         own.wait(lambda: own.call.metric("canary_recall") > 0)
         assert len(own.server.edition.canary.queries) == 20
-        own.server.edition.index._graph.neighbors0[:] = -1
+        own.server.edition.index._state.graph.neighbors0[:] = -1
         own.wait(lambda: own.call.search(QUERIES[:1]).status == 200)
         asking = own.server._ask_canary()
         loop = own.process.servers[0].get_loop()

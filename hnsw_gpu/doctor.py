@@ -1,4 +1,4 @@
-"""What this machine offers the engine: versions, threads, SIMD, the compile cache, GPUs."""
+"""What this machine offers: versions, threads, SIMD, the compile cache, GPUs."""
 
 import os
 import platform

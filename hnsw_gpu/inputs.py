@@ -1,4 +1,4 @@
-"""What callers give, checked once: clear errors here, no checks inside."""
+"""Validation of what callers pass, once: clear errors here, no checks inside."""
 
 import operator
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""How the command line speaks: one line an error, bars and notes only where someone watches."""
+"""How the command line talks: one line per error; bars and notes only on a terminal."""
 
 import contextlib
 import errno

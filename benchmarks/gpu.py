@@ -27,6 +27,7 @@ from benchmarks.peers import Setting
 from benchmarks.race import EFS, K
 from benchmarks.run import RESULTS, SETTING, about, rounded
 from hnsw_gpu.engine.vectors import encode_queries
+from hnsw_gpu.engine.walk import Walk
 
 QUERIES = 10_000  # distinct ones; larger batches repeat them
 JUDGED = 1_000  # of those, by which recall is taken
@@ -278,7 +279,7 @@ def ours(dataset: Dataset, dtype: str, sizes: Sizes, target: float) -> dict:
         ef, reached = own_ef
         if expand != own:
             ef, reached = chosen_ef(EFS, target, functools.partial(recall_at, expand=expand))
-        walk = engine._walk_of(K, ef, None, 1, expand, False)
+        walk = engine._planned(Walk(K, ef, expand), keeps_allowed=False)
         points = []
         for batch in sizes.batches:
             point = measure(clock, engine, encoded, walk, batch, sizes.rounds, peak)

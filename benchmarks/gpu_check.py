@@ -8,6 +8,7 @@ import numpy as np
 
 import hnsw_gpu
 from benchmarks.kernel_times import places
+from hnsw_gpu.engine.walk import Queries, Walk
 
 
 def check_index(cupy: Any, dtype: str, refine: bool, rows: int) -> int:
@@ -21,7 +22,7 @@ def check_index(cupy: Any, dtype: str, refine: bool, rows: int) -> int:
     searches: list[Callable[[], tuple]] = [
         lambda: index.search(vectors[:9], 5, ef=20, expand=4, allow=mask),
         lambda: index.search(vectors[:9], 5, ef=20, expand=4, allow=np.arange(0, rows, 19)),
-        lambda: (index._engine.walk(None, 5, 20, own=np.arange(9), expand=4),),
+        lambda: (index._engine.walk(Queries(own=np.arange(9)), Walk(5, 20, expand=4)),),
         lambda: (index._engine.own_keys(np.arange(rows)),),
     ]
     for batch in (sms, 2 * sms, 4 * sms + 1):  # 8, 4 warps a query, and 1

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hnsw_gpu.gpu import launch_plan
-from hnsw_gpu.gpu.device_index import Queries
+from hnsw_gpu.gpu.device_index import EncodedQueries
 
 LINK_BYTES = 4
 
@@ -99,7 +99,7 @@ def measure(
 
     def search(number: int) -> Round:
         queries = clock.upload(encoded[places(batch, number, len(encoded))])
-        return clock.time(lambda: index.walk(Queries(queries, queries), walk, walk.k, None))
+        return clock.time(lambda: index.walk(EncodedQueries(queries, queries), walk, walk.k, None))
 
     search(0)
     with kept_counts(index) as kept:
@@ -140,26 +140,16 @@ def bytes_a_query(hops: float, distances: float, row: tuple[int, ...], index: An
 def kept_counts(index: Any) -> Iterator[list]:
     """Device arrays int32 (q, 2), hops and distances, of each search in the block."""
     kept: list[Any] = []
-    struct = index._struct
-
-    def keep(name: str, **fields: Any) -> np.ndarray:
-        if name == "Task":
-            kept.append(fields["counts"])
-        return struct(name, **fields)
-
-    index._struct = keep
+    before, index.on_counts = index.on_counts, kept.append
     try:
         yield kept
     finally:
-        del index._struct
+        index.on_counts = before
 
 
 def planned(index: Any, walk: launch_plan.Walk, batch: int) -> dict:
     """How a batch is launched."""
-    settings = (index._metric, index._dtype, index._dim, index._M, walk)
-    sizes = {"queries": batch, "nodes": index.node_count, "limits": index.limits}
-    kernel = index._kernel("search", launch_plan.plan(*settings, **sizes).definitions)
-    plan = launch_plan.plan(*settings, **sizes, registers=kernel.num_regs)
+    kernel, plan = index.planned(walk, batch)
     return {
         "queries": batch,
         "warps": plan.definitions["WARPS"],

@@ -94,9 +94,9 @@ class Counted(NamedTuple):
 
 def count(tool: Tools, index: hnsw_gpu.Index, dtype: str, queries: np.ndarray, ef: int) -> Counted:
     """With one warp a query, and the plan's visited cache."""
-    graph = index._graph
+    graph = index._state.graph
     nodes = len(graph.neighbors0)
-    rows = encode(index._rows[:nodes, : index.dim], "cosine", dtype)
+    rows = encode(index._state.rows[:nodes, : index.dim], "cosine", dtype)
     asked = encode_queries(queries, "cosine", dtype)
     buckets, tag_bits = launch_plan.visited_cache(walk(ef), nodes)
     build = tool.emulated.Build(
@@ -200,7 +200,7 @@ def shared_calls(one: tuple, other: tuple) -> int:
 
 
 def machine_code(tool: Tools, toolkit: Any, index: hnsw_gpu.Index, dtype: str, arch: int) -> list:
-    nodes = len(index._graph.neighbors0)
+    nodes = len(index._state.graph.neighbors0)
     _, tag_bits = launch_plan.visited_cache(walk(EFS[0]), nodes)
     definitions = kernel_source.definitions("cosine", dtype, index.dim, index.M, 1, tag_bits)
     options = tool.cuda_toolkit.options(toolkit, kernel_source.options(definitions))
@@ -230,7 +230,7 @@ def bounds(
 def resident_queries(index: hnsw_gpu.Index, dtype: str, ef: int, card: Card) -> tuple[int, int]:
     """Queries on the GPU at once, of a large batch, and bytes of shared memory of each."""
     limits = launch_plan.of_arch(card.arch)._replace(sms=card.sms)
-    nodes = len(index._graph.neighbors0)
+    nodes = len(index._state.graph.neighbors0)
     plan = launch_plan.plan(
         "cosine", dtype, index.dim, index.M, walk(ef), queries=10**6, nodes=nodes, limits=limits
     )
@@ -246,7 +246,7 @@ def model(tool: Tools, index: hnsw_gpu.Index, dataset: datasets.Dataset) -> list
         for ef in EFS:
             click.echo(f"{dtype}, ef {ef} ...", err=True)
             counted = count(tool, index, dtype, dataset.queries, ef)
-            buckets, _ = launch_plan.visited_cache(walk(ef), len(index._graph.neighbors0))
+            buckets, _ = launch_plan.visited_cache(walk(ef), len(index._state.graph.neighbors0))
             turns = {"beam.cuh": math.log2(ef) + 1, "visited.cuh": buckets / LANES}
             executed = {arch: instructions(code[arch], counted.meetings, turns) for arch in ARCHS}
             points.append(point(index, dataset, dtype, ef, counted, executed))

@@ -60,7 +60,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON i
 @click.option("--metric", default="cosine", show_default=True, help="l2, ip or cosine.")
 @click.option("--dtype", default="fp32", show_default=True, help="Stored as fp32, fp16 or int8.")
 @click.option("--M", "M", default=16, show_default=True, help="Links of a node on a layer.")
-@click.option("--ef-construction", default=200, show_default=True, help="Beam capacity of the build.")
+@click.option("--ef-construction", default=200, show_default=True, help="Beam capacity of a build.")
 @click.option(
     "--refine",
     type=click.Choice(["fp32", "fp16"]),
@@ -172,7 +172,7 @@ def check(index: Path) -> None:
 @click.argument("index", type=FILE)
 @click.argument("queries", type=VECTORS)
 @click.option("-k", "k", type=POSITIVE, default=10, show_default=True, help="Results per query.")
-@click.option("--ef", "efs", default="16,32,64,128,256", show_default=True, help="Values to measure.")
+@click.option("--ef", "efs", default="16,32,64,128,256", show_default=True, help="Values to try.")
 @click.option("--vectors", type=VECTORS, help="The original vectors; row i has label i.")
 @click.option("--plot", type=OUTPUT, help="Draw recall against queries/s into this .png.")
 @device_option
@@ -280,7 +280,7 @@ def _bytes(context: click.Context, parameter: click.Parameter, text: str | None)
 )
 @click.option("--write-kept", is_flag=True, help="kept.parquet with all columns of the kept rows.")
 @click.option("--M", "M", default=16, show_default=True, help="Links of a node on a layer.")
-@click.option("--ef-construction", default=80, show_default=True, help="Beam capacity of the build.")
+@click.option("--ef-construction", default=80, show_default=True, help="Beam capacity of a build.")
 @click.option("--ef", default=48, show_default=True, help="Beam capacity of the join.")
 @click.option("--seed", default=0, show_default=True, help="Same seed, same result.")
 @threads_option

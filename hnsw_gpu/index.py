@@ -318,7 +318,7 @@ class Index:
         with self._lock.shared():
             entries, nodes = self._filter(allow, len(queries))
             keys = nearest(self._engine, Queries(queries), walk, nodes)
-            labels, distances = self._state.labels.spread(keys, walk.k, entries)
+            labels, distances = self._state.labels.keys_to_labels(keys, walk.k, entries)
         return SearchResult(labels, self._as_asked(distances))
 
     @property
@@ -374,7 +374,7 @@ class Index:
             held = self._state.labels
             live = np.flatnonzero(held.live_nodes())
             keys = self._state.cpu.compare(Queries(given), live, min(k, len(live)), threads)
-            labels, distances = held.spread(keys, k)
+            labels, distances = held.keys_to_labels(keys, k)
         return SearchResult(labels, self._as_asked(distances))
 
     def search_radius(
@@ -402,7 +402,7 @@ class Index:
             held = self._state.labels
             keys = within(self._engine, Queries(given), is_near, walk, nodes)
             found = [
-                held.spread(row[None], held.count(key_nodes(row)), _row_of(entries, i))
+                held.keys_to_labels(row[None], held.count(key_nodes(row)), _row_of(entries, i))
                 for i, row in enumerate(keys)
             ]
         none = [(np.empty((1, 0), np.int64), np.empty((1, 0), np.float32))]
@@ -430,7 +430,9 @@ class Index:
                     part = entries[start : start + SELF_ROWS]
                     place = slice(start, start + len(part))
                     keys = self._keys_of_others(held.nodes(part), walk)
-                    labels[place], distances[place] = held.spread(keys, walk.k, skipped=part)
+                    labels[place], distances[place] = held.keys_to_labels(
+                        keys, walk.k, skipped=part
+                    )
                     shown.update(len(part))
         return SearchResult(labels, self._as_asked(distances))
 

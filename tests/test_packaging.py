@@ -144,7 +144,7 @@ def test_the_installed_command_works(installed, tmp_path):
 def test_the_kernels_are_found_in_the_wheel(installed, tmp_path):
     look = (
         "from hnsw_gpu.gpu import kernel_source as k; print(k.folder()); "
-        "assert all(k.source(name) for name in k.FILE_OF_KERNEL)"
+        "assert all(k.source(name) for name in k.REGISTERS_CAP)"
     )
     found = call(sys.executable, "-c", look, cwd=tmp_path, PYTHONPATH=str(installed))
     assert Path(found.strip()) == installed / "hnsw_gpu" / "kernels"

@@ -7,7 +7,6 @@ from hnsw_gpu.engine.filtered_search import nearest, within
 from hnsw_gpu.engine.graph import Graph
 from hnsw_gpu.engine.growth import build_graph, compacted, insert, repaired, with_vectors
 from hnsw_gpu.engine.keys import KEY_NONE, key_distances, key_nodes
-
 from hnsw_gpu.engine.search import pack_bits, search_graph
 from hnsw_gpu.engine.state import Parameters, State, empty_state, from_arrays
 from hnsw_gpu.engine.vectors import (

@@ -30,14 +30,18 @@ class CpuEngine(NamedTuple):
         """The rows that decide where all are compared."""
         return self.rows if self.refine_rows is None else self.refine_rows
 
+    def can_walk(self, k: int, keeps_allowed: bool) -> bool:
+        return True
+
     def walk(self, queries: Queries, walk: Walk, allowed: np.ndarray | None = None) -> np.ndarray:
+        walk = walk.within(self.node_count)
         found = search_graph(
             self.graph,
             self.rows,
             self._encoded(queries, self.rows, self.dtype),
             self.metric,
             k=walk.k if self.refine_rows is None else walk.ef,
-            ef=walk.capacity or walk.ef,
+            ef=walk.capacity,
             expand=walk.expand,
             ef_upper=walk.ef_upper,
             allowed=allowed,

@@ -23,6 +23,9 @@ class Engine(Protocol):
     @property
     def node_count(self) -> int: ...
 
+    def can_walk(self, k: int, keeps_allowed: bool) -> bool:
+        """Can a beam hold k keys, beside k allowed ones where those are kept (R8, R10)?"""
+
     def walk(self, queries: Queries, walk: Walk, allowed: np.ndarray | None = None) -> np.ndarray:
         """Keys (q, k) of the nearest nodes that a walk of the graph meets (R3-R10).
 
@@ -43,11 +46,17 @@ def nearest(engine: Engine, queries: Queries, walk: Walk, mask: np.ndarray | Non
     """Keys (q, min(k, nodes)) of the allowed nodes nearest to each query."""
     nodes = engine.node_count
     walk = walk.within(nodes)
-    if mask is None or mask.all():
-        return engine.walk(queries, walk)
+    if mask is not None and mask.all():
+        mask = None
+    can_walk = engine.can_walk(walk.k, mask is not None or queries.own is not None)
+    if mask is None:
+        if can_walk:
+            return engine.walk(queries, walk)
+        return _compared(engine, queries, np.arange(nodes), walk)
     allowed = np.broadcast_to(mask.sum(axis=-1), queries.size)
     plan = _beam_capacity(allowed, nodes, walk.ef)
     plan[allowed == nodes] = walk.ef  # as without a mask, whatever the others' masks
+    plan[:] = plan if can_walk else 0
     keys = np.full((queries.size, walk.k), KEY_NONE, np.uint64)
     for capacity in np.unique(plan[plan > 0]).tolist():
         part = np.flatnonzero(plan == capacity)
@@ -56,7 +65,7 @@ def nearest(engine: Engine, queries: Queries, walk: Walk, mask: np.ndarray | Non
         keys[part] = engine.walk(queries.part(part), wider, bits)
     met = (keys != KEY_NONE).sum(axis=1)
     others = allowed if queries.own is None else allowed - 1
-    too_few = (met < np.minimum(walk.k, others)) & (allowed < nodes)
+    too_few = (met < np.minimum(walk.k, others)) & ((allowed < nodes) | (plan == 0))
     for part, ids in _same_ids(np.flatnonzero(too_few), mask):
         keys[part] = _compared(engine, queries.part(part), ids, walk)
     return keys

@@ -137,7 +137,7 @@ class Labels:
             result[row] = before[ends] > before[starts]
         return result
 
-    def spread(self, keys, k, allowed=None, skipped=None):
+    def keys_to_labels(self, keys, k, allowed=None, skipped=None):
         """Labels and distances (q, k) of keys (q, m): each node's labels, ascending.
 
         `allowed` is None or packed bits of entries, uint32 (1 or q, words); `skipped` int64 (q,)
@@ -147,12 +147,12 @@ class Labels:
         distances = np.full((len(keys), k), np.inf, np.float32)
         allowed = np.empty((0, 0), np.uint32) if allowed is None else allowed
         skipped = np.empty(0, np.int64) if skipped is None else skipped
-        _spread(keys, self.offsets, self.labels, allowed, skipped, labels, distances)
+        _keys_to_labels(keys, self.offsets, self.labels, allowed, skipped, labels, distances)
         return labels, distances
 
 
 @njit(nogil=True, cache=True, _nrt=False)
-def _spread(keys, offsets, entry_labels, allowed, skipped, labels, distances):
+def _keys_to_labels(keys, offsets, entry_labels, allowed, skipped, labels, distances):
     k = labels.shape[1]
     for q in range(keys.shape[0]):
         count = 0

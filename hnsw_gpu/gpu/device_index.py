@@ -8,20 +8,19 @@ import functools
 import logging
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from hnsw_gpu.engine import Graph
 from hnsw_gpu.gpu import kernel_source, launch_plan
+from hnsw_gpu.gpu.kernel_structs import argument
 
 logger = logging.getLogger("hnsw_gpu")
 
 LEAST_MAJOR = 7  # of the compute capability: lanes find their equals since then
 BLOCK_IDS = 65536  # that are compared before the keys are cut to k
-
-_struct_dtype = functools.cache(kernel_source.struct_dtype)
 
 
 class LabelArrays(Protocol):
@@ -31,7 +30,7 @@ class LabelArrays(Protocol):
     labels: np.ndarray
 
 
-class Queries(NamedTuple):
+class EncodedQueries(NamedTuple):
     """Encoded queries on the device, uint8 (q, bytes)."""
 
     coarse: Any  # as the rows are
@@ -55,6 +54,8 @@ class DeviceIndex:
         self.limits = launch_plan.from_device(properties)
         self.stream = cupy.cuda.Stream(non_blocking=True)
         self.uploaded = cupy.cuda.Event(disable_timing=True)
+        # told the hops and distances, int32 (q, 2) on the device, of each batch that is walked
+        self.on_counts: Callable[[Any], object] = lambda counts: None
         self._kernels: dict[tuple, Any] = {}
         self._compiling = threading.Lock()
         self.forget()
@@ -153,20 +154,15 @@ class DeviceIndex:
 
     # ---------------------------------------------------------------- searching it
 
-    def walk(self, batch: Queries, walk: launch_plan.Walk, k: int, allowed: Any) -> Any:
+    def walk(self, batch: EncodedQueries, walk: launch_plan.Walk, k: int, allowed: Any) -> Any:
         """Keys (q, k): search.cu, and where there are refine rows compare.cu on what it found."""
         cupy, count = self._cupy, len(batch.coarse)
-        plan = functools.partial(
-            launch_plan.plan, self._metric, self._dtype, self._dim, self._M, walk,
-            queries=count, nodes=self.node_count, limits=self.limits,
-        )  # fmt: skip
-        kernel = self._kernel("search", plan().definitions)
-        planned = plan(registers=kernel.num_regs)
+        kernel, planned = self.planned(walk, count)
         keys, counts = cupy.empty((count, walk.k), np.uint64), cupy.empty((count, 2), np.int32)
         next_query = cupy.zeros(1, np.uint32)
         names = ("neighbors0", "nodes", "neighbors", "below", "layer_offsets", "rows")
-        graph = self._struct("Graph", top=self._top, **{name: self._arrays[name] for name in names})
-        task = self._struct(
+        graph = argument("Graph", top=self._top, **{name: self._arrays[name] for name in names})
+        task = argument(
             "Task",
             queries=batch.coarse,
             allowed=allowed,
@@ -183,6 +179,7 @@ class DeviceIndex:
             visited_buckets=planned.visited_buckets,
         )
         kernel((planned.grid,), (planned.block,), (graph, task), shared_mem=planned.shared_mem)
+        self.on_counts(counts)
         if not self._refine:
             return keys
         if k <= launch_plan.MOST_KEPT:
@@ -191,7 +188,16 @@ class DeviceIndex:
         keys.sort(axis=1)
         return _cut(keys, k)
 
-    def compare(self, batch: Queries, ids: np.ndarray, k: int) -> Any:
+    def planned(self, walk: launch_plan.Walk, queries: int) -> tuple[Any, launch_plan.Plan]:
+        """The compiled search.cu for a batch, and how to launch it."""
+        plan = functools.partial(
+            launch_plan.plan, self._metric, self._dtype, self._dim, self._M, walk,
+            queries=queries, nodes=self.node_count, limits=self.limits,
+        )  # fmt: skip
+        kernel = self._kernel("search", plan().definitions)
+        return kernel, plan(registers=kernel.num_regs)
+
+    def compare(self, batch: EncodedQueries, ids: np.ndarray, k: int) -> Any:
         """Keys (q, k or fewer), ascending, of the nearest of int32 ids (m,)."""
         k = min(k, len(ids))
         if 0 < k <= launch_plan.MOST_KEPT:
@@ -205,7 +211,9 @@ class DeviceIndex:
             best = _cut(keys, k)
         return best
 
-    def _keep_nearest(self, batch: Queries, k: int, ids: Any = None, candidates: Any = None) -> Any:
+    def _keep_nearest(
+        self, batch: EncodedQueries, k: int, ids: Any = None, candidates: Any = None
+    ) -> Any:
         """Keys (q, k), ascending, of the nearest of ids (m,) or of keys `candidates` (q, m)."""
         m = len(ids) if candidates is None else candidates.shape[1]
         _, shares = launch_plan.compare_grid(len(batch.fine), m, self.limits)
@@ -216,16 +224,18 @@ class DeviceIndex:
         keys.sort(axis=1)
         return _cut(keys, k)
 
-    def compare_keys(self, batch: Queries, ids: Any = None, candidates: Any = None) -> Any:
+    def compare_keys(self, batch: EncodedQueries, ids: Any = None, candidates: Any = None) -> Any:
         """Keys (q, m), in order of ids (m,) or of the keys `candidates` (q, m)."""
         m = len(ids) if candidates is None else candidates.shape[1]
         keys = self._cupy.empty((len(batch.fine), m), np.uint64)
         self._launch_compare(batch, ids, candidates, keys, k=0)
         return keys
 
-    def _launch_compare(self, batch: Queries, ids: Any, candidates: Any, keys: Any, k: int) -> None:
+    def _launch_compare(
+        self, batch: EncodedQueries, ids: Any, candidates: Any, keys: Any, k: int
+    ) -> None:
         count, m = len(batch.fine), len(ids) if candidates is None else candidates.shape[1]
-        task = self._struct(
+        task = argument(
             "Comparison",
             rows=self._arrays["refine_rows" if self._refine else "rows"],
             queries=batch.fine,
@@ -248,35 +258,33 @@ class DeviceIndex:
         except Exception as error:  # of CuPy, of NVRTC, of a library that is not there
             raise RuntimeError(f"kernels cannot be compiled here: {error}") from error
 
-    def encode(self, vectors: Any) -> Queries:
+    def encode(self, vectors: Any) -> EncodedQueries:
         def encoded(dtype: str) -> Any:
             size = launch_plan.query_bytes(dtype, self._dim)
             queries = self._cupy.empty((len(vectors), size), np.uint8)
-            task = self._struct("Encoding", vectors=vectors, queries=queries, count=len(vectors))
+            task = argument("Encoding", vectors=vectors, queries=queries, count=len(vectors))
             kernel = self._kernel("encode", self._definitions(dtype))
             kernel((launch_plan.warp_grid(len(vectors)),), (launch_plan.THREAD_BLOCK,), (task,))
             return queries
 
         coarse = encoded(self._dtype)
-        return Queries(coarse, encoded(self._refine) if self._refine else coarse)
+        return EncodedQueries(coarse, encoded(self._refine) if self._refine else coarse)
 
-    def spread(self, keys: Any, allowed: Any, labels: Any, distances: Any, root: bool) -> None:
+    def keys_to_labels(self, keys: Any, labels: Any, distances: Any, root: bool) -> None:
         """Write labels and distances (q, k) of keys (q, m)."""
-        task = self._struct(
-            "Spread",
+        task = argument(
+            "KeysToLabels",
             keys=keys,
             offsets=self._arrays["label_offsets"],
             entry_labels=self._arrays["entry_labels"],
-            allowed=allowed,
             labels=labels,
             distances=distances,
-            allowed_stride=mask_stride(allowed),
             query_count=len(keys),
             m=keys.shape[1],
             k=labels.shape[1],
             root=root,
         )
-        kernel = self._kernel("spread", self._definitions(self._dtype))
+        kernel = self._kernel("keys_to_labels", self._definitions(self._dtype))
         kernel((launch_plan.warp_grid(len(keys)),), (launch_plan.THREAD_BLOCK,), (task,))
 
     def _definitions(self, dtype: str) -> dict[str, int]:
@@ -301,17 +309,6 @@ class DeviceIndex:
         seconds = time.perf_counter() - start
         logger.info("kernel %s: compiled in %.1f s (%s)", name, seconds, " ".join(options))
         return kernel
-
-    def _struct(self, name: str, **fields: Any) -> np.ndarray:
-        """A kernel's argument: `struct <name>`, of device arrays the addresses."""
-        dtype = _struct_dtype(name)
-        values = (fields[field] for field in dtype.names or ())
-        return np.array([tuple(self._number(value) for value in values)], dtype)
-
-    def _number(self, value: Any) -> int:
-        if isinstance(value, self._cupy.ndarray):
-            return int(value.data.ptr)
-        return 0 if value is None else int(value)
 
 
 def _cut(keys: Any, k: int) -> Any:

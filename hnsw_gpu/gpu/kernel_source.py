@@ -11,24 +11,13 @@ import numpy as np
 
 from hnsw_gpu.engine import METRICS, STORAGE, row_length
 
-# extern "C" functions, each in a file of its name; and the most registers a thread of it may take,
+# extern "C" functions, each in a file of its name, and the most registers a thread of it may take,
 # which is what the launch plan reckons with. The compile test holds the kernels to it.
-REGISTERS_CAP = {"search": 128, "compare": 128, "encode": 128, "spread": 128}
-FILE_OF_KERNEL = {"search": "search", "compare": "compare", "encode": "encode", "spread": "labels"}
+REGISTERS_CAP = {"search": 128, "compare": 128, "encode": 128, "keys_to_labels": 128}
 DTYPES = {"fp32": 0, "fp16": 1, "int8": 2}
 
 _INCLUDE = re.compile(r'\s*#\s*include\s*"([^"]+)"')
 _PRAGMA_ONCE = re.compile(r"\s*#\s*pragma\s+once\b")
-_COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
-_FIELD = re.compile(r"(?:const\s+)?([\w ]*?\w)\s*(\*\s*(?:__restrict__\s*)?|\s)(\w+)")
-_FIELD_TYPES = {
-    "int": np.int32,
-    "unsigned": np.uint32,
-    "unsigned int": np.uint32,
-    "long long": np.int64,
-    "unsigned long long": np.uint64,
-    "float": np.float32,
-}
 
 
 def folder() -> Path:
@@ -40,7 +29,7 @@ def folder() -> Path:
 
 def source(name: str) -> str:
     """Text of the kernel `name`, each of its own headers pasted in once, where first included."""
-    return _pasted(f"{FILE_OF_KERNEL.get(name, name)}.cu", set())
+    return _pasted(f"{name}.cu", set())
 
 
 def _pasted(file: str, seen: set[str]) -> str:
@@ -87,36 +76,3 @@ def definitions(
 def options(definitions: dict[str, int]) -> tuple[str, ...]:
     """What NVRTC is told, beside the architecture and what CuPy adds by itself."""
     return (*sorted(f"-D{name}={value}" for name, value in definitions.items()), "--std=c++17")
-
-
-def struct_dtype(name: str) -> np.dtype:
-    """The dtype of `struct <name>` in the kernels: its fields by name, laid out as C++ does.
-
-    A pointer is uint64. A kernel takes such a struct by value as an array of one element.
-    """
-    bodies = [
-        body
-        for path in sorted(folder().glob("*.cu*"))
-        for body in re.findall(
-            rf"\bstruct\s+{name}\s*\{{(.*?)\}}\s*;",
-            _COMMENT.sub("", path.read_text(encoding="utf-8")),
-            re.DOTALL,
-        )
-    ]
-    if len(bodies) != 1:
-        raise ValueError(f"struct {name} is defined {len(bodies)} times in {folder()}, not once")
-    fields = [field.strip() for field in bodies[0].split(";")]
-    return np.dtype([_field(name, field) for field in fields if field], align=True)
-
-
-def _field(struct: str, text: str) -> tuple[str, type]:
-    """Name and dtype of a field such as `const int* neighbors0`."""
-    match = _FIELD.fullmatch(" ".join(text.split()))
-    if match is None:
-        raise ValueError(f"struct {struct}: not a field with a type and a name: {text!r}")
-    kind, pointer, name = match.groups()
-    if pointer.strip():
-        return name, np.uint64
-    if kind not in _FIELD_TYPES:
-        raise ValueError(f"struct {struct}: {name} is of type {kind!r}, which has no dtype here")
-    return name, _FIELD_TYPES[kind]

@@ -98,15 +98,15 @@ def test_counts_are_the_engines(results) -> None:
             settings = {"k": 10, "ef": series["ef"], "expand": series["expand"]}
             found = emulated.search(
                 build,
-                index._graph,
-                index._rows[:ROWS],
+                index._state.graph,
+                index._state.rows[:ROWS],
                 encoded[asked],
                 **settings,
                 visited_buckets=point["visited_buckets"],
                 groups=point["queries_per_block"],
             )
             wanted = search_graph(
-                index._graph, index._rows[:ROWS], encoded[asked], "cosine", **settings
+                index._state.graph, index._state.rows[:ROWS], encoded[asked], "cosine", **settings
             )
             np.testing.assert_array_equal(found.hops, wanted.hops)
             assert point["hops_per_query"] == pytest.approx(wanted.hops.mean(), rel=1e-5)
@@ -210,7 +210,7 @@ def test_small_searches_of_every_kernel_equal_the_cpus() -> None:
         launched = {(it.kernel, it.definitions["WARPS"]) for it in machine.launches}
     assert count == 9 + 9 + 9 + 100 + 2 + 4 + 9 + 9
     assert {("search", warps) for warps in (1, 4, 8)} <= launched
-    assert {kernel for kernel, _ in launched} == {"search", "compare", "encode", "spread"}
+    assert {kernel for kernel, _ in launched} == {"search", "compare", "encode", "keys_to_labels"}
 
 
 def test_a_wrong_answer_fails_the_check(monkeypatch) -> None:

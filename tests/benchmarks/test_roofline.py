@@ -55,14 +55,14 @@ def test_counts_are_those_of_the_walk(tools, index, dtype) -> None:
     row_bytes = row_length(24, dtype) * {"fp32": 4, "fp16": 2, "int8": 1}[dtype]
     assert counted.bytes["rows"] == pytest.approx(counted.distances * row_bytes)
     assert counted.distances >= counted.exact_distances
-    links = index._graph.neighbors0.shape[1] * 4
+    links = index._state.graph.neighbors0.shape[1] * 4
     assert 0 < counted.bytes["neighbors0"] <= counted.hops * links
     # a step lists the neighbours of up to `expand` nodes, 128 links at most
     assert counted.hops / roofline.EXPAND <= counted.steps <= counted.hops + 1
     if dtype == "fp32":
-        rows = index._rows[: len(index._graph.neighbors0)]
+        rows = index._state.rows[: len(index._state.graph.neighbors0)]
         asked = encode_queries(QUERIES, "cosine", "fp32")
-        walked = search_graph(index._graph, rows, asked, "cosine", k=10, ef=20, expand=4)
+        walked = search_graph(index._state.graph, rows, asked, "cosine", k=10, ef=20, expand=4)
         assert (counted.hops, counted.exact_distances) == (
             walked.hops.mean(),
             walked.distances.mean(),

@@ -7,7 +7,7 @@ import numpy as np
 
 from hnsw_gpu.engine.keys import KEY_NONE
 from hnsw_gpu.engine.search import Result
-from hnsw_gpu.gpu import kernel_source
+from hnsw_gpu.gpu import kernel_source, kernel_structs
 
 LANES = 32
 
@@ -33,7 +33,7 @@ class Build(NamedTuple):
 
 def struct(name: str, **fields) -> tuple[np.ndarray, list]:
     """One element of a kernel's struct, and the arrays it points at, to be kept alive."""
-    value = np.zeros(1, kernel_source.struct_dtype(name))
+    value = np.zeros(1, kernel_structs.struct_dtype(name))
     assert set(fields) == set(value.dtype.names)
     for field, content in fields.items():
         value[field] = content.ctypes.data if isinstance(content, np.ndarray) else (content or 0)
@@ -166,28 +166,25 @@ def encode(build: Build, vectors: np.ndarray, width: int) -> np.ndarray:
     return queries
 
 
-def spread(build: Build, keys, offsets, entry_labels, k, allowed=None, root=False, seed: int = 0):
-    """Labels and distances (q, k) of keys (q, m), by labels.cu."""
+def keys_to_labels(build: Build, keys, offsets, entry_labels, k, root=False, seed: int = 0):
+    """Labels and distances (q, k) of keys (q, m), by keys_to_labels.cu."""
     labels = np.zeros((len(keys), k), np.int64)
     distances = np.zeros((len(keys), k), np.float32)
-    bits = None if allowed is None else own_memory(np.atleast_2d(allowed))
     task, held = struct(
-        "Spread",
+        "KeysToLabels",
         keys=own_memory(keys),
         offsets=own_memory(offsets),
         entry_labels=own_memory(entry_labels),
-        allowed=bits,
         labels=labels,
         distances=distances,
-        allowed_stride=0 if bits is None or len(bits) == 1 else bits.shape[1],
         query_count=len(keys),
         m=keys.shape[1],
         k=k,
         root=int(root),
     )
-    build.library("spread").launch((-(-len(keys) // 4),), (128,), (task,), seed=seed)
+    build.library("keys_to_labels").launch((-(-len(keys) // 4),), (128,), (task,), seed=seed)
     del held
     return labels, distances
 
 
-__all__ = ["KEY_NONE", "Build", "compare", "encode", "search", "spread"]
+__all__ = ["KEY_NONE", "Build", "compare", "encode", "keys_to_labels", "search"]

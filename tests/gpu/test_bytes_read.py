@@ -57,7 +57,7 @@ def test_bytes_read_are_those_of_the_baseline(index: hnsw_gpu.Index) -> None:
                 f"{distances / exact - 1:9.2%} {distances / one - 1:10.2%} "
                 f"{read['rows'] // QUERIES:11,} {read['neighbors0'] // QUERIES:11,}"
             )
-            assert read["rows"] == round(distances * QUERIES) * index._rows.shape[1] * 4
+            assert read["rows"] == round(distances * QUERIES) * index._state.rows.shape[1] * 4
             assert distances <= 1.05 * exact
     found = DESCRIPTION + "\n" + "\n".join(lines) + "\n"
     if os.environ.get("HNSW_GPU_WRITE_BASELINES"):
@@ -72,7 +72,7 @@ def counted(index: hnsw_gpu.Index, ef: int, expand: int) -> tuple[float, float, 
     queries = encode_queries(
         oracle.gaussian(QUERIES, DIM, seed=2, clusters=60, spread=0.5), "l2", "fp32"
     )
-    graph, rows = index._graph, index._rows[:ROWS]
+    graph, rows = index._state.graph, index._state.rows[:ROWS]
     buckets, tag_bits = launch_plan.visited_cache(
         launch_plan.Walk(ef=ef, k=10, expand=expand), ROWS
     )

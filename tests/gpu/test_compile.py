@@ -21,7 +21,7 @@ import cuda_toolkit
 import pytest
 from cuda_toolkit import Compiled, Job
 
-from hnsw_gpu.gpu import kernel_source, launch_plan
+from hnsw_gpu.gpu import kernel_source, kernel_structs, launch_plan
 
 try:
     TOOLKIT = cuda_toolkit.find()
@@ -33,7 +33,7 @@ KERNELS = {  # and the structs they are given
     "search": ("Graph", "Task"),
     "compare": ("Comparison",),
     "encode": ("Encoding",),
-    "spread": ("Spread",),
+    "keys_to_labels": ("KeysToLabels",),
 }
 READ_ROWS = ("search", "compare")
 FACTORS = {
@@ -204,7 +204,7 @@ def test_structs_are_laid_out_as_the_compiler_does(kernel):
     """What `struct_dtype` says of sizes and offsets, asserted in the kernel itself."""
     text = kernel_source.source(kernel)
     for struct in KERNELS[kernel]:
-        dtype = kernel_source.struct_dtype(struct)
+        dtype = kernel_structs.struct_dtype(struct)
         facts = [f"sizeof({struct}) == {dtype.itemsize}"]
         for name, (kind, offset) in dtype.fields.items():
             facts.append(f"__builtin_offsetof({struct}, {name}) == {offset}")

@@ -540,9 +540,9 @@ def test_arguments_of_every_kind():
 
 def test_structs_of_the_package_are_checked_field_by_field():
     """The right size is not enough."""
-    from hnsw_gpu.gpu import kernel_source
+    from hnsw_gpu.gpu import kernel_source, kernel_structs
 
-    right = kernel_source.struct_dtype("Encoding")
+    right = kernel_structs.struct_dtype("Encoding")
     library = emulator.compile("encode", kernel_source.definitions("l2", "fp32", 8, 8, 1))
     wrong = np.dtype([(name, right[name]) for name in ("queries", "vectors", "count")], align=True)
     assert wrong.itemsize == right.itemsize

@@ -23,7 +23,8 @@ from hnsw_gpu.engine.cpu_engine import CpuEngine
 from hnsw_gpu.engine.keys import KEY_NONE, key_distances, key_nodes
 from hnsw_gpu.engine.labels import Labels
 from hnsw_gpu.engine.search import pack_bits
-from hnsw_gpu.gpu import gpu_engine, launch_plan
+from hnsw_gpu.engine.walk import Queries, Walk
+from hnsw_gpu.gpu import device_index, gpu_engine, host_batches, launch_plan
 from hnsw_gpu.gpu.gpu_engine import GpuEngine
 
 METRICS = ["l2", "ip", "cosine"]
@@ -104,6 +105,14 @@ def truncated(cpu: CpuEngine, count: int, keep_links: bool = False) -> CpuEngine
     )
 
 
+def walked(engine, queries, k, ef, *, own=None, allowed=None, **how) -> np.ndarray:
+    return engine.walk(Queries(queries, own), Walk(k, ef, **how), allowed)
+
+
+def compared(engine, queries, ids, k, own=None) -> np.ndarray:
+    return engine.compare(Queries(queries, own), ids, k)
+
+
 def mask_of(shape: tuple[int, ...], share: float = 0.4) -> np.ndarray:
     mask = np.random.default_rng(8).random(shape) < share
     if len(mask) == QUERIES:
@@ -122,15 +131,15 @@ def test_walk_and_compare(device: str, metric: str, dtype: str) -> None:
     own = np.array([7, 0, NODES - 1, 7, 31])
     for settings in ({"k": 5, "ef": 20}, {"k": 1, "ef": 1, "expand": 4, "ef_upper": 3}):
         for _ in range(2):  # what the first leaves behind must not matter
-            wanted = case.cpu.walk(case.queries, **settings)
-            np.testing.assert_array_equal(case.gpu.walk(case.queries, **settings), wanted)
-            wanted = case.cpu.walk(None, own=own, **settings)
+            wanted = walked(case.cpu, case.queries, **settings)
+            np.testing.assert_array_equal(walked(case.gpu, case.queries, **settings), wanted)
+            wanted = walked(case.cpu, None, own=own, **settings)
             assert not (key_nodes(wanted) == own[:, None]).any()
-            np.testing.assert_array_equal(case.gpu.walk(None, own=own, **settings), wanted)
-    wanted = case.cpu.compare(case.queries, ids, 7)
-    np.testing.assert_array_equal(case.gpu.compare(case.queries, ids, 7), wanted)
-    wanted = case.cpu.compare(None, ids, 7, own=own)
-    np.testing.assert_array_equal(case.gpu.compare(None, ids, 7, own=own), wanted)
+            np.testing.assert_array_equal(walked(case.gpu, None, own=own, **settings), wanted)
+    wanted = compared(case.cpu, case.queries, ids, 7)
+    np.testing.assert_array_equal(compared(case.gpu, case.queries, ids, 7), wanted)
+    wanted = compared(case.cpu, None, ids, 7, own=own)
+    np.testing.assert_array_equal(compared(case.gpu, None, ids, 7, own=own), wanted)
     np.testing.assert_array_equal(case.gpu.own_keys(own), case.cpu.own_keys(own))
 
 
@@ -140,18 +149,18 @@ def test_walk_and_compare(device: str, metric: str, dtype: str) -> None:
 def test_refine(device: str, dtype: str, refine: str) -> None:
     case = make_case("l2", dtype, refine).upload()
     own = np.array([3, 77, 3])
-    coarse = case.cpu._replace(refine_rows=None, refine="").walk(case.queries, 15, 15)
-    fine = case.cpu.walk(case.queries, 15, 15)
+    coarse = walked(case.cpu._replace(refine_rows=None, refine=""), case.queries, 15, 15)
+    fine = walked(case.cpu, case.queries, 15, 15)
     assert (dtype == "fp16") == (
         key_nodes(coarse) == key_nodes(fine)
     ).all()  # integers are exact in fp16
     for k, ef in ((4, 15), (15, 15), (4, 3)):
-        wanted = case.cpu.walk(case.queries, k, ef)
-        np.testing.assert_array_equal(case.gpu.walk(case.queries, k, ef), wanted)
-        wanted = case.cpu.walk(None, k, ef, own=own)
-        np.testing.assert_array_equal(case.gpu.walk(None, k, ef, own=own), wanted)
-    wanted = case.cpu.compare(case.queries, np.arange(NODES), 9)
-    np.testing.assert_array_equal(case.gpu.compare(case.queries, np.arange(NODES), 9), wanted)
+        wanted = walked(case.cpu, case.queries, k, ef)
+        np.testing.assert_array_equal(walked(case.gpu, case.queries, k, ef), wanted)
+        wanted = walked(case.cpu, None, k, ef, own=own)
+        np.testing.assert_array_equal(walked(case.gpu, None, k, ef, own=own), wanted)
+    wanted = compared(case.cpu, case.queries, np.arange(NODES), 9)
+    np.testing.assert_array_equal(compared(case.gpu, case.queries, np.arange(NODES), 9), wanted)
     np.testing.assert_array_equal(case.gpu.own_keys(own), case.cpu.own_keys(own))
 
 
@@ -161,21 +170,28 @@ def test_masks(device: str, refine: str, shape: tuple[int, ...]) -> None:
     case = make_case("l2", "int8", refine).upload()
     bits = pack_bits(mask_of(shape))
     for settings in ({"k": 6, "ef": 12}, {"k": 6, "ef": 12, "capacity": 40}):
-        wanted = case.cpu.walk(case.queries, allowed=bits, **settings)
+        wanted = walked(case.cpu, case.queries, allowed=bits, **settings)
         assert (wanted == KEY_NONE).any() == (shape[0] == QUERIES)  # a mask of nothing
-        np.testing.assert_array_equal(case.gpu.walk(case.queries, allowed=bits, **settings), wanted)
+        np.testing.assert_array_equal(
+            walked(case.gpu, case.queries, allowed=bits, **settings), wanted
+        )
 
 
 def test_policy_over_both_engines(device: str) -> None:
-    """`answer.py` asks both alike: filters, radius, neighbours of stored nodes."""
+    """`filtered_search.py` asks both alike: filters, radius, neighbours of stored nodes."""
     case = make_case("l2", "fp32").upload()
     others = np.arange(0, NODES, 17)
     for mask in (None, mask_of((NODES,)), mask_of((NODES,), 0.05), mask_of((QUERIES, NODES), 0.9)):
-        found = [filtered_search.nearest(e, case.queries, 5, 8, mask) for e in (case.cpu, case.gpu)]
+        found = [
+            filtered_search.nearest(e, Queries(case.queries), Walk(5, 8), mask)
+            for e in (case.cpu, case.gpu)
+        ]
         np.testing.assert_array_equal(*found)
         found = [
             np.concatenate(
-                filtered_search.within(e, case.queries, lambda distance: distance <= 90, 4, mask)
+                filtered_search.within(
+                    e, Queries(case.queries), lambda distance: distance <= 90, Walk(1, 4), mask
+                )
             )
             for e in (case.cpu, case.gpu)
         ]
@@ -183,7 +199,8 @@ def test_policy_over_both_engines(device: str) -> None:
         assert len(found[0]) > 4 * QUERIES or mask is not None  # so a beam was full
         if mask is None or mask.ndim == 1:
             found = [
-                filtered_search.nearest_others(e, others, 5, 8, mask) for e in (case.cpu, case.gpu)
+                filtered_search.nearest(e, Queries(own=others), Walk(5, 8), mask)
+                for e in (case.cpu, case.gpu)
             ]
             np.testing.assert_array_equal(*found)
 
@@ -191,14 +208,14 @@ def test_policy_over_both_engines(device: str) -> None:
 def test_more_asked_than_there_is(device: str) -> None:
     case = make_case().upload()
     for k, ef in ((NODES + 50, 10), (3, 10 * NODES)):
-        wanted = case.cpu.walk(case.queries, k, ef)
-        np.testing.assert_array_equal(case.gpu.walk(case.queries, k, ef), wanted)
-    assert (case.gpu.walk(case.queries, NODES + 50, 10)[:, NODES:] == KEY_NONE).all()
-    wanted = case.cpu.compare(case.queries, np.array([4, 2]), 5)
-    np.testing.assert_array_equal(case.gpu.compare(case.queries, np.array([4, 2]), 5), wanted)
-    assert case.gpu.walk(case.queries[:0], 3, 5).shape == (0, 3)
+        wanted = walked(case.cpu, case.queries, k, ef)
+        np.testing.assert_array_equal(walked(case.gpu, case.queries, k, ef), wanted)
+    assert walked(case.gpu, case.queries, NODES + 50, 10).shape == (QUERIES, NODES)
+    wanted = compared(case.cpu, case.queries, np.array([4, 2]), 5)
+    np.testing.assert_array_equal(compared(case.gpu, case.queries, np.array([4, 2]), 5), wanted)
+    assert walked(case.gpu, case.queries[:0], 3, 5).shape == (0, 3)
     none = np.empty(0, np.int64)
-    assert (case.gpu.compare(case.queries, none, 2) == KEY_NONE).all()
+    assert (compared(case.gpu, case.queries, none, 2) == KEY_NONE).all()
 
 
 def test_an_empty_index(device: str) -> None:
@@ -206,7 +223,7 @@ def test_an_empty_index(device: str) -> None:
     rows = vectors_module.empty_rows(0, DIM, "fp32")
     engine.update(reference.graph_of([{}], M)._replace(
         layer_offsets=np.zeros(1, np.int64)), rows)  # fmt: skip
-    assert (engine.walk(np.zeros((2, DIM), np.float32), 3, 5) == KEY_NONE).all()
+    assert (walked(engine, np.zeros((2, DIM), np.float32), 3, 5) == KEY_NONE).all()
 
 
 # --- plans ----------------------------------------------------------------------------------------
@@ -219,8 +236,8 @@ def test_any_number_of_warps(sms: int, warps: int) -> None:
     with cupy_stand_in.installed(sms=sms) as machine:
         case = make_case().upload()
         for machine.seed in range(3):
-            wanted = case.cpu.walk(case.queries, 5, 20)
-            np.testing.assert_array_equal(case.gpu.walk(case.queries, 5, 20), wanted)
+            wanted = walked(case.cpu, case.queries, 5, 20)
+            np.testing.assert_array_equal(walked(case.gpu, case.queries, 5, 20), wanted)
         assert [it.definitions["WARPS"] for it in searches(machine)] == 3 * [warps]
         grid, block, per_block = searches(machine)[0].grid, searches(machine)[0].block, 4
         assert block == (32 * warps * (per_block if warps == 1 else 1),)
@@ -231,7 +248,9 @@ def test_the_grid_is_what_the_gpu_holds(machine: cupy_stand_in.Machine) -> None:
     """By the registers that the kernel takes as compiled: 96 here, of 128 that it may."""
     case = make_case().upload()
     queries = np.repeat(case.queries, 10, axis=0)
-    np.testing.assert_array_equal(case.gpu.walk(queries, 5, 20), case.cpu.walk(queries, 5, 20))
+    np.testing.assert_array_equal(
+        walked(case.gpu, queries, 5, 20), walked(case.cpu, queries, 5, 20)
+    )
     assert searches(machine)[0].grid == (5,)  # blocks of 4 warps: 65536 / (5 * 128) registers
 
 
@@ -244,8 +263,8 @@ def test_more_shared_memory_than_a_kernel_has_unasked(
 ) -> None:
     monkeypatch.setattr(cupy_stand_in, "DEFAULT_SHARED", 4096)
     case = make_case().upload()
-    wanted = case.cpu.walk(case.queries, 5, 20)
-    np.testing.assert_array_equal(case.gpu.walk(case.queries, 5, 20), wanted)
+    wanted = walked(case.cpu, case.queries, 5, 20)
+    np.testing.assert_array_equal(walked(case.gpu, case.queries, 5, 20), wanted)
     assert searches(machine)[0].shared_mem > 4096
 
 
@@ -253,11 +272,11 @@ def test_an_ef_beyond_shared_memory_is_refused(machine: cupy_stand_in.Machine) -
     case = make_case().upload()
     few_shared_bytes(case.gpu, 4096)
     with pytest.raises(ValueError, match=r"^ef=150: .* a block 4,096 bytes.* fits is 32$"):
-        case.gpu.walk(case.queries, 5, 150)
-    wanted = case.cpu.walk(case.queries, 5, 32)
-    np.testing.assert_array_equal(case.gpu.walk(case.queries, 5, 32), wanted)
+        walked(case.gpu, case.queries, 5, 150)
+    wanted = walked(case.cpu, case.queries, 5, 32)
+    np.testing.assert_array_equal(walked(case.gpu, case.queries, 5, 32), wanted)
     with pytest.raises(ValueError, match="expand=33: a GPU search expands at most 32"):
-        case.gpu.walk(case.queries, 5, 10, expand=33)
+        walked(case.gpu, case.queries, 5, 10, expand=33)
 
 
 @pytest.mark.parametrize("mode", ["plain", "shared", "per query", "self"])
@@ -271,9 +290,8 @@ def test_a_k_beyond_shared_memory_compares_all(
     mask = {"shared": mask_of((NODES,)), "per query": mask_of((QUERIES, NODES))}.get(mode)
     own = np.array([5, 6]) if mode == "self" else None
     queries = None if mode == "self" else case.queries
-    bits = None if mask is None else pack_bits(mask)
     k = 90
-    found = case.gpu.walk(queries, k, k, allowed=bits, own=own)
+    found = filtered_search.nearest(case.gpu, Queries(queries, own), Walk(k, k), mask)
     assert "search" not in machine.names()
     count = len(found)
     masks = np.broadcast_to(True if mask is None else mask, (count, NODES)).copy()
@@ -282,7 +300,7 @@ def test_a_k_beyond_shared_memory_compares_all(
     for i in range(count):
         one = None if own is None else own[i : i + 1]
         asked = None if queries is None else queries[i : i + 1]
-        wanted = case.cpu.compare(asked, np.flatnonzero(masks[i]), k, own=one)
+        wanted = compared(case.cpu, asked, np.flatnonzero(masks[i]), k, own=one)
         np.testing.assert_array_equal(found[i : i + 1], wanted)
 
 
@@ -293,9 +311,11 @@ def test_a_warp_keeps_up_to_512_keys(
     """In what shared memory a block has unasked; more are all written, and sorted."""
     case = make_case("l2", "int8", "fp32", count=600).upload()
     queries, ids = case.queries[-2:], np.arange(599, -1, -1)
-    np.testing.assert_array_equal(case.gpu.walk(queries, k, 600), case.cpu.walk(queries, k, 600))
-    found = case.gpu.compare(queries, ids, k)
-    np.testing.assert_array_equal(found, case.cpu.compare(queries, ids, k))
+    np.testing.assert_array_equal(
+        walked(case.gpu, queries, k, 600), walked(case.cpu, queries, k, 600)
+    )
+    found = compared(case.gpu, queries, ids, k)
+    np.testing.assert_array_equal(found, compared(case.cpu, queries, ids, k))
     launches = [it for it in machine.launches if it.kernel == "compare"]
     assert [it.shared_mem for it in launches] == 2 * [shared_mem]
 
@@ -309,8 +329,8 @@ def test_shares_are_sorted_together(sms: int) -> None:
         case = make_case("l2", "int8", "fp32").upload()
         queries = np.repeat(case.queries, 8, axis=0)
         for ids in (np.arange(NODES), np.array([5])):
-            found = case.gpu.compare(queries, ids, 7)
-            np.testing.assert_array_equal(found, case.cpu.compare(queries, ids, 7))
+            found = compared(case.gpu, queries, ids, 7)
+            np.testing.assert_array_equal(found, compared(case.cpu, queries, ids, 7))
         assert [it.grid for it in machine.launches if it.kernel == "compare"] == [
             (9, {1: 1, 9: 4}[sms]),
             (9, 1),
@@ -327,7 +347,7 @@ def test_small_batches_give_the_same_bits(
 ) -> None:
     case = make_case("l2", "int8", refine).upload()
     bits = pack_bits(mask_of((QUERIES, NODES)))
-    whole = case.gpu.walk(case.queries, 5, 12, allowed=bits)
+    whole = walked(case.gpu, case.queries, 5, 12, allowed=bits)
     assert machine.names().count("search") == 1
     a_query = (
         launch_plan.bytes_a_query("int8", refine, DIM, 12 + 2 * 5 if refine else 5) + bits[0].nbytes
@@ -335,12 +355,12 @@ def test_small_batches_give_the_same_bits(
     searches = 1
     for size in (QUERIES - 1, 2, 1):  # queries a batch, of which two are a quarter of what is free
         machine.free = machine.live + 4 * 2 * size * a_query
-        np.testing.assert_array_equal(case.gpu.walk(case.queries, 5, 12, allowed=bits), whole)
+        np.testing.assert_array_equal(walked(case.gpu, case.queries, 5, 12, allowed=bits), whole)
         searches += -(-QUERIES // size)
         assert machine.names().count("search") == searches
     machine.free = machine.live + 4 * 2 * a_query - 1
     with pytest.raises(MemoryError, match=r"one query takes 0\.0 MB of GPU memory, and a batch"):
-        case.gpu.walk(case.queries, 5, 12, allowed=bits)
+        walked(case.gpu, case.queries, 5, 12, allowed=bits)
 
 
 @pytest.mark.parametrize("most_kept", [0, 512])
@@ -361,9 +381,9 @@ def test_what_a_batch_takes_is_what_was_reckoned(
     assert before == machine.live
     machine.free = before + 400_000
     if ids:
-        case.gpu.compare(queries, np.arange(ids), 20)
+        compared(case.gpu, queries, np.arange(ids), 20)
     else:
-        case.gpu.walk(queries, 30, 30)
+        walked(case.gpu, queries, 30, 30)
     assert machine.live == before
     fixed = 2 * 4 * max(ids, 1)  # counters, ids
     assert 50_000 <= machine.peak() - before - fixed <= 100_000
@@ -401,13 +421,13 @@ def test_memory_is_what_the_arrays_take(machine: cupy_stand_in.Machine) -> None:
 
 def test_closing_gives_the_memory_back(machine: cupy_stand_in.Machine) -> None:
     case = make_case().upload()
-    case.gpu.walk(case.queries, 3, 10)
+    walked(case.gpu, case.queries, 3, 10)
     case.gpu.close()
     assert (machine.live, case.gpu.node_count, case.gpu.nbytes) == (0, 0, 0)
-    assert not case.gpu._slots  # nor is pinned memory kept
+    assert not case.gpu._batches._spare  # nor is pinned memory kept
     case.upload()
-    wanted = case.cpu.walk(case.queries, 3, 10)
-    np.testing.assert_array_equal(case.gpu.walk(case.queries, 3, 10), wanted)
+    wanted = walked(case.cpu, case.queries, 3, 10)
+    np.testing.assert_array_equal(walked(case.gpu, case.queries, 3, 10), wanted)
 
 
 def test_closing_waits_for_searches_on_the_device(machine: cupy_stand_in.Machine) -> None:
@@ -417,10 +437,10 @@ def test_closing_waits_for_searches_on_the_device(machine: cupy_stand_in.Machine
     stream, uploads = cupy.cuda.Stream(non_blocking=True), machine.steps[-1].stream
     with stream:
         queries = cupy.asarray(case.queries)
-        found = case.gpu.search_on_device(queries, 6, 12, labels=labels)
+        found = case.gpu.search_on_device(queries, Walk(6, 12), labels)
     case.gpu.close()
     machine.streams[uploads].synchronize()  # whoever gets that memory next may write to it
-    wanted = labels.spread(case.cpu.walk(case.queries, 6, 12), 6)
+    wanted = labels.keys_to_labels(walked(case.cpu, case.queries, 6, 12), 6)
     np.testing.assert_array_equal(found[0].get(stream), wanted[0])
 
 
@@ -444,8 +464,8 @@ def test_only_what_changed_is_uploaded(machine: cupy_stand_in.Machine, refine: s
     small, changed = grown_from(case, count)
     assert 0 < len(changed) < count
     Case(small, case.gpu, case.queries).upload()
-    wanted = small.walk(case.queries, 4, 10)
-    np.testing.assert_array_equal(case.gpu.walk(case.queries, 4, 10), wanted)
+    wanted = walked(small, case.queries, 4, 10)
+    np.testing.assert_array_equal(walked(case.gpu, case.queries, 4, 10), wanted)
     before = machine.sum_of("upload")
     case.upload(changed)
     graph, rows = case.cpu.graph, case.cpu.rows
@@ -456,8 +476,8 @@ def test_only_what_changed_is_uploaded(machine: cupy_stand_in.Machine, refine: s
     above = (graph.nodes, graph.neighbors, graph.below, graph.layer_offsets)
     upper = sum(array.nbytes for array in above)
     assert machine.sum_of("upload") - before == new + dirty + upper
-    wanted = case.cpu.walk(case.queries, 4, 10)
-    np.testing.assert_array_equal(case.gpu.walk(case.queries, 4, 10), wanted)
+    wanted = walked(case.cpu, case.queries, 4, 10)
+    np.testing.assert_array_equal(walked(case.gpu, case.queries, 4, 10), wanted)
 
 
 def test_room_for_more(machine: cupy_stand_in.Machine) -> None:
@@ -470,8 +490,8 @@ def test_room_for_more(machine: cupy_stand_in.Machine) -> None:
     used = case.cpu.rows[:125].nbytes + sum(array.nbytes for array in graph)
     assert machine.sum_of("copy") < used
     assert case.gpu.nbytes < 1.35 * used  # a quarter more, and of layers that have shrunk since
-    wanted = truncated(case.cpu, 125).walk(case.queries, 4, 10)
-    np.testing.assert_array_equal(case.gpu.walk(case.queries, 4, 10), wanted)
+    wanted = walked(truncated(case.cpu, 125), case.queries, 4, 10)
+    np.testing.assert_array_equal(walked(case.gpu, case.queries, 4, 10), wanted)
 
 
 def test_growing_where_old_and_new_do_not_fit_together(machine: cupy_stand_in.Machine) -> None:
@@ -483,8 +503,8 @@ def test_growing_where_old_and_new_do_not_fit_together(machine: cupy_stand_in.Ma
     case.upload()
     assert machine.sum_of("copy") - before < case.cpu.rows[: NODES - 30].nbytes
     machine.free += 1 << 20
-    wanted = case.cpu.walk(case.queries, 4, 10)
-    np.testing.assert_array_equal(case.gpu.walk(case.queries, 4, 10), wanted)
+    wanted = walked(case.cpu, case.queries, 4, 10)
+    np.testing.assert_array_equal(walked(case.gpu, case.queries, 4, 10), wanted)
 
 
 # --- the order of things --------------------------------------------------------------------------
@@ -492,13 +512,13 @@ def test_growing_where_old_and_new_do_not_fit_together(machine: cupy_stand_in.Ma
 
 def test_streams(machine: cupy_stand_in.Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two batches in flight; each waits for the index, and its buffers for the batch before."""
-    monkeypatch.setattr(gpu_engine, "MOST_QUERIES", 2)
+    monkeypatch.setattr(host_batches, "MOST_QUERIES", 2)
     case = make_case().upload()
     uploads = len(machine.steps)
     recorded = machine.steps[-2]  # and then the host waits, whose arrays may change
     assert recorded.what == "record"
-    found = case.gpu.walk(case.queries, 4, 10)
-    np.testing.assert_array_equal(found, case.cpu.walk(case.queries, 4, 10))
+    found = walked(case.gpu, case.queries, 4, 10)
+    np.testing.assert_array_equal(found, walked(case.cpu, case.queries, 4, 10))
     steps = machine.steps[uploads:]
     streams = list(dict.fromkeys(step.stream for step in steps))
     assert len(streams) == 2 and recorded.stream not in streams
@@ -511,7 +531,7 @@ def test_streams(machine: cupy_stand_in.Machine, monkeypatch: pytest.MonkeyPatch
     kernels = [step.stream for step in steps if step.what == "search"]
     assert kernels == [streams[i % 2] for i in range(5)]
     streams_made = len(machine.streams)
-    case.gpu.walk(case.queries, 4, 10)
+    walked(case.gpu, case.queries, 4, 10)
     again = {step.stream for step in machine.steps[uploads + len(steps) :]}
     assert len(machine.streams) == streams_made and again == set(streams)
     first_wait = next(i for i, step in enumerate(steps) if step.what == "synchronize")
@@ -521,19 +541,19 @@ def test_streams(machine: cupy_stand_in.Machine, monkeypatch: pytest.MonkeyPatch
 def test_many_threads(machine: cupy_stand_in.Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     import cupy
 
-    monkeypatch.setattr(gpu_engine, "MOST_QUERIES", 4)
+    monkeypatch.setattr(host_batches, "MOST_QUERIES", 4)
     case, labels = make_case("l2", "int8", "fp32").upload(), some_labels()
-    keys = case.cpu.walk(case.queries, 5, 12)
-    wanted = labels.spread(keys, 5)[0]
+    keys = walked(case.cpu, case.queries, 5, 12)
+    wanted = labels.keys_to_labels(keys, 5)[0]
 
     def search(i: int) -> None:
         for _ in range(3):
             if i % 2:
-                np.testing.assert_array_equal(case.gpu.walk(case.queries, 5, 12), keys)
+                np.testing.assert_array_equal(walked(case.gpu, case.queries, 5, 12), keys)
                 continue
             with cupy.cuda.Stream(non_blocking=True) as stream:
                 queries = cupy.asarray(case.queries)
-                found = case.gpu.search_on_device(queries, 5, 12, labels=labels)
+                found = case.gpu.search_on_device(queries, Walk(5, 12), labels)
                 np.testing.assert_array_equal(found[0].get(stream), wanted)
 
     with ThreadPoolExecutor(6) as pool:
@@ -543,7 +563,7 @@ def test_many_threads(machine: cupy_stand_in.Machine, monkeypatch: pytest.Monkey
 def test_an_error_leaves_no_work_behind(
     machine: cupy_stand_in.Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpu_engine, "MOST_QUERIES", 2)
+    monkeypatch.setattr(host_batches, "MOST_QUERIES", 2)
     case = make_case().upload()
     walk, calls = case.gpu._index.walk, []
 
@@ -555,26 +575,26 @@ def test_an_error_leaves_no_work_behind(
 
     monkeypatch.setattr(case.gpu._index, "walk", fails)
     with pytest.raises(KeyboardInterrupt):
-        case.gpu.walk(case.queries, 4, 10)
+        walked(case.gpu, case.queries, 4, 10)
     assert all(stream._done == len(stream._ops) or stream.ptr == 0 or not stream._ops
                for stream in machine.streams.values() if stream.ptr in
                {step.stream for step in machine.steps if step.what == "search"})  # fmt: skip
-    wanted = case.cpu.walk(case.queries, 4, 10)
-    np.testing.assert_array_equal(case.gpu.walk(case.queries, 4, 10), wanted)
+    wanted = walked(case.cpu, case.queries, 4, 10)
+    np.testing.assert_array_equal(walked(case.gpu, case.queries, 4, 10), wanted)
 
 
 def test_arguments_are_held_against_the_signature(
     machine: cupy_stand_in.Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = make_case().upload()
-    struct = case.gpu._index._struct
+    argument = device_index.argument
     monkeypatch.setattr(
-        case.gpu._index, "_struct", lambda name, **fields: struct(name, **fields).view(np.uint64)
+        device_index, "argument", lambda name, **fields: argument(name, **fields).view(np.uint64)
     )
     with pytest.raises(TypeError, match="encode: task is a struct"):
-        case.gpu.walk(case.queries, 4, 10)
+        walked(case.gpu, case.queries, 4, 10)
     with pytest.raises(KeyError, match="query_count"):
-        struct("Task", queries=None, allowed=None, own=None, keys=None, counts=None,
+        argument("Task", queries=None, allowed=None, own=None, keys=None, counts=None,
                next_query=None, allowed_stride=0)  # fmt: skip
 
 
@@ -584,7 +604,7 @@ def test_a_specialisation_is_compiled_once_and_told(
     case = make_case().upload()
     with caplog.at_level(logging.INFO, "hnsw_gpu"):
         for _ in range(2):
-            case.gpu.walk(case.queries, 4, 10)
+            walked(case.gpu, case.queries, 4, 10)
     told = [record.getMessage() for record in caplog.records]
     assert len(told) == 1
     assert told[0].startswith("kernel search: compiled in ") and "-DDIM=16" in told[0]
@@ -634,12 +654,12 @@ def test_device_arrays(device: str, metric: str, dtype: str, refine: str, wrappe
 
     case = make_case(metric, dtype, refine).upload()
     labels = some_labels()
-    wanted = labels.spread(case.cpu.walk(case.queries, 6, 12), 6)
+    wanted = labels.keys_to_labels(walked(case.cpu, case.queries, 6, 12), 6)
     stream = cupy.cuda.Stream(non_blocking=True)
     with stream:
         given = cupy.asarray(case.queries)
         queries = wrapped(given)
-        found = case.gpu.search_on_device(queries, 6, 12, labels=labels)
+        found = case.gpu.search_on_device(queries, Walk(6, 12), labels)
     for on_device, expected in zip(found, wanted, strict=True):
         assert isinstance(on_device, cupy.ndarray)
         assert on_device.dtype == expected.dtype
@@ -656,18 +676,18 @@ def test_the_host_waits_for_nothing(machine: cupy_stand_in.Machine, refine: str)
     uploaded, started = machine.steps[-2], len(machine.steps)
     with foreign:
         queries = Foreign(cupy.asarray(case.queries))
-        found = case.gpu.search_on_device(queries, 6, 12, labels=labels, stream=mine)
+        found = case.gpu.search_on_device(queries, Walk(6, 12), labels, stream=mine)
     names = machine.names()[started:]
     assert "synchronize" not in names and "download" not in names
     steps = [step for step in machine.steps if step.stream == mine.ptr]
     waits = [step.event for step in steps if step.what == "wait"]
     assert waits[0] == uploaded.event and len(waits) == 2  # and for the producer of the queries
     assert steps[-1].what == "record"
-    kernels = {"encode", "search", "compare", "spread", "sort"}
+    kernels = {"encode", "search", "compare", "keys_to_labels", "sort"}
     chain = [step.what for step in steps if step.what in kernels]
     refined = ["compare"] if refine else []
-    assert chain == ["encode"] * (2 if refine else 1) + ["search", *refined, "spread"]
-    wanted = labels.spread(case.cpu.walk(case.queries, 6, 12), 6)
+    assert chain == ["encode"] * (2 if refine else 1) + ["search", *refined, "keys_to_labels"]
+    wanted = labels.keys_to_labels(walked(case.cpu, case.queries, 6, 12), 6)
     np.testing.assert_array_equal(found[0].get(mine), wanted[0])
 
 
@@ -683,9 +703,9 @@ def test_a_search_that_breaks_off_is_waited_for(
 
     stream = cupy.cuda.Stream(non_blocking=True)
     queries = cupy.asarray(case.queries)
-    monkeypatch.setattr(case.gpu._index, "spread", torn)
+    monkeypatch.setattr(case.gpu._index, "keys_to_labels", torn)
     with pytest.raises(RuntimeError, match="torn"):
-        case.gpu.search_on_device(queries, 3, 8, labels=some_labels(), stream=stream)
+        case.gpu.search_on_device(queries, Walk(3, 8), some_labels(), stream=stream)
     started = len(machine.steps)
     ended = [step.event for step in machine.steps if step.stream == stream.ptr][-1]
     case.upload()
@@ -703,14 +723,15 @@ def test_queries_are_held_until_they_were_read(machine: cupy_stand_in.Machine) -
     stream = cupy.cuda.Stream(non_blocking=True)
     given = Foreign(cupy.asarray(case.queries))
     held = weakref.ref(given)
-    found = case.gpu.search_on_device(given, 3, 8, labels=some_labels(), stream=stream)
+    found = case.gpu.search_on_device(given, Walk(3, 8), some_labels(), stream=stream)
     del given
     assert held() is not None
     stream.synchronize()
-    case.gpu.search_on_device(cupy.asarray(case.queries), 3, 8, labels=some_labels(), stream=stream)
+    case.gpu.search_on_device(cupy.asarray(case.queries), Walk(3, 8), some_labels(), stream=stream)
     assert held() is None
     np.testing.assert_array_equal(
-        found[0].get(stream), some_labels().spread(case.cpu.walk(case.queries, 3, 8), 3)[0]
+        found[0].get(stream),
+        some_labels().keys_to_labels(walked(case.cpu, case.queries, 3, 8), 3)[0],
     )
 
 
@@ -723,9 +744,9 @@ def test_a_large_k_on_the_device_compares_all(
     machine.limits = machine.limits._replace(shared_per_block=5 * 1024)
     case = make_case().upload()
     queries = cupy.asarray(case.queries)
-    labels, _ = case.gpu.search_on_device(queries, 190, 190, labels=some_labels())
-    everything = case.cpu.compare(case.queries, np.arange(NODES), 190)
-    np.testing.assert_array_equal(labels.get(), some_labels().spread(everything, 190)[0])
+    labels, _ = case.gpu.search_on_device(queries, Walk(190, 190), some_labels())
+    everything = compared(case.cpu, case.queries, np.arange(NODES), 190)
+    np.testing.assert_array_equal(labels.get(), some_labels().keys_to_labels(everything, 190)[0])
 
 
 def test_after_memory_ran_out_all_is_uploaded_again(
@@ -752,7 +773,7 @@ def test_after_memory_ran_out_all_is_uploaded_again(
             case.upload()
         case.upload()
     np.testing.assert_array_equal(
-        case.gpu.walk(case.queries, 5, 20), case.cpu.walk(case.queries, 5, 20)
+        walked(case.gpu, case.queries, 5, 20), walked(case.cpu, case.queries, 5, 20)
     )
 
 
@@ -780,43 +801,34 @@ def test_an_update_waits_for_searches_on_the_device(machine: cupy_stand_in.Machi
     labels, stream = some_labels(), cupy.cuda.Stream(non_blocking=True)
     with stream:
         queries = cupy.asarray(case.queries)
-    found = case.gpu.search_on_device(queries, 6, 12, labels=labels, stream=stream)
+    found = case.gpu.search_on_device(queries, Walk(6, 12), labels, stream=stream)
     case.upload()
-    after = case.gpu.walk(case.queries, 6, 12)  # brings the upload about, before the first search
-    np.testing.assert_array_equal(after, case.cpu.walk(case.queries, 6, 12))
-    wanted = labels.spread(small.walk(case.queries, 6, 12), 6)
+    after = walked(
+        case.gpu, case.queries, 6, 12
+    )  # brings the upload about, before the first search
+    np.testing.assert_array_equal(after, walked(case.cpu, case.queries, 6, 12))
+    wanted = labels.keys_to_labels(walked(small, case.queries, 6, 12), 6)
     np.testing.assert_array_equal(found[0].get(stream), wanted[0])
     more = labels.without(np.array([0]))
-    found = case.gpu.search_on_device(queries, 6, 12, labels=labels, stream=stream)
-    again = case.gpu.search_on_device(queries, 6, 12, labels=more)
-    keys = case.cpu.walk(case.queries, 6, 12)
-    np.testing.assert_array_equal(again[0].get(), more.spread(keys, 6)[0])
-    np.testing.assert_array_equal(found[0].get(stream), labels.spread(keys, 6)[0])
+    found = case.gpu.search_on_device(queries, Walk(6, 12), labels, stream=stream)
+    again = case.gpu.search_on_device(queries, Walk(6, 12), more)
+    keys = walked(case.cpu, case.queries, 6, 12)
+    np.testing.assert_array_equal(again[0].get(), more.keys_to_labels(keys, 6)[0])
+    np.testing.assert_array_equal(found[0].get(stream), labels.keys_to_labels(keys, 6)[0])
 
 
-def test_out_masks_ids_and_roots(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_and_roots(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import cupy
 
     case, labels = make_case().upload(), some_labels()
     queries = cupy.asarray(case.queries)
     out = cupy.empty((QUERIES, 6), np.int64), cupy.empty((QUERIES, 6), np.float32)
-    entries = mask_of((QUERIES, len(labels)))
-    allowed = labels.any_of_node(entries)
-    found = case.gpu.search_on_device(
-        queries, 6, 12, labels=labels, capacity=40, out=out, root=True,
-        allowed=pack_bits(allowed), allowed_entries=pack_bits(entries),
-    )  # fmt: skip
-    keys = case.cpu.walk(case.queries, 6, 12, capacity=40, allowed=pack_bits(allowed))
-    wanted = labels.spread(keys, 6, pack_bits(entries))
+    monkeypatch.setattr(host_batches, "MOST_QUERIES", 2)
+    found = case.gpu.search_on_device(queries, Walk(6, 12), labels, out=out, root=True)
+    wanted = labels.keys_to_labels(walked(case.cpu, case.queries, 6, 12), 6)
     np.testing.assert_array_equal(out[0].get(), wanted[0])
     np.testing.assert_array_equal(out[1].get(), np.sqrt(wanted[1]))
     assert [array.data.ptr for array in found] == [array.data.ptr for array in out]
-    monkeypatch.setattr(gpu_engine, "MOST_QUERIES", 2)
-    ids = np.arange(0, NODES, 5)
-    found = case.gpu.search_on_device(queries, 6, 12, labels=labels, ids=ids)
-    wanted = labels.spread(case.cpu.compare(case.queries, ids, 6), 6)
-    np.testing.assert_array_equal(found[0].get(), wanted[0])
-    np.testing.assert_array_equal(found[1].get(), wanted[1])
 
 
 def test_device_queries_of_other_forms(device: str) -> None:
@@ -828,8 +840,8 @@ def test_device_queries_of_other_forms(device: str) -> None:
     queries[0], queries[1, 3], queries[2, 0] = 0, np.nan, np.inf
     wide = np.zeros((QUERIES, 2 * DIM))
     wide[:, ::2] = queries
-    found = case.gpu.search_on_device(cupy.asarray(wide)[:, ::2], 6, 12, labels=labels)
-    wanted = labels.spread(case.cpu.walk(case.queries, 6, 12), 6)
+    found = case.gpu.search_on_device(cupy.asarray(wide)[:, ::2], Walk(6, 12), labels)
+    wanted = labels.keys_to_labels(walked(case.cpu, case.queries, 6, 12), 6)
     np.testing.assert_array_equal(found[0].get()[3:], wanted[0][3:])
     assert (found[0].get()[:3] == -1).all() and np.isinf(found[1].get()[:3]).all()
 
@@ -841,22 +853,22 @@ def test_wrong_device_arrays_are_named(device: str) -> None:
     queries = cupy.asarray(case.queries)
     search = case.gpu.search_on_device
     with pytest.raises(TypeError, match="queries: ndarray, expected an array on the GPU"):
-        search(case.queries, 6, 12, labels=labels)
+        search(case.queries, Walk(6, 12), labels)
     with pytest.raises(ValueError, match=r"queries: shape \(9, 12\), expected \(q, 16\)"):
-        search(queries[:, :12], 6, 12, labels=labels)
+        search(queries[:, :12], Walk(6, 12), labels)
     with pytest.raises(ValueError, match=r"queries: shape \(16,\), expected \(q, 16\)"):
-        search(queries[0], 6, 12, labels=labels)
+        search(queries[0], Walk(6, 12), labels)
     good = cupy.empty((QUERIES, 6), np.int64), cupy.empty((QUERIES, 6), np.float32)
     bad = cupy.empty((QUERIES, 6), np.int32), cupy.empty((QUERIES, 5), np.float32)
     with pytest.raises(ValueError, match=r"out: int32 \(9, 6\), expected int64 \(9, 6\), C order"):
-        search(queries, 6, 12, labels=labels, out=(bad[0], good[1]))
+        search(queries, Walk(6, 12), labels, out=(bad[0], good[1]))
     with pytest.raises(ValueError, match=r"out: float32 \(9, 5\), expected float32 \(9, 6\)"):
-        search(queries, 6, 12, labels=labels, out=(good[0], bad[1]))
+        search(queries, Walk(6, 12), labels, out=(good[0], bad[1]))
     wide = cupy.empty((QUERIES, 7), np.float32)[:, :6]
     with pytest.raises(ValueError, match=r"out: float32 \(9, 6\), expected .* C order"):
-        search(queries, 6, 12, labels=labels, out=(good[0], wide))
+        search(queries, Walk(6, 12), labels, out=(good[0], wide))
     with pytest.raises(TypeError, match="does not implement"):
-        search(queries, 6, 12, labels=labels, stream="null")
+        search(queries, Walk(6, 12), labels, stream="null")
 
 
 def test_an_array_on_another_gpu_is_refused(
@@ -868,7 +880,7 @@ def test_an_array_on_another_gpu_is_refused(
     queries = cupy.asarray(case.queries)
     monkeypatch.setattr(cupy.ndarray, "device", cupy.cuda.Device(1))
     with pytest.raises(ValueError, match="queries: on GPU 1, and the index is on GPU 0"):
-        case.gpu.search_on_device(queries, 6, 12, labels=labels)
+        case.gpu.search_on_device(queries, Walk(6, 12), labels)
 
 
 # --- what is missing ------------------------------------------------------------------------------
@@ -925,6 +937,6 @@ def test_distances_are_the_cpu_engines_on_real_numbers(device: str) -> None:
     rows = vectors_module.encode(vectors, "cosine", "fp16")
     cpu = CpuEngine(reference.random_graph(vectors, M, 3), rows, None, "cosine", "fp16", "")
     case = Case(cpu, GpuEngine("cosine", "fp16", "", DIM, M), vectors[:20] + 0.1).upload()
-    found = [engine.walk(case.queries, 10, 200) for engine in (case.gpu, cpu)]
+    found = [walked(engine, case.queries, 10, 200) for engine in (case.gpu, cpu)]
     np.testing.assert_array_equal(key_nodes(found[0]), key_nodes(found[1]))
     np.testing.assert_allclose(key_distances(found[0]), key_distances(found[1]), atol=1e-6)

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hnsw_gpu.engine import vectors
-from hnsw_gpu.gpu import kernel_source
+from hnsw_gpu.gpu import kernel_source, kernel_structs
 
 FILES = {
     "search.cu": """// opening comment
@@ -94,18 +94,13 @@ def test_headers_that_include_each_other_end(kernels):
     assert kernel_source.source("search").count("int warp;") == 1
 
 
-def test_a_kernel_is_found_by_its_name(kernels):
-    assert kernel_source.source("spread") == kernel_source.source("labels")
-    assert positions(kernel_source.source("spread")) == [("labels.cu", 1, "int labels;")]
-
-
 def test_an_edited_header_changes_the_source(kernels):
     before = kernel_source.source("search")
     (kernels / "warp.cuh").write_text("int other;\n")
     assert kernel_source.source("search") != before
 
 
-@pytest.mark.parametrize("name", ["search", "compare", "encode", "spread"])
+@pytest.mark.parametrize("name", ["search", "compare", "encode", "keys_to_labels"])
 def test_the_kernels_define_what_they_are_named_after(name):
     text = kernel_source.source(name)
     assert re.search(rf'extern "C" __global__\s[^;]*?\b{name}\(', text)
@@ -183,7 +178,7 @@ def struct_of(folder: Path, text: str, name: str = "Example") -> np.dtype:
     (folder / "search.cu").write_text(text)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernel_source, "folder", lambda: folder)
-        return kernel_source.struct_dtype(name)
+        return kernel_structs.struct_dtype(name)
 
 
 @given(kinds=st.lists(st.sampled_from(sorted(C_TYPES)), min_size=1, max_size=12))
@@ -213,10 +208,10 @@ def test_structs_are_found_in_headers_and_comments_are_not_fields(kernels):
         "struct BeamOfAnotherName { float x; };\n"
     )
     with pytest.raises(ValueError, match=r"struct Beam: not a field .*'int size, capacity'"):
-        kernel_source.struct_dtype("Beam")
+        kernel_structs.struct_dtype("Beam")
     text = (kernels / "beam.cuh").read_text().replace("size, capacity", "size")
     (kernels / "beam.cuh").write_text(text)
-    made = kernel_source.struct_dtype("Beam")
+    made = kernel_structs.struct_dtype("Beam")
     assert made == np.dtype([("keys", np.uint64), ("size", np.int32)], align=True)
     assert made.itemsize == 16
 

@@ -193,24 +193,21 @@ def test_offsets_of_the_other_kernels() -> None:
     offsets = np.arange(201, dtype=np.int64)
     names = np.arange(200, dtype=np.int64) * 7
     labels, far_off = np.zeros((4, 9), np.int64), np.zeros((4, 9), np.float32)
-    bits = pack_bits(np.random.default_rng(1).random((4, 288)) < 0.5)  # 9 words: q * 9 > 2**31
-    near = emulated.spread(build, wanted, offsets, names, 9, bits)
+    near = emulated.keys_to_labels(build, wanted, offsets, names, 9)
     task, held_too = emulated.struct(
-        "Spread",
+        "KeysToLabels",
         keys=kernel_cases.before(wanted, q * wanted[0].nbytes),
         offsets=offsets,
         entry_labels=names,
-        allowed=kernel_cases.before(bits, q * bits[0].nbytes),
         labels=kernel_cases.before(labels, q * labels[0].nbytes),
         distances=kernel_cases.before(far_off, q * far_off[0].nbytes),
-        allowed_stride=bits.shape[1],
         query_count=q + 4,
         m=200,
         k=9,
         root=0,
     )
-    far = build._replace(source=far_block("labels", block))
-    far.library("spread").launch((1,), (128,), (task,))
+    far = build._replace(source=far_block("keys_to_labels", block))
+    far.library("keys_to_labels").launch((1,), (128,), (task,))
     np.testing.assert_array_equal(labels, near[0])
     np.testing.assert_array_equal(far_off, near[1])
     del held, held_too
@@ -453,12 +450,11 @@ def test_queries_without_an_answer(asking, metric, dtype) -> None:
     assert (keys[empty:] != KEY_NONE).all()
 
 
-# --- labels.cu ------------------------------------------------------------------------------------
+# --- keys_to_labels.cu ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("root", [False, True])
-@pytest.mark.parametrize("mask", ["none", "shared", "per query"])
-def test_spread(mask, root) -> None:
+def test_keys_to_labels(root) -> None:
     rng = np.random.default_rng(6)
     n, count = 90, 30
     carried = rng.integers(0, 6, n)  # labels a node: none to five copies
@@ -469,8 +465,6 @@ def test_spread(mask, root) -> None:
     for node in range(n):
         names[offsets[node] : offsets[node + 1]].sort()
     labels = Labels(offsets, names)
-    shapes = {"none": None, "shared": (1, entries), "per query": (count, entries)}
-    bits = None if mask == "none" else pack_bits(rng.random(shapes[mask]) < 0.5)
     build = emulated.Build("l2", "fp32", 8, 4)
     for m in (1, 12, 32, 33, 80):
         keys = np.full((count, m), KEY_NONE, np.uint64)
@@ -484,8 +478,8 @@ def test_spread(mask, root) -> None:
                 reference.key(value, int(node)) for value, node in zip(far, chosen, strict=True)
             )
         for k in (1, 7, 70, 500):
-            wanted = labels.spread(keys, k, bits)
-            found = emulated.spread(build, keys, offsets, names, k, bits, root)
+            wanted = labels.keys_to_labels(keys, k)
+            found = emulated.keys_to_labels(build, keys, offsets, names, k, root)
             far = np.sqrt(wanted[1]) if root else wanted[1]
             np.testing.assert_array_equal(found[0], wanted[0])
             np.testing.assert_array_equal(found[1], far)

@@ -70,7 +70,7 @@ SETTINGS = {
     "far": NARROW | {"tag_bits": 32},
     # of the two other kernels: the data, and k beyond what there is
     "compare": NARROW | {"k": 100},
-    "spread": NARROW | {"k": 100},
+    "keys to labels": NARROW | {"k": 100},
 }
 
 FAULTS = [
@@ -423,15 +423,15 @@ FAULTS = [
         "distance = 1; distance < LANES;",
         "distance = 1; distance < LANES / 2;",
         "parity",
-        "spread",
+        "keys to labels",
     ),
     Fault(
         "a place after the last label is not filled",
-        "labels.cu",
+        "keys_to_labels.cu",
         "place = count + lane_number(); place < task.k;",
         "place = count + lane_number() + 1; place < task.k;",
         "parity",
-        "spread",
+        "keys to labels",
     ),
 ]
 
@@ -477,14 +477,14 @@ def asked_of(setting: str, build) -> Asked:
 
         none = np.full((len(keys), k - 40), emulated.KEY_NONE)
         return Asked(build.library("compare"), compare, (np.concatenate([keys, none], axis=1),))
-    if setting == "spread":
+    if setting == "keys to labels":
         offsets = np.cumsum([0, *(np.arange(len(made.rows)) % 5)])  # labels a node: none to four
         labels = Labels(offsets, np.arange(offsets[-1]))
 
-        def spread(seed: int) -> tuple[np.ndarray, np.ndarray]:
-            return emulated.spread(build, keys, offsets, labels.labels, k, seed=seed)
+        def of_keys(seed: int) -> tuple[np.ndarray, np.ndarray]:
+            return emulated.keys_to_labels(build, keys, offsets, labels.labels, k, seed=seed)
 
-        return Asked(build.library("spread"), spread, labels.spread(keys, k))
+        return Asked(build.library("keys_to_labels"), of_keys, labels.keys_to_labels(keys, k))
     if setting == "far":
         asked = asked._replace(settings=asked.settings | {"k": 100})
 

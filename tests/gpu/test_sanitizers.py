@@ -16,7 +16,6 @@ import pytest
 from hnsw_gpu.engine import vectors as vectors_module
 from hnsw_gpu.engine.keys import key_nodes
 from hnsw_gpu.engine.labels import Labels
-from hnsw_gpu.engine.search import pack_bits
 
 # Chosen to meet: every mode, a query held in registers and not, caches that forget. An instrumented
 # build takes seconds, so of the pairwise design only the smaller half of the specialisations joins.
@@ -85,14 +84,13 @@ def run_others(sanitizer: str) -> int:
     wanted = vectors_module.encode_queries(asked[:1], "cosine", "int8")
     np.testing.assert_array_equal(encoded[0, :-32], wanted[0, :-32])
     offsets = np.arange(len(made.rows) + 1, dtype=np.int64)
-    labels, _ = emulated.spread(build, keys, offsets, offsets[:-1] * 2, 150, root=True)
+    labels, _ = emulated.keys_to_labels(build, keys, offsets, offsets[:-1] * 2, 150, root=True)
     np.testing.assert_array_equal(labels[:, :101], 2 * key_nodes(keys).astype(np.int64))
     assert (labels[:, 101:] == -1).all()
-    bits = pack_bits(np.random.default_rng(1).random((len(keys), 3 * len(made.rows))) < 0.5)
     carried = Labels(3 * offsets, np.arange(3 * len(made.rows), dtype=np.int64))
     for k in (7, 70, 400):
-        found = emulated.spread(build, keys, carried.offsets, carried.labels, k, bits)
-        for mine, wanted in zip(found, carried.spread(keys, k, bits), strict=True):
+        found = emulated.keys_to_labels(build, keys, carried.offsets, carried.labels, k)
+        for mine, wanted in zip(found, carried.keys_to_labels(keys, k), strict=True):
             np.testing.assert_array_equal(mine, wanted)
     return 9
 

@@ -425,10 +425,10 @@ def _three(what: str, sizes) -> list[int]:
 
 def _is_struct(name: str, dtype: np.dtype) -> bool:
     """Whether a dtype is that of the package's struct; of another's, only the size is known."""
-    from hnsw_gpu.gpu import kernel_source
+    from hnsw_gpu.gpu import kernel_structs
 
     try:
-        return dtype == kernel_source.struct_dtype(name)
+        return dtype == kernel_structs.struct_dtype(name)
     except ValueError:
         return True
 

@@ -5,8 +5,8 @@
 // expand, lists the unvisited neighbours and merges their keys; all warps of the group compute
 // distances. With one warp a query there is no __syncthreads; with more a block is one group.
 //
-// Shared memory of a group, in this order: beam, found (R8), stage, fresh, visited, pending, picked,
-// state. `struct Shared` gives the sizes; launch.py computes the same sum.
+// Shared memory of a group, in this order: beam, allowed keys (R8), stage, fresh, visited, pending,
+// picked, state. `struct Shared` gives the sizes; launch_plan.py computes the same sum.
 
 #include "warp.cuh"
 #include "distance.cuh"
@@ -54,7 +54,7 @@ struct State {
 
 struct Shared {
     uint64* beam;
-    uint64* found;
+    uint64* allowed_keys;
     uint64* stage;    // (STAGE,)
     uint64* fresh;    // (FRESH,) keys as they were computed
     uint4* buckets;
@@ -66,13 +66,14 @@ struct Shared {
 __device__ __forceinline__ int even(int count) { return (count + 1) & ~1; }
 
 __device__ __forceinline__ Shared divide(unsigned char* shared, const Task& task, int group) {
-    const int slots = even(max(task.ef, task.ef_upper)), found = HAS_FOUND ? even(task.k) : 0;
-    const int bytes = 8 * (slots + found + STAGE + FRESH) + 16 * task.visited_buckets +
+    const int slots = even(max(task.ef, task.ef_upper));
+    const int allowed = HAS_ALLOWED_KEYS ? even(task.k) : 0;
+    const int bytes = 8 * (slots + allowed + STAGE + FRESH) + 16 * task.visited_buckets +
                       4 * (PENDING + LANES) + static_cast<int>(sizeof(State));
     Shared parts;
     parts.beam = reinterpret_cast<uint64*>(shared + group * bytes);
-    parts.found = parts.beam + slots;
-    parts.stage = parts.found + found;
+    parts.allowed_keys = parts.beam + slots;
+    parts.stage = parts.allowed_keys + allowed;
     parts.fresh = parts.stage + STAGE;
     parts.buckets = reinterpret_cast<uint4*>(parts.fresh + FRESH);
     parts.pending = reinterpret_cast<int*>(parts.buckets + task.visited_buckets);
@@ -88,14 +89,16 @@ __device__ __forceinline__ void sync_group(SITE_ALONE) {
         __syncthreads(AT_ALONE);
 }
 
-// The walk of one query, as warp 0 of its group holds it; all lanes alike.
+// The walk of one query, as warp 0 of its group holds it; all lanes alike. The paper's algorithm 2,
+// SEARCH-LAYER: ep is the seed, W the beam, C its unexpanded keys, v `visited`, c a picked key,
+// e a pending neighbour, f the beam's worst key.
 struct Walk {
     const Graph& graph;
     const Task& task;
     const Shared& shared;
     Visited visited;
     Beam beam;
-    Beam found;          // the k smallest allowed keys of layer 0 (R8)
+    Beam allowed_keys;   // the k smallest allowed keys of layer 0 (R8)
     int query;
     int layer;
     long long start;     // first row of a layer above in nodes, neighbors, below
@@ -109,8 +112,8 @@ struct Walk {
         visited.bucket_mask = task.visited_buckets - 1;
         visited.bucket_bits = 31 - __clz(task.visited_buckets);
         beam.keys = shared.beam;
-        found.keys = shared.found;
-        found.capacity = task.k;
+        allowed_keys.keys = shared.allowed_keys;
+        allowed_keys.capacity = task.k;
     }
 
     __device__ __forceinline__ bool is_allowed(uint64 key) const {
@@ -123,7 +126,9 @@ struct Walk {
     }
 
     // Does the layer keep the allowed list?
-    __device__ __forceinline__ bool keeps_found() const { return HAS_FOUND && layer == 0; }
+    __device__ __forceinline__ bool keeps_allowed_keys() const {
+        return HAS_ALLOWED_KEYS && layer == 0;
+    }
 
     __device__ void enter_layer(int number) {
         layer = number;
@@ -137,7 +142,7 @@ struct Walk {
     // The entry point, or the query's own node (R3, R10), is pending.
     __device__ void begin(int q) {
         query = q;
-        beam.size = found.size = found.first = 0;
+        beam.size = allowed_keys.size = allowed_keys.first = 0;
         hops = distances = 0;
         enter_layer(task.own ? 0 : graph.top);
         const int seed = task.own ? __ldg(task.own + query) : 0;
@@ -213,7 +218,7 @@ struct Walk {
             const int i = base + lane_number();
             const uint64 key = i < count ? keys[i] : KEY_NONE;
             bool is_wanted = key < worst(beam);
-            if (keeps_found()) is_wanted |= key < worst(found) && is_allowed(key);
+            if (keeps_allowed_keys()) is_wanted |= key < worst(allowed_keys) && is_allowed(key);
             const uint32 wanted = lanes_where(is_wanted);
             if (WARPS == 1) sync_warp();  // read before they are written over
             if (is_wanted) shared.stage[staged + __popc(wanted & lanes_below())] = key;
@@ -232,7 +237,7 @@ struct Walk {
         const uint64 key = has_key ? shared.stage[staged + lane_number()] : KEY_NONE;
         sync_warp();
         merge(beam, key);
-        if (keeps_found()) merge(found, is_allowed(key) ? key : KEY_NONE);
+        if (keeps_allowed_keys()) merge(allowed_keys, is_allowed(key) ? key : KEY_NONE);
     }
 
     // After the distances of a round: what is pending next, on this layer or on one below.
@@ -257,7 +262,7 @@ struct Walk {
                 beam.keys[i] = key;
             }
             visit(visited, number);
-            if (keeps_found()) merge(found, is_allowed(key) ? key : KEY_NONE);
+            if (keeps_allowed_keys()) merge(allowed_keys, is_allowed(key) ? key : KEY_NONE);
         }
         beam.size = min(beam.size, beam.capacity);
         sync_warp();
@@ -266,7 +271,7 @@ struct Walk {
     // The result (R9).
     __device__ void write() const {
         uint64* keys = task.keys + static_cast<long long>(query) * task.k;
-        const Beam& result = HAS_FOUND ? found : beam;
+        const Beam& result = HAS_ALLOWED_KEYS ? allowed_keys : beam;
         for (int i = lane_number(); i < task.k; i += LANES)
             keys[i] = i < result.size ? result.keys[i] & ~EXPANDED : KEY_NONE;
         if (lane_number() == 0) {

@@ -45,7 +45,7 @@ CHUNK = 256  # queries that a thread takes at a time
 LEAST_CHUNK = 8  # fewer are not worth another thread
 TOUCHED = 1 << 15  # ids remembered for clearing the visited set; beyond, all of it is cleared
 # int64 fields of a slot
-QUERY, LAYER, PHASE, SIZE, CAPACITY, FIRST, PICKED, PENDING, TOUCH, FOUND, HOPS, READ = range(12)
+QUERY, LAYER, PHASE, SIZE, CAPACITY, FIRST, PICKED, PENDING, TOUCH, ALLOWED, HOPS, READ = range(12)
 IDLE, GATHER, COMPUTE = range(3)
 
 
@@ -69,7 +69,7 @@ class Scratch(NamedTuple):
 
     slots: np.ndarray  # (SLOTS, fields) int64
     beam: np.ndarray  # (SLOTS, max(ef, ef_upper)) uint64
-    found: np.ndarray  # (SLOTS, k) uint64, allowed keys (R8)
+    allowed_keys: np.ndarray  # (SLOTS, k) uint64, the k smallest (R8)
     visited: np.ndarray  # (SLOTS, words) uint32
     touched: np.ndarray  # (SLOTS, TOUCHED) int32
     picked: np.ndarray  # (SLOTS, expand) int32
@@ -154,7 +154,7 @@ def _new_scratch(graph, task, expand, chunk):
     return Scratch(
         slots=np.zeros((slots, 12), np.int64),
         beam=np.empty((slots, max(task.ef, task.ef_upper)), np.uint64),
-        found=np.empty((slots, task.keys.shape[1]), np.uint64),
+        allowed_keys=np.empty((slots, task.keys.shape[1]), np.uint64),
         visited=np.zeros((slots, (count + 31) >> 5), np.uint32),
         touched=np.empty((slots, TOUCHED), np.int32),
         picked=np.empty((slots, expand), np.int32),
@@ -165,6 +165,8 @@ def _new_scratch(graph, task, expand, chunk):
 @njit(nogil=True, cache=True, _nrt=False)
 def _walk_chunk(graph, rows, task, scratch, start, stop):
     """Walk queries start..stop, some at a time, each in its slot."""
+    # The paper's algorithm 2, SEARCH-LAYER: ep is the seed, W the beam, C its unexpanded keys,
+    # v the visited bits, c a picked key, e a pending neighbour, f the beam's worst key.
     slots = scratch.slots
     following = start
     active = 0
@@ -230,7 +232,7 @@ def _is_allowed(task, q, node):
 
 
 @njit(nogil=True, cache=True, _nrt=False)
-def _has_found_list(task):
+def _has_allowed_keys(task):
     return len(task.own) > 0 or task.allowed.shape[0] > 0
 
 
@@ -243,12 +245,12 @@ def _offer(task, scratch, s, key):
         position = insert(scratch.beam, s, size, capacity, key)
         slots[s, SIZE] = min(size + 1, capacity)
         slots[s, FIRST] = min(slots[s, FIRST], position)
-    if slots[s, LAYER] == 0 and _has_found_list(task):
-        found, k = slots[s, FOUND], scratch.found.shape[1]
-        is_near = found < k or key < scratch.found[s, k - 1]
+    if slots[s, LAYER] == 0 and _has_allowed_keys(task):
+        count, k = slots[s, ALLOWED], scratch.allowed_keys.shape[1]
+        is_near = count < k or key < scratch.allowed_keys[s, k - 1]
         if is_near and _is_allowed(task, slots[s, QUERY], key_node(key)):
-            insert(scratch.found, s, found, k, key)
-            slots[s, FOUND] = min(found + 1, k)
+            insert(scratch.allowed_keys, s, count, k, key)
+            slots[s, ALLOWED] = min(count + 1, k)
 
 
 @njit(nogil=True, cache=True, _nrt=False)
@@ -270,7 +272,7 @@ def _begin(graph, rows, task, scratch, s, q):
     slots = scratch.slots
     slots[s, QUERY] = q
     slots[s, PHASE] = COMPUTE
-    slots[s, FOUND] = 0
+    slots[s, ALLOWED] = 0
     slots[s, HOPS] = 0
     slots[s, READ] = 1
     layer = len(graph.layer_offsets) - 1
@@ -335,7 +337,7 @@ def _compute(graph, rows, task, scratch, s):
     """End of a step: the pending neighbours' keys, merged (R5)."""
     slots = scratch.slots
     q, layer, count = slots[s, QUERY], slots[s, LAYER], slots[s, PENDING]
-    offers_all = layer == 0 and _has_found_list(task)
+    offers_all = layer == 0 and _has_allowed_keys(task)
     start = _layer_start(graph, layer) if layer else 0
     worst = _worst(scratch, s)
     for j in range(count):
@@ -419,9 +421,9 @@ def _write_keys(task, scratch, s):
     if layer > task.levels[q]:
         return
     row = task.keys_start[q] + layer
-    if layer == 0 and _has_found_list(task):
-        for i in range(slots[s, FOUND]):
-            task.keys[row, i] = scratch.found[s, i] & ~EXPANDED
+    if layer == 0 and _has_allowed_keys(task):
+        for i in range(slots[s, ALLOWED]):
+            task.keys[row, i] = scratch.allowed_keys[s, i] & ~EXPANDED
         return
     for i in range(min(slots[s, SIZE], task.keys.shape[1])):
         task.keys[row, i] = scratch.beam[s, i] & ~EXPANDED

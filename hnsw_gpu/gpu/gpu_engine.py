@@ -148,7 +148,7 @@ class GpuEngine:
 
     def can_walk(self, k: int, keeps_allowed: bool) -> bool:
         """Does a beam of k keys fit shared memory, beside k allowed ones where those are kept?"""
-        plan = launch_plan.Walk(k, k, has_found=keeps_allowed)
+        plan = launch_plan.Walk(k, k, has_allowed_keys=keeps_allowed)
         return k <= launch_plan.largest_ef(plan, self.node_count, self._index.limits)
 
     def walk(self, queries: Queries, walk: Walk, allowed: np.ndarray | None = None) -> np.ndarray:
@@ -211,7 +211,7 @@ class GpuEngine:
             k=walk.ef if self._refine else walk.k,
             ef_upper=min(walk.ef_upper, max(self.node_count, 1)),
             expand=walk.expand,
-            has_found=keeps_allowed,
+            has_allowed_keys=keeps_allowed,
         )
 
     def _upload_queries(self, slot: Slot, queries: Queries) -> EncodedQueries:

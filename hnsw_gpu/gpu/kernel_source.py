@@ -53,13 +53,13 @@ def definitions(
     M: int,
     warps: int,
     tag_bits: int = 16,
-    has_found: bool = False,
+    has_allowed_keys: bool = False,
 ) -> dict[str, int]:
     """The constants that specialise every kernel.
 
     METRIC and DTYPE number `metric` and `dtype`; DIM numbers make a vector, ROW_BYTES bytes its
     encoded row; a node has M links (2 M on layer 0); WARPS share a query; TAG_BITS is the width
-    of a tag in the visited cache; HAS_FOUND is 1 where allowed keys are kept beside the beam.
+    of a tag in the visited cache; HAS_ALLOWED_KEYS is 1 where they are kept beside the beam.
     """
     return {
         "METRIC": METRICS[metric],
@@ -69,7 +69,7 @@ def definitions(
         "M": M,
         "WARPS": warps,
         "TAG_BITS": tag_bits,
-        "HAS_FOUND": int(has_found),
+        "HAS_ALLOWED_KEYS": int(has_allowed_keys),
     }
 
 

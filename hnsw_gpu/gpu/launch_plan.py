@@ -81,7 +81,7 @@ class Walk(NamedTuple):
     k: int
     ef_upper: int = 1
     expand: int = 1
-    has_found: bool = False  # an allowed list is kept (R8, R10)
+    has_allowed_keys: bool = False  # an allowed list is kept (R8, R10)
 
 
 class Plan(NamedTuple):
@@ -125,7 +125,7 @@ def plan(
     block = LANES * warps * per_block
     resident = limits.sms * resident_blocks(block, per_block * group, limits, registers)
     return Plan(
-        kernel_source.definitions(metric, dtype, dim, M, warps, tag_bits, walk.has_found),
+        kernel_source.definitions(metric, dtype, dim, M, warps, tag_bits, walk.has_allowed_keys),
         buckets,
         per_block,
         block,
@@ -156,10 +156,10 @@ def _power_of_two(least: int) -> int:
 def group_bytes(walk: Walk, buckets: int, warps: int) -> int:
     """Bytes of shared memory that the walk of one query takes; `divide` in search.cu."""
     slots = _even(max(walk.ef, walk.k, walk.ef_upper))
-    found = _even(walk.k) if walk.has_found else 0
+    slots += _even(walk.k) if walk.has_allowed_keys else 0
     fresh = 0 if warps == 1 else PENDING
     ids = 4 * (PENDING + LANES)
-    return KEY_BYTES * (slots + found + STAGE + fresh) + BUCKET_BYTES * buckets + ids + STATE_BYTES
+    return KEY_BYTES * (slots + STAGE + fresh) + BUCKET_BYTES * buckets + ids + STATE_BYTES
 
 
 def _even(count: int) -> int:

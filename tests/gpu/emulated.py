@@ -24,9 +24,9 @@ class Build(NamedTuple):
     sanitizer: str | None = None
     source: str | None = None  # None: the kernel as it is
 
-    def library(self, kernel: str, has_found: bool = False) -> emulator.Library:
+    def library(self, kernel: str, has_allowed_keys: bool = False) -> emulator.Library:
         definitions = kernel_source.definitions(
-            self.metric, self.dtype, self.dim, self.M, self.warps, self.tag_bits, has_found
+            self.metric, self.dtype, self.dim, self.M, self.warps, self.tag_bits, has_allowed_keys
         )
         return emulator.compile(kernel, definitions, sanitizer=self.sanitizer, source=self.source)
 
@@ -45,12 +45,12 @@ def own_memory(array: np.ndarray, dtype=None) -> np.ndarray:
     return np.array(array, dtype=dtype, order="C")
 
 
-def shared_bytes(build: Build, *, ef, ef_upper, k, visited_buckets, has_found) -> int:
+def shared_bytes(build: Build, *, ef, ef_upper, k, visited_buckets, has_allowed_keys) -> int:
     """Of one query: what `divide` in search.cu hands out."""
     slots = max(ef, ef_upper) + 1 & ~1
-    found = (k + 1 & ~1) if has_found else 0
+    allowed_keys = (k + 1 & ~1) if has_allowed_keys else 0
     fresh = 0 if build.warps == 1 else 128
-    return 8 * (slots + found + 64 + fresh) + 16 * visited_buckets + 4 * (128 + 32) + 16
+    return 8 * (slots + allowed_keys + 64 + fresh) + 16 * visited_buckets + 4 * (128 + 32) + 16
 
 
 def search(
@@ -79,7 +79,7 @@ def search(
     """
     count = len(queries)
     ef = max(ef, k)
-    has_found = allowed is not None or own is not None
+    has_allowed_keys = allowed is not None or own is not None
     groups = groups if build.warps == 1 else 1
     arrays = {name: own_memory(array) for name, array in graph._asdict().items()}
     keys = np.zeros((count, k), np.uint64)
@@ -109,9 +109,9 @@ def search(
         ef_upper=ef_upper,
         k=k,
         visited_buckets=visited_buckets,
-        has_found=has_found,
+        has_allowed_keys=has_allowed_keys,
     )
-    library = build.library("search", has_found)
+    library = build.library("search", has_allowed_keys)
     if bytes_read is not None:
         counted = library.count(arrays)
     library.launch(

@@ -26,7 +26,7 @@ SPECIALISATION = {
     "warps": (1, 4, 8),
     "M": (4, 16),
     "tag_bits": (16, 32),
-    "has_found": (False, True),
+    "has_allowed_keys": (False, True),
 }
 STEERING = {
     "mode": ("plain", "shared", "per query", "self", "self per query"),
@@ -86,7 +86,7 @@ def launches() -> tuple[Row, ...]:
     def draw() -> Row:
         row = dict(specialisations()[rng.integers(len(specialisations()))])
         row |= {name: values[rng.integers(len(values))] for name, values in STEERING.items()}
-        if row["has_found"]:
+        if row["has_allowed_keys"]:
             row["mode"] = STEERING["mode"][rng.integers(1, 5)]
         else:
             row["mode"] = "plain"
@@ -95,13 +95,20 @@ def launches() -> tuple[Row, ...]:
     impossible = {
         pair
         for pair in all_pairs(both)
-        if {name for name, _ in pair} == {"has_found", "mode"}
-        and dict(pair)["has_found"] == (dict(pair)["mode"] == "plain")
+        if {name for name, _ in pair} == {"has_allowed_keys", "mode"}
+        and dict(pair)["has_allowed_keys"] == (dict(pair)["mode"] == "plain")
     }
     rows = covering(draw, all_pairs(both) - impossible, tries=150)
     rows.sort(key=lambda row: specialisations().index({name: row[name] for name in SPECIALISATION}))
     wide = {"metric": "l2", "dtype": "fp32", "dim": 4096, "warps": 4, "M": 4, "tag_bits": 16}
-    wide |= {"has_found": False, "mode": "plain", "expand": 2, "ef": 31, "ef_upper": 4, "k": 12}
+    wide |= {
+        "has_allowed_keys": False,
+        "mode": "plain",
+        "expand": 2,
+        "ef": 31,
+        "ef_upper": 4,
+        "k": 12,
+    }
     return (*rows, wide | {"layout": (1, 1), "buckets": 32})
 
 
@@ -266,13 +273,13 @@ def ask_far(asked: Question, build: emulated.Build, seed: int = 0) -> reference.
         expand=asked.settings["expand"],
         visited_buckets=32,
     )
-    has_found = bits is not None or own is not None
+    has_allowed_keys = bits is not None or own is not None
     sizes = {"ef": ef, "ef_upper": asked.settings["ef_upper"], "k": k, "visited_buckets": 32}
-    build.library("search", has_found).launch(
+    build.library("search", has_allowed_keys).launch(
         (1,),
         (emulated.LANES * build.warps,),
         (graph_struct, task),
-        shared_mem=emulated.shared_bytes(build, **sizes, has_found=has_found),
+        shared_mem=emulated.shared_bytes(build, **sizes, has_allowed_keys=has_allowed_keys),
         seed=seed,
     )
     del held, held_too

@@ -43,7 +43,7 @@ FACTORS = {
     "M": (8, 16, 32),
     "warps": (1, 4, 8),
     "tag_bits": (16, 32),
-    "has_found": (False, True),
+    "has_allowed_keys": (False, True),
 }
 EFS = (64, 128, 512)
 K = 10
@@ -390,7 +390,7 @@ def plan_of(arguments: dict, ef: int, arch: int, registers: int) -> launch_plan.
     chosen = {name: arguments[name] for name in ("metric", "dtype", "dim", "M")}
     made = launch_plan.plan(
         **chosen,
-        walk=launch_plan.Walk(ef, K, has_found=arguments["has_found"]),
+        walk=launch_plan.Walk(ef, K, has_allowed_keys=arguments["has_allowed_keys"]),
         queries={8: limits.sms, 4: launch_plan.QUERIES_PER_BLOCK * limits.sms, 1: 10**6}[warps],
         nodes=NODES[arguments["tag_bits"]],
         limits=limits,

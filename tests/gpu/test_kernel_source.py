@@ -138,7 +138,7 @@ def test_definitions(dim, metric, dtype):
         "M": 12,
         "WARPS": 4,
         "TAG_BITS": 32,
-        "HAS_FOUND": 1,
+        "HAS_ALLOWED_KEYS": 1,
     }
     assert row.nbytes % 32 == 0
 
@@ -147,7 +147,7 @@ def test_options_do_not_depend_on_the_order_of_definitions():
     definitions = kernel_source.definitions("ip", "int8", 20, 8, 1, 16, False)
     options = kernel_source.options(definitions)
     assert options == (
-        *("-DDIM=20", "-DDTYPE=2", "-DHAS_FOUND=0", "-DM=8", "-DMETRIC=1", "-DROW_BYTES=32"),
+        *("-DDIM=20", "-DDTYPE=2", "-DHAS_ALLOWED_KEYS=0", "-DM=8", "-DMETRIC=1", "-DROW_BYTES=32"),
         *("-DTAG_BITS=16", "-DWARPS=1", "--std=c++17"),
     )
     assert kernel_source.options(dict(reversed(definitions.items()))) == options

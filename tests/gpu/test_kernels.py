@@ -31,7 +31,7 @@ DTYPES = ["fp32", "fp16", "int8"]
 
 
 def compile_all(jobs) -> None:
-    """Compile (build, kernel, has_found), two at a time."""
+    """Compile (build, kernel, has_allowed_keys), two at a time."""
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda job: job[0].library(*job[1:]), jobs))
 
@@ -42,7 +42,8 @@ def compile_all(jobs) -> None:
 @pytest.fixture(scope="module")
 def compiled() -> None:
     jobs = {
-        (kernel_cases.build_of(row), "search", row["has_found"]) for row in kernel_cases.launches()
+        (kernel_cases.build_of(row), "search", row["has_allowed_keys"])
+        for row in kernel_cases.launches()
     }
     compile_all(sorted(jobs, key=str))
 

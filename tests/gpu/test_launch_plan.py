@@ -32,7 +32,7 @@ walks = st.builds(
     k=st.integers(1, 40_000),
     ef_upper=st.integers(1, 3000),
     expand=st.integers(1, 32),
-    has_found=st.booleans(),
+    has_allowed_keys=st.booleans(),
 )
 
 
@@ -49,7 +49,10 @@ def test_a_plan_can_be_launched(walk, arch, queries, nodes, dim, dtype):
         return
     made = plan(walk, arch=arch, dtype=dtype, dim=dim, queries=queries, nodes=nodes)
     names = made.definitions
-    assert names["HAS_FOUND"] == walk.has_found and (names["DIM"], names["M"]) == (dim, 16)
+    assert names["HAS_ALLOWED_KEYS"] == walk.has_allowed_keys and (names["DIM"], names["M"]) == (
+        dim,
+        16,
+    )
     assert made.block == 32 * names["WARPS"] * made.queries_per_block
     assert made.block <= (256 if names["WARPS"] == 8 else 128)  # launch bounds
     assert made.queries_per_block == 1 or names["WARPS"] == 1
@@ -63,13 +66,15 @@ def test_a_plan_can_be_launched(walk, arch, queries, nodes, dim, dtype):
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("has_found", [False, True])
-def test_the_largest_ef_is_the_largest(arch, has_found):
+@pytest.mark.parametrize("has_allowed_keys", [False, True])
+def test_the_largest_ef_is_the_largest(arch, has_allowed_keys):
     limits = launch_plan.of_arch(arch)
     for k in (10, 10**6):
-        largest = launch_plan.largest_ef(Walk(1, k, has_found=has_found), 10**6, limits)
+        largest = launch_plan.largest_ef(
+            Walk(1, k, has_allowed_keys=has_allowed_keys), 10**6, limits
+        )
         for ef, fits in ((largest, True), (largest + 2, False)):
-            walk = Walk(ef, min(k, ef), has_found=has_found)
+            walk = Walk(ef, min(k, ef), has_allowed_keys=has_allowed_keys)
             buckets, _ = launch_plan.visited_cache(walk, 10**6)
             assert (launch_plan.group_bytes(walk, buckets, 4) <= limits.shared_per_block) == fits
     assert launch_plan.largest_ef(Walk(1, 10), 10**6, limits) > 5000
@@ -122,7 +127,9 @@ def test_memory_of_one_query():
     assert launch_plan.group_bytes(Walk(64, 10), 128, warps=1) == parts == 3728
     assert launch_plan.group_bytes(Walk(63, 10), 128, warps=1) == parts
     assert launch_plan.group_bytes(Walk(10, 10, ef_upper=64), 128, warps=1) == parts
-    assert launch_plan.group_bytes(Walk(64, 11, has_found=True), 128, warps=1) == parts + 8 * 12
+    assert (
+        launch_plan.group_bytes(Walk(64, 11, has_allowed_keys=True), 128, warps=1) == parts + 8 * 12
+    )
     assert launch_plan.group_bytes(Walk(64, 10), 128, warps=8) == parts + 8 * 128
 
 

@@ -260,16 +260,16 @@ FAULTS = [
     Fault(
         "the beam outlives its query",
         "search.cu",
-        "beam.size = found.size = found.first = 0;",
-        "if (q == 0) beam.size = 0;\n        found.size = found.first = 0;",
+        "beam.size = allowed_keys.size = allowed_keys.first = 0;",
+        "if (q == 0) beam.size = 0;\n        allowed_keys.size = allowed_keys.first = 0;",
         "emulator",
         "in turn",
     ),
     Fault(
         "the allowed list outlives its query",
         "search.cu",
-        "beam.size = found.size = found.first = 0;",
-        "beam.size = 0;\n        if (q == 0) found.size = found.first = 0;",
+        "beam.size = allowed_keys.size = allowed_keys.first = 0;",
+        "beam.size = 0;\n        if (q == 0) allowed_keys.size = allowed_keys.first = 0;",
         "parity",
         "in turn",
     ),
@@ -329,8 +329,8 @@ FAULTS = [
     Fault(
         "what misses the beam misses the allowed list",
         "search.cu",
-        "is_wanted |= key < worst(found)",
-        "is_wanted &= key < worst(found)",
+        "is_wanted |= key < worst(allowed_keys)",
+        "is_wanted &= key < worst(allowed_keys)",
         "parity",
         "self per query",
     ),
@@ -493,8 +493,8 @@ def asked_of(setting: str, build) -> Asked:
             return kernel_cases.ask_far(asked, build, seed)
         return asked.ask(build, **kernel_cases.launch_of(row), seed=seed)
 
-    has_found = asked.mask is not None or asked.own is not None
-    return Asked(build.library("search", has_found), search, asked.wanted())
+    has_allowed_keys = asked.mask is not None or asked.own is not None
+    return Asked(build.library("search", has_allowed_keys), search, asked.wanted())
 
 
 def outcome(fault: Fault, sanitizer: str | None) -> set[str]:

@@ -92,11 +92,11 @@ def test_the_wheel_holds_the_package_only(packages):
 def test_the_sdist_holds_what_is_needed_to_test_it(packages):
     with tarfile.open(only(packages.glob("*.tar.gz"))) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    loose = {"README.md", "CHANGELOG.md", "LICENSE", "pyproject.toml", ".ci/run"}
+    loose = {"README.md", "CHANGELOG.md", "SECURITY.md", "LICENSE", "pyproject.toml", ".ci/run"}
     assert loose | sources("hnsw_gpu") | sources("kernels") | sources("tests") <= names
     assert {name.partition("/")[0] for name in names} <= {
         *("hnsw_gpu", "kernels", "tests", "benchmarks", ".ci", ".gitignore", "PKG-INFO"),
-        *("README.md", "CHANGELOG.md", "LICENSE", "pyproject.toml"),
+        *("README.md", "CHANGELOG.md", "SECURITY.md", "LICENSE", "pyproject.toml"),
     }
 
 

@@ -1,7 +1,6 @@
-"""The house stays in order: layers, vocabulary, what an import may do, lint and types."""
+"""The house stays in order: layers, vocabulary, what an import may do, habits said once."""
 
 import ast
-import importlib.util
 import json
 import re
 import subprocess
@@ -301,12 +300,16 @@ def test_works_without_the_extras():
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-@pytest.mark.parametrize(
-    "command", [["ruff", "check"], ["ruff", "format", "--check"], ["mypy"]], ids=" ".join
-)
-def test_lint_and_types(command):
-    if importlib.util.find_spec(command[0]) is None:
-        pytest.skip(f"{command[0]} is not installed: it comes with the extra `test`")
-    run = [sys.executable, "-m", *command]
-    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_linters_are_said_once():
+    """CI, pre-commit and CONTRIBUTING.md name the same ones; the first two run them."""
+    ci = re.findall(r"^\.venv-test/bin/(.+)$", (ROOT / ".ci" / "run").read_text(), re.M)
+    hooks = re.findall(r"entry: ([^,]+),", (ROOT / ".pre-commit-config.yaml").read_text())
+    said = (ROOT / "CONTRIBUTING.md").read_text()
+    assert ci == hooks == ["ruff check", "ruff format --check", "mypy"]
+    assert all(f"`{command}`" in said for command in ci)
+
+
+def test_the_test_command_is_said_once():
+    command = re.search(r"^python3 -m venv \.venv-test .+$", README, re.M)
+    assert command is not None
+    assert command[0] in (ROOT / "CONTRIBUTING.md").read_text()

@@ -12,6 +12,8 @@ import hnsw_gpu
 from benchmarks import anatomy, datasets, race
 from benchmarks.run import SETTING, main
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def own_cache(monkeypatch, tmp_path):

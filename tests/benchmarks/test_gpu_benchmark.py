@@ -24,6 +24,8 @@ from benchmarks import datasets, gpu, gpu_report, gpu_sides, kernel_times, stand
 from hnsw_gpu.engine.search import search_graph
 from hnsw_gpu.engine.vectors import encode_queries
 
+pytestmark = pytest.mark.slow
+
 ROWS, BATCHES, ROUNDS = 260, [1, 6, 20], 2
 M, EF_CONSTRUCTION = gpu.EMULATED.setting.M, gpu.EMULATED.setting.ef_construction
 

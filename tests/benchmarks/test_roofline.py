@@ -19,6 +19,8 @@ from hnsw_gpu.engine.search import search_graph
 from hnsw_gpu.engine.vectors import encode_queries, row_length
 from hnsw_gpu.gpu import kernel_source, launch_plan
 
+pytestmark = pytest.mark.slow
+
 SAVED = roofline.RESULTS / "roofline.json"
 
 

@@ -6,6 +6,8 @@ import pytest
 
 import hnsw_gpu
 
+pytestmark = pytest.mark.slow
+
 N, DIM, K = 6000, 96, 10
 # largest |distance - float64 distance| over rows of about unit length, by storage
 TOLERANCE = {"fp32": 5e-7, "fp16": 4e-4, "int8": 1.2e-2}

@@ -12,6 +12,8 @@ from hnsw_gpu.engine import build, graph, repair
 from hnsw_gpu.engine.graph import Graph
 from hnsw_gpu.engine.vectors import encode
 
+pytestmark = pytest.mark.slow
+
 
 def cut_off(made: Graph, cut: np.ndarray, is_alone: bool) -> Graph:
     """`made` without the layer-0 links from other nodes to nodes of `cut`, or without any to them.

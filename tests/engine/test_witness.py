@@ -8,6 +8,8 @@ import pytest
 
 import hnsw_gpu
 
+pytestmark = pytest.mark.slow
+
 faiss = pytest.importorskip("faiss", reason="the witness comes with the extra `test`")
 load_file = pytest.importorskip(
     "safetensors.numpy", reason="files are read again by the package of the extra `test`"

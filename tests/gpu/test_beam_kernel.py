@@ -12,6 +12,8 @@ from probes import compile_probe
 
 from hnsw_gpu.engine.keys import KEY_NONE
 
+pytestmark = pytest.mark.slow
+
 LANES = 32
 ROUNDS = 20
 PROBE = """

@@ -19,6 +19,8 @@ from hnsw_gpu.engine import search
 from hnsw_gpu.engine.vectors import encode_queries
 from hnsw_gpu.gpu import launch_plan
 
+pytestmark = pytest.mark.slow
+
 ROWS, DIM, QUERIES = 6000, 24, 40
 BASELINE = Path(__file__).parent / "baselines" / "bytes_read.txt"
 HOW_TO_WRITE = "HNSW_GPU_WRITE_BASELINES=1 python -m pytest tests/gpu/test_bytes_read.py"

@@ -23,6 +23,8 @@ from cuda_toolkit import Compiled, Job
 
 from hnsw_gpu.gpu import kernel_source, kernel_structs, launch_plan
 
+pytestmark = pytest.mark.slow
+
 try:
     TOOLKIT = cuda_toolkit.find()
 except LookupError as reason:

@@ -16,7 +16,10 @@ import emulator
 import numpy as np
 import pytest
 
-pytestmark = pytest.mark.skipif(bool(emulator.missing()), reason=emulator.missing())
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(emulator.missing()), reason=emulator.missing()),
+]
 
 FULL = "0xffffffffu"
 

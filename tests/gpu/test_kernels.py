@@ -26,6 +26,8 @@ from hnsw_gpu.engine.labels import Labels
 from hnsw_gpu.engine.search import pack_bits, search_graph
 from hnsw_gpu.gpu import kernel_source
 
+pytestmark = pytest.mark.slow
+
 METRICS = ["l2", "ip", "cosine"]
 DTYPES = ["fp32", "fp16", "int8"]
 

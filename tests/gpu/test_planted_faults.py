@@ -23,6 +23,8 @@ import pytest
 
 from hnsw_gpu.engine.labels import Labels
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 SANITIZERS = ("address", "thread")
 # Which of these it is can depend on what memory held that a faulty kernel reads.

@@ -17,6 +17,8 @@ from hnsw_gpu.engine import vectors as vectors_module
 from hnsw_gpu.engine.keys import key_nodes
 from hnsw_gpu.engine.labels import Labels
 
+pytestmark = pytest.mark.slow
+
 # Chosen to meet: every mode, a query held in registers and not, caches that forget. An instrumented
 # build takes seconds, so of the pairwise design only the smaller half of the specialisations joins.
 BASE = {"metric": "l2", "dtype": "fp32", "dim": 31, "warps": 1, "M": 16, "tag_bits": 16}

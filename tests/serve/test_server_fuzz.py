@@ -22,6 +22,8 @@ from served import DIM, QUERIES, running
 
 from hnsw_gpu.serve import formats
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = settings(
     max_examples=700,
     derandomize=True,

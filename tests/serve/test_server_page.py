@@ -12,6 +12,8 @@ from served import QUERIES, ROWS, running
 
 from hnsw_gpu import load
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def visit(browser):

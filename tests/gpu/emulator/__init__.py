@@ -37,7 +37,7 @@ ROOT = HERE.parents[2]
 BUILD = ROOT / "build" / "emulator"
 
 SANITIZERS = (None, "address", "thread", "count")
-FLAGS = ["-std=c++20", "-O2", "-g", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasing"]
+FLAGS = ["-std=c++20", "-O1", "-g1", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasing"]
 INSTRUMENT = {
     None: [],
     "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],

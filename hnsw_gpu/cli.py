@@ -308,7 +308,7 @@ def dedup(
     Example:
       hnsw-gpu dedup embeddings/ -o unique --id-column id --text-column text --threshold 0.9
     """
-    from hnsw_gpu.deduplication import FileSettings, dedup_files, interrupted_state
+    from hnsw_gpu.deduplication import Settings, dedup_files, interrupted_state
 
     if only_against and not against:
         raise click.UsageError("--only-against needs --against")
@@ -316,7 +316,7 @@ def dedup(
         report = dedup_files(
             paths,
             output,
-            FileSettings(**settings),
+            Settings(**settings),
             column=column,
             id_column=id_column,
             text_column=text_column,

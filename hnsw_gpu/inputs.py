@@ -22,6 +22,13 @@ CUDA_MEMORY = (2, 13)  # device types of DLPack: plain, managed
 LONGEST_SQUARED = float(np.finfo(np.float32).max) / 4  # then no distance overflows float32
 
 
+class RowsError(ValueError):
+    """Some rows are refused: the text names the first of them."""
+
+    what: str  # is wrong with them
+    rows: np.ndarray  # int64 (m,): all of them, ascending
+
+
 def one_of(name: str, value: Any, known: Iterable[str]) -> str:
     """`value`, if it is a known name."""
     if not isinstance(value, str) or value not in known:
@@ -141,12 +148,14 @@ def are_valid(part: np.ndarray, metric: str) -> np.ndarray:
 
 
 def refuse(name: str, is_bad: np.ndarray, what: str, first: int = 0) -> None:
-    """ValueError that names the first rows where `is_bad`."""
+    """RowsError that names the first rows where `is_bad`, counted from `first`."""
     if is_bad.any():
-        rows = np.flatnonzero(is_bad)
-        listed = ", ".join(str(first + row) for row in rows[:5])
+        rows = first + np.flatnonzero(is_bad)
+        listed = ", ".join(map(str, rows[:5].tolist()))
         more = f" and {len(rows) - 5} more" if len(rows) > 5 else ""
-        raise ValueError(f"{name}: {what} in row{'s' * (len(rows) > 1)} {listed}{more}")
+        error = RowsError(f"{name}: {what} in row{'s' * (len(rows) > 1)} {listed}{more}")
+        error.what, error.rows = what, rows
+        raise error
 
 
 def labels(name: str, value: ArrayLike) -> np.ndarray:

@@ -1,12 +1,15 @@
 """Near-duplicates, of rows in memory and in files. (`hnsw_gpu.dedup` is the function.)"""
 
-from hnsw_gpu.deduplication.in_files import FileSettings, dedup_files, interrupted_state
-from hnsw_gpu.deduplication.in_memory import DedupResult, dedup
+from hnsw_gpu.deduplication.checkpoints import interrupted_state
+from hnsw_gpu.deduplication.in_files import dedup_files
+from hnsw_gpu.deduplication.in_memory import dedup
 from hnsw_gpu.deduplication.preview import dedup_preview, preview_text
+from hnsw_gpu.deduplication.result import DedupResult
+from hnsw_gpu.deduplication.settings import Settings
 
 __all__ = [
     "DedupResult",
-    "FileSettings",
+    "Settings",
     "dedup",
     "dedup_files",
     "dedup_preview",

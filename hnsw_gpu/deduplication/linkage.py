@@ -5,8 +5,8 @@ removed node has a kept one within the limit. any-earlier: a node with a near on
 is removed, whether that one is kept or not (SemDeDup, NeMo Curator). components: of all that hang
 together by pairs the first in order is kept.
 
-`near_of(nodes)` gives the keys of all near others of open nodes, whose pairs are not all known:
-star and any-earlier ask it of those alone that would be kept.
+Of open nodes not all pairs are known. `all_near(nodes)` gives the keys of all that is near each:
+star and any-earlier complete those alone that would be kept.
 """
 
 from collections.abc import Callable
@@ -20,11 +20,11 @@ LINKAGES = ("star", "components", "any-earlier")
 UNDECIDED, KEPT, REMOVED = 0, 1, 2
 MOST_AT_ONCE = 1024  # nodes completed together
 
-NearOf = Callable[[np.ndarray], list[np.ndarray]]
+AllNear = Callable[[np.ndarray], list[np.ndarray]]
 
 
-def adjacency(a, b, distances, count):
-    """Both directions of pairs: (offsets int64 (n + 1,), neighbors int32, distances).
+def neighbor_lists(a, b, distances, count):
+    """Pairs as lists: neighbors int32 of node i from offsets[i] to offsets[i + 1], int64 (n + 1,).
 
     The nearest of a node is first, of equals the smaller number.
     """
@@ -33,24 +33,24 @@ def adjacency(a, b, distances, count):
     order = np.lexsort((target, both, source))
     offsets = np.zeros(count + 1, np.int64)
     np.cumsum(np.bincount(source, minlength=count), out=offsets[1:])
-    return offsets, target[order].astype(np.int32), both[order]
+    return offsets, target[order].astype(np.int32)
 
 
-def star(order, offsets, neighbors, is_open, near_of: NearOf):
-    """uint8 (n,) state of each node, KEPT or REMOVED; and the keys that `near_of` gave, by node."""
+def star(order, offsets, neighbors, is_open, all_near: AllNear):
+    """uint8 (n,) state of each node, KEPT or REMOVED; and the keys that `all_near` gave, by node."""
     state, batch, place = np.zeros(len(order), np.uint8), 1, 0
-    told: dict[int, np.ndarray] = {}
+    completed: dict[int, np.ndarray] = {}
     while True:
         place = _star(order, offsets, neighbors, is_open, state, place)
         if place == len(order):
-            return state, told
+            return state, completed
         node = int(order[place])
-        if node not in told:
-            asked = _next(order[place:], state, is_open, told, batch)
-            told |= zip(asked.tolist(), near_of(asked), strict=True)
+        if node not in completed:
+            nodes = _next_open(order[place:], state, is_open, completed, batch)
+            completed |= zip(nodes.tolist(), all_near(nodes), strict=True)
             batch = min(2 * batch, MOST_AT_ONCE)
         state[node] = KEPT
-        for others in (key_nodes(told[node]), neighbors[offsets[node] : offsets[node + 1]]):
+        for others in (key_nodes(completed[node]), neighbors[offsets[node] : offsets[node + 1]]):
             state[others[state[others] == UNDECIDED]] = REMOVED
         place += 1
 
@@ -71,26 +71,25 @@ def _star(order, offsets, neighbors, is_open, state, place):
     return len(order)
 
 
-def any_earlier(order, offsets, neighbors, is_open, near_of: NearOf):
+def any_earlier(order, offsets, neighbors, is_open, all_near: AllNear):
     """As `star`."""
-    position = np.empty(len(order), np.int64)
-    position[order] = np.arange(len(order))
+    position = _positions(order)
     state, batch = np.zeros(len(order), np.uint8), 1
-    told: dict[int, np.ndarray] = {}
+    completed: dict[int, np.ndarray] = {}
     _mark_later(position, offsets, neighbors, state)
     for node in order[is_open[order]].tolist():
         if state[node] == REMOVED:
             continue
-        if node not in told:
-            asked = _next(order[position[node] :], state, is_open, told, batch)
-            told |= zip(asked.tolist(), near_of(asked), strict=True)
+        if node not in completed:
+            nodes = _next_open(order[position[node] :], state, is_open, completed, batch)
+            completed |= zip(nodes.tolist(), all_near(nodes), strict=True)
             batch = min(2 * batch, MOST_AT_ONCE)
-        others = key_nodes(told[node])
+        others = key_nodes(completed[node])
         state[others[position[others] > position[node]]] = REMOVED
         if (position[others] < position[node]).any():
             state[node] = REMOVED
     state[state == UNDECIDED] = KEPT
-    return state, told
+    return state, completed
 
 
 @njit(nogil=True, cache=True, _nrt=False)
@@ -103,23 +102,28 @@ def _mark_later(position, offsets, neighbors, state):
                 break
 
 
-def _next(order, state, is_open, told, count):
-    """The next `count` open nodes of an order that are undecided and not told of."""
+def _next_open(order, state, is_open, completed, count):
+    """The next `count` open nodes of an order that are undecided and not completed."""
     waiting = order[is_open[order] & (state[order] == UNDECIDED)]
-    return np.array([node for node in waiting.tolist() if node not in told][:count], np.int64)
+    return np.array([node for node in waiting.tolist() if node not in completed][:count], np.int64)
+
+
+def _positions(order):
+    """int64 (n,): the place of each node in the order."""
+    position = np.empty(len(order), np.int64)
+    position[order] = np.arange(len(order))
+    return position
 
 
 def components(order, offsets, neighbors):
     """int64 (n,): of each node, the first in order of those that it hangs together with."""
-    position = np.empty(len(order), np.int64)
-    position[order] = np.arange(len(order))
     root = np.full(len(order), -1, np.int64)
-    _spread(order, offsets, neighbors, root, np.empty(len(order), np.int64))
+    _mark_components(order, offsets, neighbors, root, np.empty(len(order), np.int64))
     return root
 
 
 @njit(nogil=True, cache=True, _nrt=False)
-def _spread(order, offsets, neighbors, root, stack):
+def _mark_components(order, offsets, neighbors, root, stack):
     for p in range(len(order)):
         if root[order[p]] >= 0:
             continue
@@ -138,9 +142,15 @@ def _spread(order, offsets, neighbors, root, stack):
                     size += 1
 
 
+def nearest_kept(offsets, neighbors, state):
+    """int64 (n,): of each removed node its nearest kept neighbor, -1 where it has none."""
+    root = np.empty(len(state), np.int64)
+    _nearest_kept(offsets, neighbors, state, root)
+    return root
+
+
 @njit(nogil=True, cache=True, _nrt=False)
-def nearest_kept(offsets, neighbors, state, root):
-    """Give every removed node its nearest kept neighbor as root, -1 where it has none."""
+def _nearest_kept(offsets, neighbors, state, root):
     for node in range(len(state)):
         root[node] = node if state[node] == KEPT else -1
         if state[node] == KEPT:
@@ -151,9 +161,15 @@ def nearest_kept(offsets, neighbors, state, root):
                 break
 
 
+def first_ancestor(order, offsets, neighbors):
+    """int64 (n,): of each node that of its nearest neighbor before it in order; else itself."""
+    root = np.empty(len(order), np.int64)
+    _first_ancestor(order, _positions(order), offsets, neighbors, root)
+    return root
+
+
 @njit(nogil=True, cache=True, _nrt=False)
-def first_ancestor(order, position, offsets, neighbors, root):
-    """Give every node the root of its nearest neighbor that is before it in order; else itself."""
+def _first_ancestor(order, position, offsets, neighbors, root):
     for p in range(len(order)):
         node = order[p]
         root[node] = node

@@ -43,12 +43,12 @@ def dedup_preview(
     {from, to, rows, pairs}, a pair {row, other, similarity, text, other_text}. Exact copies are in
     the first band. ValueError names rows that are NaN, infinite or zero.
     """
-    opened = open_sources(paths, column=column)
+    sources = open_sources(paths, column=column)
     if text_column is not None:
-        opened.take(text_column, np.empty(0, np.int64))
+        sources.take(text_column, np.empty(0, np.int64))
     rng = np.random.default_rng(seed)
-    rows = np.sort(rng.choice(len(opened), min(sample, len(opened)), replace=False))
-    others, similarity = _most_alike(opened, rows, thread_count(threads), progress)
+    rows = np.sort(rng.choice(len(sources), min(sample, len(sources)), replace=False))
+    others, similarity = _most_alike(sources, rows, thread_count(threads), progress)
     counts, edges = np.histogram(np.clip(similarity[others >= 0], 0, 1), BINS, (0, 1))
     bands: list[dict[str, Any]] = []
     for high, low in zip(BANDS, (*BANDS[1:], -1.0), strict=True):
@@ -60,9 +60,9 @@ def dedup_preview(
         bands.append({"from": low, "to": high, "rows": len(places), "pairs": chosen})
     used = np.concatenate([band["pairs"] for band in bands])
     wanted = np.unique(np.concatenate([rows[used], others[used]]))
-    texts = [opened.where(row) for row in wanted.tolist()]
+    texts = [sources.where(row) for row in wanted.tolist()]
     if text_column is not None:
-        texts = [str(text) for text in opened.take(text_column, wanted)]
+        texts = [str(text) for text in sources.take(text_column, wanted)]
     text_of = dict(zip(wanted.tolist(), texts, strict=True))
     for band in bands:
         band["pairs"] = [
@@ -76,22 +76,22 @@ def dedup_preview(
             for i in band["pairs"][np.argsort(-similarity[band["pairs"]], kind="stable")]
         ]
     histogram = {"edges": edges.tolist(), "rows": counts.tolist()}
-    return {"rows": len(opened), "sampled": len(rows), "histogram": histogram, "bands": bands}
+    return {"rows": len(sources), "sampled": len(rows), "histogram": histogram, "bands": bands}
 
 
 def _most_alike(
-    opened: Sources, rows: np.ndarray, threads: int, progress: bool
+    sources: Sources, rows: np.ndarray, threads: int, progress: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     """Of each of some rows the most alike other row, -1 where there is none; the similarity."""
-    asking = [np.empty((0, opened.dim), np.float32)]
-    with bar(progress, 2 * len(opened), "compare") as shown:
-        for first, block in _blocks(opened):
+    asking = [np.empty((0, sources.dim), np.float32)]
+    with bar(progress, 2 * len(sources), "compare") as shown:
+        for first, block in _blocks(sources):
             inside = rows[(rows >= first) & (rows < first + len(block))] - first
             asking.append(block[inside])
             shown.update(len(block))
         queries = rows_as_queries(encode(np.concatenate(asking), METRIC, "fp32"))
         keys = np.full((len(rows), 2), KEY_NONE, np.uint64)
-        for first, block in _blocks(opened):
+        for first, block in _blocks(sources):
             encoded = encode(block, METRIC, "fp32")
             exact_block(keys, encoded, first, queries, METRIC, threads=threads)
             shown.update(len(block))
@@ -102,10 +102,10 @@ def _most_alike(
     return others, np.where(is_none, np.nan, 1 - key_distances(key))
 
 
-def _blocks(opened: Sources) -> Any:
+def _blocks(sources: Sources) -> Any:
     """Checked float32 rows, and the number of the first."""
     first = 0
-    for block in opened.vectors(0, len(opened)):
+    for block in sources.vectors(0, len(sources)):
         yield first, inputs.float_vectors("vectors", block, METRIC, first=first)
         first += len(block)
 

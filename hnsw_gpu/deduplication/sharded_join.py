@@ -1,4 +1,4 @@
-"""Nodes in shards, and the joins of shard with shard that together find all pairs.
+"""Shards joined: all near pairs of nodes that lie in several parts, found two parts at a time.
 
 A node is a distinct vector of the whole set, however many shards hold it. Nodes are numbered by
 their first appearance, so that the numbers of those at home in a shard (it is the first to hold
@@ -12,25 +12,24 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hnsw_gpu.deduplication import pairs
-from hnsw_gpu.deduplication.pairs import Nodes
+from hnsw_gpu.deduplication import near_pairs
+from hnsw_gpu.deduplication.distinct_rows import ROWS_AT_ONCE
+from hnsw_gpu.deduplication.near_pairs import Nodes
 from hnsw_gpu.engine import (
     NodeTable,
     key_distances,
     key_nodes,
     rerank,
     rows_as_queries,
-    search_graph,
 )
 
 LEAST_PAIRS = 10_000_000  # that may be kept,
 PAIRS_A_NODE = 64  # or this many for each node, if that is more
-GATHERED = 16384  # rows fetched at a time
 ID_BITS = np.uint64(0xFFFFFFFF)  # of a key: id and flag
 
 
 class Block(NamedTuple):
-    """What the join of two shards found; numbers are those of nodes of the whole set."""
+    """What the join of two shards, or of one with itself, found; numbers are those of nodes of the whole set."""
 
     one: np.ndarray  # int32 (p,): a pair may be there twice, in either order
     other: np.ndarray  # int32 (p,)
@@ -67,7 +66,7 @@ class Shards:
         threads: int,
     ) -> None:
         self.numbers, self.metric = numbers, metric
-        self.opened, self._rows, self._ef, self._threads = opened, rows, ef, threads
+        self.opened, self._rows, self.ef, self.threads = opened, rows, ef, threads
         self._home, start = [], 0  # own numbers of the nodes at home, of each shard
         for own in numbers:
             self._home.append(np.flatnonzero(own >= start))
@@ -88,7 +87,7 @@ class Shards:
         count = len(self.numbers)
         return [(s, t) for s in range(count) for t in range(s, count)]
 
-    def join(
+    def join_block(
         self, s: int, t: int, limit: float, advance: Callable[[int], object] = lambda _: None
     ) -> Block:
         """Block (s, t). advance: told how many nodes have asked."""
@@ -96,7 +95,7 @@ class Shards:
         whole = max(sum(len(self._home[j]) for _, j in self.blocks), 1)
         most = max(LEAST_PAIRS, PAIRS_A_NODE * self.nodes) * len(home) // whole
         back = np.full(len(self.numbers[s]), np.inf, np.float32)
-        found = pairs.find_pairs(
+        found = near_pairs.find_pairs(
             self._lists(s, t), home, self._others(s, t), limit, most, advance, back
         )
         one = [self.numbers[t][found.asked]]
@@ -104,7 +103,7 @@ class Shards:
         distances = [key_distances(found.keys)]
         open_nodes = [self.numbers[t][home[found.is_open]]]
         if s != t and found.is_open.any():  # what these did not list may list them
-            again = pairs.find_pairs(
+            again = near_pairs.find_pairs(
                 self._lists(t, s), self._home[s], self._others(t, s), limit, most, lambda _: None
             )
             one.append(self.numbers[s][again.asked])
@@ -122,17 +121,17 @@ class Shards:
             back,
         )
 
-    def _lists(self, s: int, t: int) -> pairs.Lists:
+    def _lists(self, s: int, t: int) -> near_pairs.NearestLists:
         """Of shard s, asked by the nodes of shard t."""
         if s == t:
-            return pairs.lists_within(self.opened(s), self._ef, self._threads)
-        return pairs.lists_across(self.opened(s), self._rows(t), self._ef, self._threads)
+            return near_pairs.lists_of_itself(self.opened(s), self.ef, self.threads)
+        return near_pairs.lists_for_rows(self.opened(s), self._rows(t), self.ef, self.threads)
 
     def _others(self, s: int, t: int) -> int:
         return len(self.numbers[s]) - (s == t)
 
-    def pairs(self, blocks: Callable[[int, int], Block]) -> Pairs:
-        """All pairs, from all blocks."""
+    def unite(self, blocks: Callable[[int, int], Block]) -> Pairs:
+        """All pairs, of all blocks (s, t)."""
         is_open, nearest = np.zeros(self.nodes, bool), np.full(self.nodes, np.inf, np.float32)
         parts = []
         for s, t in self.blocks:
@@ -145,9 +144,9 @@ class Shards:
         if not parts:
             return no_pairs(nearest)
         one, other, distances = (np.concatenate(part) for part in zip(*parts, strict=True))
-        return Pairs(*pairs.united(one, other, distances), is_open, nearest)
+        return Pairs(*near_pairs.united(one, other, distances), is_open, nearest)
 
-    def near_of(
+    def all_near(
         self, nodes: np.ndarray, limit: float, *, exactly: bool = False
     ) -> list[np.ndarray]:
         """Keys of all near others of each of some nodes, ascending. exactly: compare with all."""
@@ -156,8 +155,8 @@ class Shards:
         for s, numbers in enumerate(self.numbers):
             part = self.opened(s)
             part = part._replace(graph=None) if exactly else part
-            lists = pairs.lists_across(part, rows, self._ef, self._threads)
-            every = pairs.within(lists, np.arange(len(nodes)), len(numbers), limit)
+            lists = near_pairs.lists_for_rows(part, rows, self.ef, self.threads)
+            every = near_pairs.find_all_near(lists, np.arange(len(nodes)), len(numbers), limit)
             for i, keys in enumerate(every):
                 number = numbers[key_nodes(keys)]
                 keys = keys & ~ID_BITS | number.astype(np.uint64) << np.uint64(1)
@@ -176,8 +175,8 @@ class Shards:
     def distances(self, one: np.ndarray, other: np.ndarray) -> np.ndarray:
         """float32 (m,), between nodes; 0 of a node to itself."""
         found = np.zeros(len(one), np.float32)
-        for start in range(0, len(one), GATHERED):
-            place = slice(start, start + GATHERED)
+        for start in range(0, len(one), ROWS_AT_ONCE):
+            place = slice(start, start + ROWS_AT_ONCE)
             queries, rows = rows_as_queries(self.rows_of(one[place])), self.rows_of(other[place])
             keys = np.arange(len(rows), dtype=np.uint64)[:, None] << np.uint64(1)
             decided = rerank(keys, rows, queries, self.metric, k=1, threads=1)
@@ -185,29 +184,14 @@ class Shards:
         found[one == other] = 0
         return found
 
-    def row_reads(self, sample: int) -> dict[str, float] | None:
-        """Rows that a search of the first shard reads: from the node itself (R10), and without."""
-        part = self.opened(0) if self.numbers else None
-        if part is None or part.graph is None or not len(part.rows):
-            return None
-        own = np.linspace(0, len(part.rows) - 1, min(sample, len(part.rows))).astype(np.int32)
-        queries = rows_as_queries(part.rows[own])
-        how = {"k": pairs.FIRST_K, "ef": self._ef, "threads": self._threads}
-        mine = search_graph(part.graph, part.rows, queries, self.metric, own=own, **how)
-        entered = search_graph(part.graph, part.rows, queries, self.metric, **how)
-        return {
-            "sampled_rows": len(own),
-            "from_own_node": float(mine.distances.mean()),
-            "from_entry_point": float(entered.distances.mean()),
-        }
-
 
 def no_pairs(nearest: np.ndarray) -> Pairs:
+    """None, of nodes of which nothing but the nearest distance, float32 (nodes,), is known."""
     none = np.empty(0, np.int32)
     return Pairs(none, none, np.empty(0, np.float32), np.zeros(len(nearest), bool), nearest)
 
 
-def numbered(digests: list[np.ndarray]) -> list[np.ndarray]:
+def numbers_of_nodes(digests: list[np.ndarray]) -> list[np.ndarray]:
     """The numbers of the nodes of each shard, from digests uint64 (n, words) of their rows."""
     ends = np.cumsum([0] + [len(part) for part in digests])
     every = np.concatenate(digests) if digests else np.empty((0, 2), np.uint64)

@@ -1,4 +1,4 @@
-"""Near-duplicates as pairs: every two nodes within a limit, and how they are found.
+"""How near pairs are found: every two nodes within a limit.
 
 `lists(ids, k)` gives keys (m, k) of the k nearest others of some nodes: of a graph, or by comparing
 all. A node whose k-th neighbour is still near is asked again with a larger k, and no other is.
@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from hnsw_gpu.deduplication.distinct_rows import ROWS_AT_ONCE
 from hnsw_gpu.engine import (
     KEY_NONE,
     Graph,
@@ -25,9 +26,8 @@ from hnsw_gpu.engine import (
 
 FIRST_K = 16
 GROWTH = 4  # of k, from one round to the next
-PART = 16384  # nodes a call of `lists`
 
-Lists = Callable[[np.ndarray, int], np.ndarray]
+NearestLists = Callable[[np.ndarray, int], np.ndarray]
 
 
 class Nodes(NamedTuple):
@@ -65,7 +65,7 @@ def build_nodes(
     return Nodes(rows, graph, metric)
 
 
-def lists_within(nodes: Nodes, ef: int, threads: int) -> Lists:
+def lists_of_itself(nodes: Nodes, ef: int, threads: int) -> NearestLists:
     """Of the nodes themselves: others of the same set (R10)."""
 
     def lists(ids: np.ndarray, k: int) -> np.ndarray:
@@ -79,7 +79,7 @@ def lists_within(nodes: Nodes, ef: int, threads: int) -> Lists:
     return lists
 
 
-def lists_across(nodes: Nodes, rows: np.ndarray, ef: int, threads: int) -> Lists:
+def lists_for_rows(nodes: Nodes, rows: np.ndarray, ef: int, threads: int) -> NearestLists:
     """Of other encoded rows (m, row), which ask by their number."""
 
     def lists(ids: np.ndarray, k: int) -> np.ndarray:
@@ -118,7 +118,7 @@ def _compared(nodes: Nodes, queries: np.ndarray, k: int, threads: int) -> np.nda
 
 
 def find_pairs(
-    lists: Lists,
+    lists: NearestLists,
     ids: np.ndarray,
     others: int,
     limit: float,
@@ -136,8 +136,8 @@ def find_pairs(
     waiting, k, count = np.arange(len(ids)), min(FIRST_K, others), 0
     while len(waiting) and others > 0:
         full: list[tuple[np.ndarray, np.ndarray]] = []  # places in ids, and their keys
-        for start in range(0, len(waiting), PART):
-            places = waiting[start : start + PART]
+        for start in range(0, len(waiting), ROWS_AT_ONCE):
+            places = waiting[start : start + ROWS_AT_ONCE]
             keys = lists(ids[places], k)
             first = keys[:, 0]
             nearest[places] = np.where(first == KEY_NONE, np.inf, key_distances(first))
@@ -162,7 +162,9 @@ def find_pairs(
     return Found(np.concatenate(asked), np.concatenate(found), is_open, nearest)
 
 
-def within(lists: Lists, ids: np.ndarray, others: int, limit: float) -> list[np.ndarray]:
+def find_all_near(
+    lists: NearestLists, ids: np.ndarray, others: int, limit: float
+) -> list[np.ndarray]:
     """Keys of all near others of each of `ids` (m,), ascending, however many there are."""
     found = [np.empty(0, np.uint64)] * len(ids)
     waiting, k = np.arange(len(ids)), min(FIRST_K, others)

@@ -1,0 +1,93 @@
+"""Figures of a result: counts, a histogram, sampled recall, rows that searches read."""
+
+from typing import Any
+
+import numpy as np
+
+from hnsw_gpu.deduplication.decision import Decision, NearRows
+from hnsw_gpu.deduplication.near_pairs import FIRST_K, united
+from hnsw_gpu.deduplication.sharded_join import Shards
+from hnsw_gpu.engine import key_distances, key_nodes, rows_as_queries, search_graph
+
+SAMPLED = 300  # nodes by which recall and rows read are judged
+BINS = 100  # of the histogram, from similarity 0 to 1
+
+
+def counts(near: NearRows, decision: Decision, limit: float) -> dict[str, int]:
+    """Rows by what became of them, groups and pairs."""
+    rows, pairs = near.rows, near.pairs
+    is_ours = ~near.is_known[rows.node_of]
+    copies_dropped = int(is_ours.sum()) - int((~near.is_known).sum())
+    kept, known = int(decision.keep.sum()), int((~is_ours).sum())
+    counted = {
+        "rows": rows.count,
+        "invalid": rows.count - len(rows.valid),
+        "kept": kept,
+        "exact_copies": copies_dropped,
+        "near_duplicates": len(rows.valid) - known - kept - copies_dropped,
+        "groups": len(np.unique(decision.duplicate_of[decision.duplicate_of >= 0])),
+        "pairs": int((pairs.distances <= np.float32(limit)).sum()) + rows.copies,
+        "open_rows": int(pairs.is_open[rows.node_of].sum()),
+    }
+    return counted if near.other is None else counted | {"against_duplicates": known}
+
+
+def histogram(near: NearRows) -> dict[str, list]:
+    """Rows by the similarity (distance, for l2) of the most similar other row."""
+    node_of = near.rows.node_of
+    nearest = near.pairs.nearest[node_of]
+    nearest[np.bincount(node_of, minlength=near.rows.nodes)[node_of] > 1] = 0
+    values = near.reported(nearest[np.isfinite(nearest)]).astype(np.float64)
+    if near.has_similarity:
+        rows, edges = np.histogram(np.clip(1 - values, 0, 1), BINS, (0, 1))
+    else:
+        rows, edges = np.histogram(values, BINS)
+    return {"edges": edges.tolist(), "rows": rows.tolist()}
+
+
+def recall(near: NearRows, seed: int) -> dict[str, Any]:
+    """The share of true pairs that were found, of a sample of nodes; 95 % interval (Wilson)."""
+    closed = np.flatnonzero(~near.pairs.is_open)
+    rng = np.random.default_rng(seed)
+    sample = np.sort(rng.choice(closed, min(SAMPLED, len(closed)), replace=False))
+    truth = near.shards.all_near(sample, near.limit, exactly=True)
+    nodes = np.repeat(sample, [len(keys) for keys in truth])
+    keys = np.concatenate([*truth, np.empty(0, np.uint64)])
+    a, b, _ = united(nodes, key_nodes(keys), key_distances(keys))
+    found = near.pairs.a.astype(np.int64) << 32 | near.pairs.b
+    hits = int(np.isin(a.astype(np.int64) << 32 | b, found).sum())
+    low, high = wilson(hits, len(a))
+    return {
+        "sampled_rows": len(sample),
+        "true_pairs": len(a),
+        "found_pairs": hits,
+        "recall": hits / len(a) if len(a) else 1.0,
+        "interval": [low, high],
+    }
+
+
+def row_reads(shards: Shards) -> dict[str, float] | None:
+    """Rows that a search of the first shard reads: from the node itself (R10), and without."""
+    part = shards.opened(0) if shards.numbers else None
+    if part is None or part.graph is None or not len(part.rows):
+        return None
+    own = np.linspace(0, len(part.rows) - 1, min(SAMPLED, len(part.rows))).astype(np.int32)
+    queries = rows_as_queries(part.rows[own])
+    how = {"k": FIRST_K, "ef": shards.ef, "threads": shards.threads}
+    from_own = search_graph(part.graph, part.rows, queries, part.metric, own=own, **how)
+    entered = search_graph(part.graph, part.rows, queries, part.metric, **how)
+    return {
+        "sampled_rows": len(own),
+        "from_own_node": float(from_own.distances.mean()),
+        "from_entry_point": float(entered.distances.mean()),
+    }
+
+
+def wilson(hits: int, of: int) -> tuple[float, float]:
+    """95 % interval of a share, by Wilson's formula; (0, 1) of nothing."""
+    if not of:
+        return 0.0, 1.0
+    z, share = 1.959964, hits / of
+    middle, scale = share + z * z / (2 * of), 1 + z * z / of
+    width = z * ((share * (1 - share) + z * z / (4 * of)) / of) ** 0.5
+    return max((middle - width) / scale, 0.0), min((middle + width) / scale, 1.0)

@@ -1,0 +1,51 @@
+"""Who is kept first: the order of rows that `keep` asks for, and the order of nodes by it."""
+
+from typing import Any
+
+import numpy as np
+
+from hnsw_gpu import inputs
+from hnsw_gpu.deduplication.distinct_rows import Rows
+
+KEEP = ("first", "last", "medoid")
+
+
+def row_order(keep: Any, rows: Rows, offsets: np.ndarray, neighbors: np.ndarray) -> np.ndarray:
+    """Places in `rows.valid`, in the order of who is kept first; ties to the lower row.
+
+    offsets, neighbors: near nodes of each node, by which "medoid" counts.
+    """
+    if not isinstance(keep, str):
+        return _by_values(keep, rows)
+    inputs.one_of("keep", keep, KEEP)
+    places = np.arange(len(rows.valid))
+    if keep == "first":
+        return places
+    if keep == "last":
+        return places[::-1]
+    copies_of = np.bincount(rows.node_of, minlength=rows.nodes)
+    degree = copies_of + np.bincount(
+        np.repeat(np.arange(rows.nodes), np.diff(offsets)),
+        weights=copies_of[neighbors],
+        minlength=rows.nodes,
+    )
+    return np.argsort(-degree[rows.node_of], kind="stable")
+
+
+def _by_values(keep: Any, rows: Rows) -> np.ndarray:
+    which, values = keep
+    inputs.one_of("keep", which, ("max", "min"))
+    values = np.asarray(values)
+    if values.shape != (rows.count,) or values.dtype.kind not in "fiub":
+        raise ValueError(f"keep: {values.dtype} {values.shape}, expected ({rows.count},) numbers")
+    values = values[rows.valid].astype(np.float64)
+    inputs.refuse("keep", np.isnan(values), "NaN")
+    return np.argsort(-values if which == "max" else values, kind="stable")
+
+
+def node_order(places: np.ndarray, rows: Rows) -> tuple[np.ndarray, np.ndarray]:
+    """Nodes by their first row in that order of places; and that row, of each node."""
+    nodes, first = np.unique(rows.node_of[places], return_index=True)
+    row_of = np.empty(rows.nodes, np.int64)
+    row_of[nodes] = rows.valid[places[first]]
+    return nodes[np.argsort(first, kind="stable")], row_of

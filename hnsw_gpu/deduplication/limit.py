@@ -1,0 +1,47 @@
+"""The limit within which two rows are near-duplicates: from the caller's words, and back to them."""
+
+from typing import Any
+
+import numpy as np
+
+from hnsw_gpu import inputs
+
+
+def limit_of(metric: str, threshold: float | None, max_distance: float | None) -> float:
+    """The largest float32 distance of near-duplicates, as engines have it."""
+    if max_distance is not None:
+        if threshold is not None:
+            raise ValueError("threshold and max_distance: say one of them")
+        limit = np.float32(inputs.number("max_distance", max_distance))
+        if metric != "euclidean":
+            return float(limit)
+        squared = limit * abs(limit)
+        while squared < np.inf and np.sqrt(np.nextafter(squared, np.float32(np.inf))) <= limit:
+            squared = np.nextafter(squared, np.float32(np.inf))  # the root is rounded
+        return float(squared)
+    if metric in ("l2", "euclidean"):
+        raise ValueError(f"metric {metric!r}: say max_distance, there is no similarity")
+    least = np.float32(inputs.number("threshold", 0.95 if threshold is None else threshold))
+    if metric == "cosine" and not -1 <= least <= 1:
+        raise ValueError(f"threshold={threshold}: expected a cosine similarity, -1 to 1")
+    # 1 - distance is rounded: to `least` and more from the middle between it and the float before
+    middle = (float(least) + float(np.nextafter(least, np.float32(-np.inf)))) / 2
+    largest = np.float32(1 - middle)
+    while np.float32(1) - largest < least:
+        largest = np.nextafter(largest, np.float32(-np.inf))
+    return float(largest)
+
+
+def limit_as_given(metric: str, limit: float) -> dict[str, float]:
+    """threshold and max_distance as the caller knows them: 0.9, not the float32 next to it."""
+    if metric in ("l2", "euclidean"):
+        return {"max_distance": _shortest(limit if metric == "l2" else limit**0.5)}
+    return {
+        "threshold": _shortest(float(np.float32(1) - np.float32(limit))),
+        "max_distance": _shortest(limit),
+    }
+
+
+def _shortest(value: float) -> float:
+    """The shortest decimal that is the same float32."""
+    return float(str(np.float32(value)))

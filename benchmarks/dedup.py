@@ -27,7 +27,9 @@ import hnsw_gpu
 from benchmarks.datasets import cached
 from benchmarks.memory import status
 from benchmarks.run import about
-from hnsw_gpu.deduplication import in_memory, pairs
+from hnsw_gpu.deduplication import near_pairs
+from hnsw_gpu.deduplication.distinct_rows import distinct_rows
+from hnsw_gpu.deduplication.limit import limit_of
 from hnsw_gpu.demo import verses
 
 THRESHOLD = 0.9
@@ -122,15 +124,16 @@ def by_faiss(rows: np.ndarray) -> np.ndarray:
 
 def judge(vectors: np.ndarray, keep: np.ndarray, sample: int | None, seed: int = 0) -> dict:
     """Rows missed and over-removed; of a sample the counts are scaled to all rows."""
-    limit = in_memory.limit_of("cosine", THRESHOLD, None)
-    rows, _, node_of = in_memory.distinct_rows("vectors", vectors, "cosine")
+    limit = limit_of("cosine", THRESHOLD, None)
+    rows, about = distinct_rows("vectors", vectors, "cosine")
+    node_of = about.node_of
     first_kept = np.full(len(rows), len(vectors))
     np.minimum.at(first_kept, node_of[keep], np.flatnonzero(keep))
     asked = np.arange(len(rows))
     if sample is not None:
         asked = np.sort(np.random.default_rng(seed).choice(len(rows), sample, replace=False))
-    lists = pairs.lists_within(pairs.Nodes(rows, None, "cosine"), 1, 2)
-    near = pairs.within(lists, asked, len(rows) - 1, limit)
+    lists = near_pairs.lists_of_itself(near_pairs.Nodes(rows, None, "cosine"), 1, 2)
+    near = near_pairs.find_all_near(lists, asked, len(rows) - 1, limit)
     before = np.array(
         [first_kept[(keys & 0xFFFFFFFF) >> 1].min(initial=len(vectors)) for keys in near]
     )

@@ -7,7 +7,7 @@ the same plan goes on with the steps that are left, another one is refused.
 
 import json
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ class Checkpoints:
         if not path.exists():
             write_arrays(path, do(), {})
 
-    def read(self, step: str, mapped: Collection[str] = ()) -> dict[str, np.ndarray]:
+    def read(self, step: str, mapped: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
         """The arrays of a step that is done; those of `mapped` stay on disk."""
         return read_arrays(self._path(step), mapped)[0]
 

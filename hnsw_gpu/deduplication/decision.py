@@ -53,7 +53,7 @@ class NearRows:
 
     def labels_in_other(self) -> np.ndarray:
         """int64 (n,): label of the nearest in the other set, of rows that it has; else -1."""
-        labels = np.full(self.rows.count, -1, np.int64)
+        labels = np.full(self.rows.total, -1, np.int64)
         if self.other is not None:
             of_nodes = np.where(self.is_known, self.other.labels, -1)
             labels[self.rows.valid] = of_nodes[self.rows.node_of]
@@ -104,7 +104,7 @@ class NearRows:
 
     def _decision(self, root: np.ndarray, row_of: np.ndarray) -> Decision:
         """Of root int64 (nodes,), the kept node for each, and the row of each kept node."""
-        count = self.rows.count
+        count = self.rows.total
         keep, group = np.zeros(count, bool), np.full(count, -1, np.int64)
         duplicate_of = np.full(count, -1, np.int64)
         distance = np.full(count, np.nan, np.float32)

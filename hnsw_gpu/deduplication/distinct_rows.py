@@ -15,7 +15,7 @@ ROWS_AT_ONCE = 16384  # encoded, searched and gathered: bounds what a step holds
 class Rows(NamedTuple):
     """A set of rows, and the node of each."""
 
-    count: int  # of all, the invalid ones too
+    total: int  # of all, the invalid ones too
     valid: np.ndarray  # int64 (m,): rows that are neither NaN nor infinite nor zero
     node_of: np.ndarray  # int64 (m,), of those
     first_row: np.ndarray  # int64 (nodes,): of each node
@@ -30,11 +30,11 @@ class Rows(NamedTuple):
         return len(self.valid) - self.nodes
 
 
-def rows_of(count: int, valid: np.ndarray, node_of: np.ndarray) -> Rows:
-    """The set of `count` rows of which int64 `valid` (m,) have these nodes; none is without row."""
+def rows_of(total: int, valid: np.ndarray, node_of: np.ndarray) -> Rows:
+    """The set of `total` rows of which int64 `valid` (m,) have these nodes; none is without row."""
     first_row = np.empty(node_of.max(initial=-1) + 1, np.int64)
     first_row[node_of[::-1]] = valid[::-1]
-    return Rows(count, valid, node_of, first_row)
+    return Rows(total, valid, node_of, first_row)
 
 
 def distinct_rows(

@@ -20,8 +20,8 @@ def counts(near: NearRows, decision: Decision, limit: float) -> dict[str, int]:
     copies_dropped = int(is_ours.sum()) - int((~near.is_known).sum())
     kept, known = int(decision.keep.sum()), int((~is_ours).sum())
     counted = {
-        "rows": rows.count,
-        "invalid": rows.count - len(rows.valid),
+        "rows": rows.total,
+        "invalid": rows.total - len(rows.valid),
         "kept": kept,
         "exact_copies": copies_dropped,
         "near_duplicates": len(rows.valid) - known - kept - copies_dropped,

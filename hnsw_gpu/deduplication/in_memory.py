@@ -125,7 +125,7 @@ class _InMemory:
             )  # fmt: skip
 
     def _nearest_other(self, against: Any, encoded: np.ndarray, dim: int) -> NearestOther:
-        """Of encoded rows (nodes, row) the nearest in the other set: an index, its path, vectors."""
+        """The nearest of each encoded row (nodes, row) in an index, a saved one, or vectors."""
         settings, threads = self._settings, self._threads
         if isinstance(against, Index) or other_set.is_path(against):
             index = other_set.open_index(against, settings.metric_name, dim)

@@ -36,8 +36,8 @@ def _by_values(keep: Any, rows: Rows) -> np.ndarray:
     which, values = keep
     inputs.one_of("keep", which, ("max", "min"))
     values = np.asarray(values)
-    if values.shape != (rows.count,) or values.dtype.kind not in "fiub":
-        raise ValueError(f"keep: {values.dtype} {values.shape}, expected ({rows.count},) numbers")
+    if values.shape != (rows.total,) or values.dtype.kind not in "fiub":
+        raise ValueError(f"keep: {values.dtype} {values.shape}, expected ({rows.total},) numbers")
     values = values[rows.valid].astype(np.float64)
     inputs.refuse("keep", np.isnan(values), "NaN")
     return np.argsort(-values if which == "max" else values, kind="stable")

@@ -1,6 +1,4 @@
-"""The limit within which two rows are near-duplicates: from the caller's words, and back to them."""
-
-from typing import Any
+"""The limit within which rows are near-duplicates: from the caller's words, and back to them."""
 
 import numpy as np
 

@@ -37,7 +37,7 @@ def neighbor_lists(a, b, distances, count):
 
 
 def star(order, offsets, neighbors, is_open, all_near: AllNear):
-    """uint8 (n,) state of each node, KEPT or REMOVED; and the keys that `all_near` gave, by node."""
+    """uint8 (n,) state of each node, KEPT or REMOVED; and the keys that all_near gave, by node."""
     state, batch, place = np.zeros(len(order), np.uint8), 1, 0
     completed: dict[int, np.ndarray] = {}
     while True:

@@ -7,7 +7,6 @@ Of each shard its distinct rows, encoded, and their graph are a step; then each 
 import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 

@@ -3,7 +3,6 @@
 from typing import Any, NamedTuple
 
 from hnsw_gpu import inputs
-from hnsw_gpu.deduplication.keep_order import KEEP
 from hnsw_gpu.deduplication.limit import limit_of
 from hnsw_gpu.deduplication.linkage import LINKAGES
 

@@ -29,7 +29,7 @@ ID_BITS = np.uint64(0xFFFFFFFF)  # of a key: id and flag
 
 
 class Block(NamedTuple):
-    """What the join of two shards, or of one with itself, found; numbers are those of nodes of the whole set."""
+    """What the join of two shards found; numbers are those of nodes of the whole set."""
 
     one: np.ndarray  # int32 (p,): a pair may be there twice, in either order
     other: np.ndarray  # int32 (p,)

@@ -12,7 +12,9 @@ from click.testing import CliRunner
 from test_in_memory import made
 
 from hnsw_gpu import Index, cli, dedup
-from hnsw_gpu.deduplication import in_files, report_page
+from hnsw_gpu.deduplication import checkpoints, in_files, report, report_page, tables
+from hnsw_gpu.deduplication.distinct_rows import digest
+from hnsw_gpu.deduplication.resumable_steps import ResumableSteps
 from hnsw_gpu.files import sources, storage
 
 pyarrow = pytest.importorskip("pyarrow")
@@ -147,7 +149,7 @@ class Killed(BaseException):
 @pytest.mark.parametrize("step", range(0, 16))
 def test_ended_anywhere_it_goes_on(tmp_path, paths, monkeypatch, step) -> None:
     """The process ends at the n-th file that it would write; then once more, to the end."""
-    command = (paths, tmp_path / "out", in_files.FileSettings(threshold=0.97, method="hnsw"))
+    command = (paths, tmp_path / "out", in_files.Settings(threshold=0.97, method="hnsw"))
     in_files.dedup_files(paths, tmp_path / "whole", command[2], shard_rows=300)
     written, atomic_file = [], storage.atomic_file
 
@@ -158,7 +160,7 @@ def test_ended_anywhere_it_goes_on(tmp_path, paths, monkeypatch, step) -> None:
         return atomic_file(path)
 
     with monkeypatch.context() as patched:
-        for module in (storage, in_files, report_page):
+        for module in (storage, checkpoints, report, report_page, tables):
             patched.setattr(module, "atomic_file", ending)
         if step < 15:
             with pytest.raises(Killed):
@@ -169,7 +171,7 @@ def test_ended_anywhere_it_goes_on(tmp_path, paths, monkeypatch, step) -> None:
     assert len(done) == (min(max(step - 1, 0), 9) if step < 15 else 0)
     opened = []
     monkeypatch.setattr(
-        in_files,
+        checkpoints,
         "write_arrays",
         lambda path, *rest, write=storage.write_arrays: (opened.append(path), write(path, *rest)),
     )
@@ -207,7 +209,7 @@ def test_interrupted_it_says_how_far_it_came(tmp_path, paths, monkeypatch) -> No
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(in_files._Job, "join", interrupted)
+    monkeypatch.setattr(ResumableSteps, "pairs", interrupted)
     result = CliRunner().invoke(cli.main, ["dedup", str(paths[0]), "-o", str(tmp_path / "out")])
     assert result.exit_code == 130
     assert "1 shards built, 0 blocks joined: the same command goes on from there" in result.output
@@ -219,7 +221,7 @@ def test_a_work_folder_of_another_run(tmp_path, paths, monkeypatch) -> None:
 
     out = tmp_path / "out"
     with monkeypatch.context() as patched:
-        patched.setattr(in_files._Job, "join", stop)
+        patched.setattr(ResumableSteps, "pairs", stop)
         fails(*paths, "-o", out, "--threshold", 0.97)
     assert "threshold was 0.97, is 0.96; delete" in fails(*paths, "-o", out, "--threshold", 0.96)
     assert "of other files" in fails(paths[0], "-o", out, "--threshold", 0.97)
@@ -237,7 +239,7 @@ def test_a_damaged_shard_is_named(tmp_path, paths, monkeypatch) -> None:
 
     out = tmp_path / "out"
     with monkeypatch.context() as patched:
-        patched.setattr(in_files._Job, "join", stop)
+        patched.setattr(ResumableSteps, "pairs", stop)
         fails(*paths, "-o", out, "--shard-rows", 300)
     path = out / "work" / "shard-0001.safetensors"
     data = bytearray(path.read_bytes())
@@ -354,7 +356,7 @@ def test_sizes() -> None:
 def test_digests_tell_rows_apart() -> None:
     rows = made(300).astype(np.float32)
     _, expected = np.unique(rows, axis=0, return_inverse=True)
-    _, found = np.unique(in_files.digest(rows), axis=0, return_inverse=True)
+    _, found = np.unique(digest(rows), axis=0, return_inverse=True)
     table = np.stack([expected.ravel(), found.ravel()])
     assert len(np.unique(table, axis=1).T) == len(np.unique(expected)) == len(np.unique(found))
 

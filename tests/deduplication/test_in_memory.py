@@ -7,9 +7,10 @@ import oracle
 import pytest
 
 from hnsw_gpu import Index, dedup
-from hnsw_gpu.deduplication import in_memory as dedup_module
-from hnsw_gpu.deduplication import pairs, shards
-from hnsw_gpu.deduplication.in_memory import wilson
+from hnsw_gpu.deduplication import figures, near_pairs, sharded_join
+from hnsw_gpu.deduplication.decision import NearRows
+from hnsw_gpu.deduplication.distinct_rows import distinct_rows, rows_of
+from hnsw_gpu.deduplication.figures import wilson
 
 LINKAGES = ("star", "components", "any-earlier")
 
@@ -185,8 +186,8 @@ def test_a_heap_is_decided_though_its_pairs_are_too_many(monkeypatch, linkage, m
     rows = rows[rng.permutation(600)]
     wanted = dedup(rows, 0.98, linkage=linkage, method="exact")
     assert wanted.report["open_rows"] == 0
-    monkeypatch.setattr(shards, "LEAST_PAIRS", 0)
-    monkeypatch.setattr(shards, "PAIRS_A_NODE", 8)
+    monkeypatch.setattr(sharded_join, "LEAST_PAIRS", 0)
+    monkeypatch.setattr(sharded_join, "PAIRS_A_NODE", 8)
     found = dedup(rows, 0.98, linkage=linkage, method=method)
     assert found.report["open_rows"] >= 200
     assert found.report["pairs"] < wanted.report["pairs"] / 2
@@ -210,7 +211,7 @@ def test_the_threshold_is_met_by_what_is_reported() -> None:
     rng = np.random.default_rng(5)
     rows = rng.normal(size=(400, 6))
     every = dedup(rows, -1.0)
-    similarity = np.sort(every._join.row_pairs()[2])
+    similarity = np.sort(every.row_pairs()[2])
     for place in range(0, len(similarity), 997):
         threshold = np.float32(1) - similarity[place]
         count = int((np.float32(1) - similarity >= threshold).sum())
@@ -220,7 +221,7 @@ def test_the_threshold_is_met_by_what_is_reported() -> None:
 def test_the_largest_distance_is_met_by_what_is_reported() -> None:
     rows = np.random.default_rng(5).normal(size=(300, 6))
     every = dedup(rows, metric="euclidean", max_distance=99)
-    distance = np.sort(every._join.row_pairs()[2])
+    distance = np.sort(every.row_pairs()[2])
     for place in range(0, len(distance), 997):
         count = int((distance <= distance[place]).sum())
         found = dedup(rows, metric="euclidean", max_distance=float(distance[place]))
@@ -286,10 +287,10 @@ def test_sampled_recall_counts_what_is_missing(monkeypatch) -> None:
     found = dedup(rows, 0.98)
     told = found.report["recall"]
     assert told["sampled_rows"] == 300 and told["recall"] == 1 and told["true_pairs"] > 60
-    join = found._join
-    half = join.found._replace(**{name: getattr(join.found, name)[::2] for name in ("a", "b")})
-    monkeypatch.setattr(join, "found", half)
-    told = join.recall(0)
+    near = found._near
+    half = near.pairs._replace(**{name: getattr(near.pairs, name)[::2] for name in ("a", "b")})
+    monkeypatch.setattr(near, "pairs", half)
+    told = figures.recall(near, 0)
     assert 0.4 < told["recall"] < 0.6
     assert told["interval"] == list(wilson(told["found_pairs"], told["true_pairs"]))
 
@@ -407,13 +408,13 @@ def test_shards_change_nothing(monkeypatch, method, is_full, linkage) -> None:
     rows = rows[rng.permutation(600)]
     wanted = dedup(rows, 0.98, linkage=linkage, method="exact")
     if is_full:
-        monkeypatch.setattr(shards, "LEAST_PAIRS", 0)
-        monkeypatch.setattr(shards, "PAIRS_A_NODE", 8)
+        monkeypatch.setattr(sharded_join, "LEAST_PAIRS", 0)
+        monkeypatch.setattr(sharded_join, "PAIRS_A_NODE", 8)
     for cuts in ([600], [250, 600], [100, 101, 400, 600]):
         parts, own, place = [], [], 0
         for cut in cuts:
-            encoded, _, node_of = dedup_module.distinct_rows("", rows[place:cut], "cosine")
-            graph = pairs.build_nodes(
+            encoded, about = distinct_rows("", rows[place:cut], "cosine")
+            graph = near_pairs.build_nodes(
                 encoded,
                 "cosine",
                 M=8,
@@ -423,31 +424,30 @@ def test_shards_change_nothing(monkeypatch, method, is_full, linkage) -> None:
                 advance=lambda _: None,
             )
             parts.append(graph if method == "hnsw" else graph._replace(graph=None))
-            own.append(node_of)
+            own.append(about.node_of)
             place = cut
         digests = [
             np.ascontiguousarray(part.rows).view(np.uint64).reshape(len(part.rows), -1)
             for part in parts
         ]
-        numbers = shards.numbered(digests)
+        numbers = sharded_join.numbers_of_nodes(digests)
         node_of = np.concatenate([number[of] for number, of in zip(numbers, own, strict=True)])
-        whole = shards.Shards(
+        whole = sharded_join.Shards(
             numbers, parts.__getitem__, lambda s, parts=parts: parts[s].rows, "cosine",
             ef=64, threads=2,
         )  # fmt: skip
-        blocks = {place: whole.join(*place, wanted._join.limit) for place in whole.blocks}
-        found = whole.pairs(lambda s, t, blocks=blocks: blocks[s, t])
+        blocks = {place: whole.join_block(*place, wanted._near.limit) for place in whole.blocks}
+        found = whole.unite(lambda s, t, blocks=blocks: blocks[s, t])
         assert found.is_open.any() == is_full
         if not is_full:
             for name in ("a", "b", "distances"):
-                expected = getattr(wanted._join.found, name)
+                expected = getattr(wanted._near.pairs, name)
                 np.testing.assert_array_equal(getattr(found, name), expected)
         if is_full and linkage == "components":
             continue  # which is decided by the pairs that are listed
-        join = dedup_module.Join(
-            "cosine", 600, np.arange(600), node_of, wanted._join.limit, whole, found, "first"
-        )
-        dropped = join.decide(wanted._join.limit, linkage, "first")
+        about = rows_of(600, np.arange(600), node_of)
+        near = NearRows("cosine", wanted._near.limit, about, whole, found)
+        dropped = near.decide(near.limit, linkage, "first")
         np.testing.assert_array_equal(dropped.keep, wanted.keep)
         if not is_full:
             np.testing.assert_array_equal(dropped.duplicate_of, wanted.duplicate_of)

@@ -8,7 +8,8 @@ import pytest
 from test_in_memory import made
 
 from hnsw_gpu import dedup
-from hnsw_gpu.deduplication import in_files, report_page
+from hnsw_gpu.deduplication import report as reports
+from hnsw_gpu.deduplication import report_page
 
 HOSTILE = [
     "</script><script>window.hacked = 1</script>",
@@ -27,7 +28,7 @@ def report(metric: str = "cosine", rows: np.ndarray | None = None) -> dict:
     limit = {"threshold": 0.96} if metric == "cosine" else {"max_distance": 0.4}
     found = dedup(rows, metric=metric, method="exact", **limit)
     told = found.report
-    told["curve"] = in_files.curve(found, 12)
+    told["curve"] = reports.curve(found, 12)
     groups = []
     for head in np.unique(found.duplicate_of[found.duplicate_of >= 0])[:9].tolist():
         members = np.flatnonzero(found.duplicate_of == head).tolist()

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from hnsw_gpu.index import Index
-    from hnsw_gpu.serve import Edition
+    from hnsw_gpu.serve import ServedIndex
 
 QUERY_BLOCK = 4096  # queries between two moves of the progress bar
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -448,8 +448,8 @@ def serve(
     if token is None and host not in ("127.0.0.1", "::1", "localhost"):
         click.echo("without --token-file: whoever reaches this port may search and swap", err=True)
 
-    def on_ready(edition: "Edition") -> None:
-        held, seconds = edition.index, time.perf_counter() - started
+    def on_ready(served: "ServedIndex") -> None:
+        held, seconds = served.index, time.perf_counter() - started
         click.echo(
             f"ready after {seconds:.1f} s: {len(held):,} vectors of {held.dim}, {held.metric}, "
             f"on the {'GPU' if held.device == 'cuda' else 'CPU'}",

@@ -27,8 +27,13 @@ DRAWING = re.compile(r"^\| \[`(\w+)\S* \| .+? \|(.*)\|$", re.M)
 CORE = {"click", "llvmlite", "numba", "numpy", "tqdm"}
 # Modules that are nothing without an extra, and are imported by each other and by `cli` inside it.
 EXTRAS = {
+    "disconnect": {"starlette"},
+    "middleware": {"starlette"},
+    "problem": {"starlette"},
     "request": {"starlette"},
-    "server": {"starlette", "uvicorn"},
+    "request_body": {"starlette"},
+    "server": {"starlette"},
+    "process": {"uvicorn"},
     "metrics": {"prometheus_client"},
 }
 

@@ -10,15 +10,16 @@ from hnsw_gpu.lazy_names import lazy_names
 if TYPE_CHECKING:
     from hnsw_gpu.serve.batcher import Batch, Batcher, QueueFullError
     from hnsw_gpu.serve.client import Client, ServerError
-    from hnsw_gpu.serve.served_index import Edition
-    from hnsw_gpu.serve.server import ServerSettings, listen, serve
+    from hnsw_gpu.serve.process import listen, serve
+    from hnsw_gpu.serve.served_index import ServedIndex
+    from hnsw_gpu.serve.server import ServerSettings
 
 __all__ = [
     "Batch",
     "Batcher",
     "Client",
-    "Edition",
     "QueueFullError",
+    "ServedIndex",
     "ServerError",
     "ServerSettings",
     "listen",
@@ -29,12 +30,12 @@ _HOME = {
     "Batch": "batcher",
     "Batcher": "batcher",
     "Client": "client",
-    "Edition": "served_index",
+    "ServedIndex": "served_index",
     "QueueFullError": "batcher",
     "ServerError": "client",
     "ServerSettings": "server",
-    "listen": "server",
-    "serve": "server",
+    "listen": "process",
+    "serve": "process",
 }
 
 __getattr__ = lazy_names(__name__, _HOME)

@@ -15,7 +15,7 @@ from prometheus_client import (
 from prometheus_client.core import GaugeMetricFamily
 
 from hnsw_gpu.serve.batcher import Batch
-from hnsw_gpu.serve.served_index import Edition
+from hnsw_gpu.serve.served_index import ServedIndex
 
 SECONDS = tuple(0.0005 * 1.5**i for i in range(26))  # to 12 s
 ROWS = tuple(2.0**i for i in range(15))
@@ -80,12 +80,12 @@ class Metrics:
         if not batch.is_ok:
             self.engine_errors.inc()
 
-    def edition(self, edition: Edition) -> None:
+    def served(self, served: ServedIndex) -> None:
         """Say what is served from here on."""
-        index = edition.index
+        index = served.index
         self._info.clear()
         self._info.labels(
-            edition.checksum, edition.version, index.metric, index.dtype, index.dim, index.device
+            served.checksum, served.version, index.metric, index.dtype, index.dim, index.device
         ).set(1)
         self._vectors.set(len(index))
         self._bytes.set(index.nbytes)

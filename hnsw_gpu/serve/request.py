@@ -1,4 +1,4 @@
-"""What a request says, and the problems that answer it when it is wrong (RFC 9457)."""
+"""What a request asks for: parameters, deadline, format, queries, filter."""
 
 import asyncio
 import json
@@ -7,36 +7,15 @@ from typing import Any, TypeVar
 
 import numpy as np
 from starlette.requests import Request
-from starlette.responses import Response
 
-from hnsw_gpu.serve import formats, openapi
-from hnsw_gpu.serve.served_index import Edition
+from hnsw_gpu.serve import formats
+from hnsw_gpu.serve.problem import Problem, message_of
+from hnsw_gpu.serve.served_index import ServedIndex
 
 MOST_K = MOST_EF = 10_000
 LARGE = 2**16  # bytes of a JSON body, or numbers of a JSON result, that are worth a thread
 
 Answer = TypeVar("Answer")
-
-
-class Problem(Exception):
-    """An answer that says what is wrong (RFC 9457)."""
-
-    def __init__(self, status: int, detail: str, **headers: str) -> None:
-        super().__init__(detail)
-        self.status, self.detail = status, detail
-        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
-        self.title = openapi.TITLES.get(status, "Error")
-
-    def response(self) -> Response:
-        content = {
-            "type": "about:blank",
-            "title": self.title,
-            "status": self.status,
-            "detail": self.detail,
-        }
-        return Response(
-            json.dumps(content).encode(), self.status, self.headers, media_type=openapi.PROBLEM
-        )
 
 
 def parameters(request: Request) -> tuple[int, int, str | None]:
@@ -84,17 +63,17 @@ async def read_asked(media: str, body: bytes) -> formats.Asked:
     except formats.MalformedError as error:
         raise Problem(400, str(error)) from None
     except (ValueError, TypeError) as error:
-        raise Problem(422, said(error)) from None
+        raise Problem(422, message_of(error)) from None
 
 
-def filter_asked(edition: Edition, asked: formats.Asked, name: str | None) -> np.ndarray | None:
+def filter_asked(served: ServedIndex, asked: formats.Asked, name: str | None) -> np.ndarray | None:
     if name is None:
         return asked.allow
     if asked.allow is not None:
         raise ValueError("allow: given in the query and in the body")
-    if name not in edition.filters:
+    if name not in served.filters:
         raise LookupError(f"allow={name!r:.80}: no filter of that name")
-    return edition.filters[name]
+    return served.filters[name]
 
 
 def path_asked(body: bytes) -> str:
@@ -107,16 +86,6 @@ def path_asked(body: bytes) -> str:
     return asked["path"]
 
 
-def too_large(size: int, most: int) -> Problem:
-    return Problem(413, f"a body of {size:,} bytes: at most {most:,}", Connection="close")
-
-
 async def run(is_long: bool, work: Callable[..., Answer], *given: Any) -> Answer:
     """work(*given), on a thread where it takes long: others are served meanwhile."""
     return await asyncio.to_thread(work, *given) if is_long else work(*given)
-
-
-def said(error: BaseException) -> str:
-    """The words of an error; a KeyError puts quotes around its own."""
-    words = str(error.args[0]) if isinstance(error, LookupError) and error.args else str(error)
-    return words or type(error).__name__

@@ -1,4 +1,4 @@
-"""One edition of what a server answers from: a saved index with its filters and its canary.
+"""One served of what a server answers from: a saved index with its filters and its canary.
 
 Beside `docs.hnsw` may lie `docs.filters/NAME.npy`, what may be returned under that name (a bool
 mask by label, or int labels), and `docs.canary.npy`, queries (q, dim) by which recall is watched.
@@ -32,7 +32,7 @@ class Canary(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Edition:
+class ServedIndex:
     """What is served, from one swap to the next."""
 
     version: int  # 1, 2, ... since the server began
@@ -43,9 +43,9 @@ class Edition:
     canary: Canary | None  # None: the index is empty
 
 
-def load_edition(
+def load_served_index(
     path: Path, version: int, *, device: str = "auto", mmap: bool = False, threads: int | None
-) -> Edition:
+) -> ServedIndex:
     """Load an index and all that belongs to it, and search once in each way, which warms it."""
     checksum = arrays_checksum(path)
     index = load(path, mmap=mmap, device=device)
@@ -56,7 +56,7 @@ def load_edition(
         for allow in (None, some, some[:1], *filters.values()):
             for rows in (canary.queries, canary.queries[:1]):
                 index.search(rows, canary.k, allow=allow, threads=threads)
-    return Edition(version, path, checksum, index, filters, canary)
+    return ServedIndex(version, path, checksum, index, filters, canary)
 
 
 def _filters(path: Path, index: Index) -> dict[str, np.ndarray]:
@@ -93,7 +93,7 @@ def _canary(path: Path, index: Index, threads: int | None) -> Canary | None:
 
 
 def memory_needed(path: Path) -> int:
-    """About the bytes that an edition takes while it is loaded."""
+    """About the bytes that an served takes while it is loaded."""
     return path.stat().st_size * 5 // 4
 
 

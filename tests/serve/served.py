@@ -13,6 +13,7 @@ import numpy as np
 
 from hnsw_gpu import Index
 from hnsw_gpu.serve import formats, server
+from hnsw_gpu.serve.process import Process, listen
 
 DIM, ROWS = 8, 400
 VECTORS = np.random.default_rng(0).normal(size=(ROWS, DIM)).astype(np.float32)
@@ -66,7 +67,7 @@ class Caller:
 
 class Running(NamedTuple):
     server: server.Server
-    process: server.Process
+    process: Process
     port: int
     call: Caller
     others: list[Caller]  # closed at the end
@@ -78,8 +79,8 @@ class Running(NamedTuple):
     @contextmanager
     def busy(self) -> Iterator[None]:
         """The engine waits, as it does while a caller of the library changes the index."""
-        assert self.server.edition is not None
-        with self.server.edition.index._lock.exclusive():
+        assert self.server.served is not None
+        with self.server.served.index._lock.exclusive():
             yield
 
     def wait(self, is_true) -> None:
@@ -102,15 +103,15 @@ def running(path: Path, **settings: Any) -> Iterator[Running]:
     held = server.Server(
         server.ServerSettings(path.resolve(), path.resolve().parent, **{"drain_s": 0.0, **settings})
     )
-    process = server.Process(held)
-    listening = server.listen("127.0.0.1", 0)
+    process = Process(held)
+    listening = listen("127.0.0.1", 0)
     port = listening.getsockname()[1]
     thread = threading.Thread(target=process.run, args=([listening],))
     thread.start()
     here = Running(held, process, port, Caller(port), [])
     try:
-        here.wait(lambda: held.edition is not None or held.error is not None)
-        if held.edition is not None and held.edition.canary is not None:  # not in a test's way
+        here.wait(lambda: held.served is not None or held.error is not None)
+        if held.served is not None and held.served.canary is not None:  # not in a test's way
             here.wait(lambda: held.metrics.canary._value.get() > 0)
             here.wait(lambda: held.batcher is not None and not held.batcher.in_flight)
         yield here

@@ -21,7 +21,7 @@ def path(tmp_path):
 
 
 def loaded(path):
-    return served_index.load_edition(path, 1, device="cpu", threads=1)
+    return served_index.load_served_index(path, 1, device="cpu", threads=1)
 
 
 def test_the_canary_is_stored_vectors_or_the_file(path):

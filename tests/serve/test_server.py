@@ -229,7 +229,7 @@ def test_bodies_that_are_too_large(own):
         caller("POST", "/v1/search", chunks, Content_Type=formats.NPY).refused(
             413, "at most 100,000"
         )
-    assert own.server._held_bytes == 0
+    assert own.server._bodies.held_bytes == 0
     assert own.call.search(QUERIES).status == 200
 
 
@@ -242,7 +242,7 @@ def test_a_body_that_does_not_come(folder):
             while part := slow.recv(4096):  # to the end: the connection is closed
                 said += part
         assert said.startswith(b"HTTP/1.1 408 ") and b"did not come within 0.2 s" in said
-        assert own.server._held_bytes == 0
+        assert own.server._bodies.held_bytes == 0
 
 
 def test_past_the_deadline(own):
@@ -293,7 +293,7 @@ def test_callers_who_leave(own):
             caller.close()
         own.wait(lambda: own.server.batcher.waiting_rows == 0)
     own.wait(lambda: own.call.metric("cancelled_total") == 80)
-    assert own.server._held_bytes == 0
+    assert own.server._bodies.held_bytes == 0
     assert own.call.search(QUERIES).status == 200
 
 
@@ -371,7 +371,7 @@ def test_one_swap_at_a_time_and_only_where_memory_holds_both(folder, monkeypatch
 
 
 def test_swaps_under_load(folder):
-    """Not one failed request, and each answer is wholly of the edition that its header names."""
+    """Not one failed request, and each answer is wholly of the index that its header names."""
     truth = {}
     for name in ("docs", "other"):
         truth[load(folder / f"{name}.hnsw")] = name
@@ -422,13 +422,13 @@ def test_metrics(folder):
         assert call.metric("batch_rows_sum") == 66 + 64
         assert call.metric("request_seconds_count") == 3
         assert call.metric("index_vectors") == ROWS
-        assert call.metric("index_bytes") == own.server.edition.index.nbytes
+        assert call.metric("index_bytes") == own.server.served.index.nbytes
         assert call.metric("engine_errors_total") == 0
         assert 0.95 < call.metric("canary_recall") <= 1
         text = call("GET", "/metrics").body.decode()
         assert 'hnsw_gpu_requests_total{code="200",path="/v1/search"} 3.0' in text
         assert 'hnsw_gpu_requests_total{code="422",path="/v1/search"} 1.0' in text
-        assert f'checksum="{own.server.edition.checksum}"' in text
+        assert f'checksum="{own.server.served.checksum}"' in text
         assert "process_resident_memory_bytes" in text
 
 
@@ -479,8 +479,8 @@ def test_the_canary_sees_a_bad_index(folder, tmp_path):
     np.save(tmp_path / "docs.canary.npy", QUERIES[:20])
     with running(path) as own:
         own.wait(lambda: own.call.metric("canary_recall") > 0)
-        assert len(own.server.edition.canary.queries) == 20
-        own.server.edition.index._state.graph.neighbors0[:] = -1
+        assert len(own.server.served.canary.queries) == 20
+        own.server.served.index._state.graph.neighbors0[:] = -1
         own.wait(lambda: own.call.search(QUERIES[:1]).status == 200)
         asking = own.server._ask_canary()
         loop = own.process.servers[0].get_loop()

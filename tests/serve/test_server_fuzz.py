@@ -42,7 +42,7 @@ GOOD = {
 def here(tmp_path_factory):
     with running(served.saved(tmp_path_factory.mktemp("fuzz")), most_body=100_000) as one:
         yield one
-        assert one.server._held_bytes == 0
+        assert one.server._bodies.held_bytes == 0
         assert one.server.batcher.waiting_rows == 0
 
 

@@ -60,7 +60,7 @@ def test_live_figures(visit, path):
         wait(page, lambda: page.locator("#state").inner_text() == "serving version 1")
         assert page.locator("h1").inner_text() == f"docs.hnsw: {ROWS} vectors"
         facts = page.locator("#facts").inner_text()
-        assert "cosine" in facts and here.server.edition.checksum in facts
+        assert "cosine" in facts and here.server.served.checksum in facts
         wait(page, lambda: figures(page).get("canary recall", "0.000") > "0.9")
         for _ in range(30):
             here.call.search(QUERIES)

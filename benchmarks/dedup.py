@@ -24,9 +24,9 @@ import click
 import numpy as np
 
 import hnsw_gpu
+from benchmarks.cpu.memory import status
 from benchmarks.datasets import cached
-from benchmarks.memory import status
-from benchmarks.run import about
+from benchmarks.record import about
 from hnsw_gpu.deduplication import near_pairs
 from hnsw_gpu.deduplication.distinct_rows import distinct_rows
 from hnsw_gpu.deduplication.limit import limit_of

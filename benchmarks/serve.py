@@ -27,7 +27,7 @@ import click
 import numpy as np
 
 import hnsw_gpu
-from benchmarks.run import about
+from benchmarks.record import about
 from hnsw_gpu.demo import verses
 from hnsw_gpu.serve import formats
 from hnsw_gpu.serve.batcher import Batch

@@ -9,8 +9,10 @@ from click.testing import CliRunner
 pytest.importorskip("matplotlib", reason="the benchmarks draw, which comes with the extra `bench`")
 
 import hnsw_gpu
-from benchmarks import anatomy, datasets, race
-from benchmarks.run import SETTING, main
+from benchmarks import datasets, race
+from benchmarks.cpu import anatomy
+from benchmarks.cpu.run import main
+from benchmarks.record import SETTING
 
 pytestmark = pytest.mark.slow
 
@@ -32,7 +34,7 @@ def plain_recall(base, queries, labels, k):
 
 def test_quick_run_reports_the_recall_of_the_same_index(tmp_path):
     out = tmp_path / "cpu.json"
-    done = CliRunner().invoke(main, ["cpu", "--quick", "--only", "race", "--out", str(out)])
+    done = CliRunner().invoke(main, ["--quick", "--only", "race", "--out", str(out)])
     assert done.exit_code == 0, done.output
     reported = json.loads(out.read_text())["race"]["results"]["tiny"]
     base, queries = datasets.tiny()

@@ -20,7 +20,11 @@ if emulator.missing():
 import emulated
 
 import hnsw_gpu
-from benchmarks import datasets, gpu, gpu_report, gpu_sides, kernel_times, stand_in
+from benchmarks import datasets
+from benchmarks.gpu import kernel_times, stand_in
+from benchmarks.gpu import report as gpu_report
+from benchmarks.gpu import run as gpu
+from benchmarks.gpu import sides as gpu_sides
 from hnsw_gpu.engine.search import search_graph
 from hnsw_gpu.engine.vectors import encode_queries
 
@@ -289,7 +293,7 @@ def test_cagra_is_called_as_cuvs_has_it(monkeypatch) -> None:
 
 def test_the_shell_script(tmp_path) -> None:
     """Its options, what it skips, and that a part that fails is its failure."""
-    script = Path(gpu.__file__).with_name("gpu.sh")
+    script = Path(gpu.__file__).with_name("run.sh")
     for program in ("bash", "dirname", "true", "false"):  # and no compute-sanitizer
         (tmp_path / program).symlink_to(str(shutil.which(program)))
 
@@ -321,4 +325,4 @@ def test_the_shell_script(tmp_path) -> None:
     sanitizer.chmod(0o755)
     code, printed = run("--only", "sanitizers")
     assert (code, printed.splitlines()[-1]) == (1, "failed: racecheck")
-    assert "asked --tool memcheck --error-exitcode 1 true -m benchmarks.gpu check\n" in printed
+    assert "asked --tool memcheck --error-exitcode 1 true -m benchmarks.gpu.run check\n" in printed

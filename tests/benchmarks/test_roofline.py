@@ -14,7 +14,7 @@ from emulator import Meeting
 pytest.importorskip("matplotlib", reason="the benchmarks draw, which comes with the extra `bench`")
 
 import hnsw_gpu
-from benchmarks import roofline
+from benchmarks.gpu import roofline
 from hnsw_gpu.engine.search import search_graph
 from hnsw_gpu.engine.vectors import encode_queries, row_length
 from hnsw_gpu.gpu import kernel_source, launch_plan

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 import hnsw_gpu
-from benchmarks.kernel_times import places
+from benchmarks.gpu.kernel_times import places
 from hnsw_gpu.engine.walk import Queries, Walk
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-TESTS = Path(__file__).parents[1] / "tests" / "gpu"
+TESTS = Path(__file__).parents[2] / "tests" / "gpu"
 SMS = 2  # so that few queries are enough for every choice of warps
 ATTRIBUTES = {"MemoryClockRate": 1_000, "GlobalMemoryBusWidth": 32, "L2CacheSize": 1 << 20}
 

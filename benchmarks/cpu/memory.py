@@ -1,6 +1,6 @@
 """Resident memory that an index adds, each measured in a process of its own (Linux: /proc).
 
-Run as `python -m benchmarks.memory NAME DATASET THREADS`: builds one index, prints one JSON object.
+Run as `python -m benchmarks.cpu.memory NAME DATASET THREADS`: builds an index, prints JSON.
 """
 
 import ctypes
@@ -16,7 +16,7 @@ from benchmarks.peers import Setting, make
 
 def measure(name: str, dataset: str, threads: int) -> dict:
     """`grow`'s figures from a fresh process."""
-    command = [sys.executable, "-m", "benchmarks.memory", name, dataset, str(threads)]
+    command = [sys.executable, "-m", "benchmarks.cpu.memory", name, dataset, str(threads)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout)
 

@@ -2,18 +2,18 @@
 # All that a machine with a GPU can say about the GPU engine, in one call of under ten minutes:
 # its tests, compute-sanitizer over a small search, and timings. Without a GPU, on the emulator.
 #
-#   benchmarks/gpu.sh [--engine gpu|emulated] [--only tests|sanitizers|timings] [--out FOLDER]
-#                     [options of `python -m benchmarks.gpu race`]
+#   benchmarks/gpu/run.sh [--engine gpu|emulated] [--only tests|sanitizers|timings] [--out FOLDER]
+#                     [options of `python -m benchmarks.gpu.run race`]
 #
 # PYTHON names the interpreter (python3). All parts run; the exit status says whether one failed.
 set -uo pipefail
-cd "$(dirname "$0")/.." || exit
+cd "$(dirname "$0")/../.." || exit
 
 python=${PYTHON:-python3}
 engine=gpu only= out= rest=()
 while [ $# -gt 0 ]; do
     case $1 in
-        --help) sed -n '2,/^$/s/^# \{0,1\}//p' "$0"; exec "$python" -m benchmarks.gpu race --help ;;
+        --help) sed -n '2,/^$/s/^# \{0,1\}//p' "$0"; exec "$python" -m benchmarks.gpu.run race --help ;;
         --engine | --only | --out)
             [ $# -ge 2 ] || { echo "$1 needs a value" >&2; exit 2; }
             declare "${1#--}=$2"
@@ -54,7 +54,7 @@ fi
 
 if wants sanitizers; then
     # first without: what is compiled for the CPU is kept on disk, and need not be watched
-    part check "$python" -m benchmarks.gpu check --engine "$engine"
+    part check "$python" -m benchmarks.gpu.run check --engine "$engine"
     sanitizer=$(command -v compute-sanitizer || true)
     : "${sanitizer:=${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer}"
     if [ "$engine" = emulated ]; then
@@ -64,13 +64,13 @@ if wants sanitizers; then
     else
         for tool in memcheck racecheck; do
             part "$tool" "$sanitizer" --tool "$tool" --error-exitcode 1 \
-                "$python" -m benchmarks.gpu check
+                "$python" -m benchmarks.gpu.run check
         done
     fi
 fi
 
 if wants timings; then
-    part timings "$python" -m benchmarks.gpu race --engine "$engine" \
+    part timings "$python" -m benchmarks.gpu.run race --engine "$engine" \
         ${out:+--out "$out"} ${rest[@]+"${rest[@]}"}
 fi
 

@@ -1,27 +1,21 @@
-"""The benchmarks' command line: `python -m benchmarks.run cpu --peers hnswlib,faiss,usearch`."""
+"""The benchmarks' command line: `python -m benchmarks.cpu.run --peers hnswlib,faiss,usearch`."""
 
-import datetime
-import importlib.metadata
 import json
-import os
-import platform
 from pathlib import Path
-from typing import Any
 
 import click
 
-import hnsw_gpu
-from benchmarks import anatomy, datasets, growth, memory, plot
-from benchmarks.peers import PEERS, Ours, Setting, make
+from benchmarks import datasets, plot
+from benchmarks.cpu import anatomy, growth, memory
+from benchmarks.peers import PEERS, Ours, make
 from benchmarks.race import race_builds, race_searches
+from benchmarks.record import RESULTS, SETTING, about, rounded
 
-RESULTS = Path(__file__).parent / "results"
 OURS = ["ours-fp32", "ours-int8"]
 SECTIONS = ["race", "memory", "growth", "anatomy"]
 RECALLS = (0.90, 0.95, 0.99)  # where ratios are taken, on one thread and on two
 CURVE = (0.80, 0.85, 0.93, 0.97, 0.98)  # points for the plot only, one thread
 EFS = (16, 32, 64, 128, 256)  # where recall is compared at equal ef
-SETTING = Setting()
 
 
 def names(_context: click.Context, option: click.Parameter, text: str) -> list[str]:
@@ -36,12 +30,7 @@ def names(_context: click.Context, option: click.Parameter, text: str) -> list[s
     return chosen
 
 
-@click.group()
-def main() -> None:
-    """Measure hnsw_gpu against other libraries. Results are ratios taken within one run."""
-
-
-@main.command()
+@click.command()
 @click.option("--peers", default="", callback=names, help="Of hnswlib, faiss, usearch.")
 @click.option(
     "--datasets", "sets", default="glove,verses,clusters", show_default=True, callback=names
@@ -60,7 +49,7 @@ def main() -> None:
 @click.option(
     "--out", type=click.Path(dir_okay=False, path_type=Path), default=RESULTS / "cpu.json"
 )
-def cpu(
+def main(
     peers: list[str],
     sets: list[str],
     only: list[str],
@@ -131,47 +120,6 @@ def dissect(dataset_name: str, name: str, rounds: int) -> dict:
         ],
         "limits": [anatomy.limits(rows, queries, peer.dtype, t, rounds) for t in (1, 2)],
     }
-
-
-def about(peers: list[str]) -> dict:
-    """What a reader needs to judge or repeat a section."""
-    distributions = ["numpy", "numba", *(PEERS[name][1] for name in peers)]
-    return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "processor": processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "load_average": os.getloadavg()[0],
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "versions": {
-            "hnsw-gpu": hnsw_gpu.__version__,
-            **{name: importlib.metadata.version(name) for name in distributions},
-        },
-        "blas_settings": {k: v for k, v in os.environ.items() if k.startswith("OPENBLAS_")},
-        "metric": "cosine",
-        "k": 10,
-        **SETTING._asdict(),
-    }
-
-
-def processor() -> str:
-    """Model and the vector extensions that matter here."""
-    facts: dict[str, str] = {}
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        field, _, value = line.partition(":")
-        facts.setdefault(field.strip(), value.strip())
-    flags = facts.get("flags", "").split()
-    present = [flag for flag in ("avx2", "avx512f", "avx512_vnni") if flag in flags]
-    return f"{facts.get('model name', platform.machine())} ({', '.join(present)})"
-
-
-def rounded(value: Any) -> Any:
-    """Floats to six figures, in dicts and lists too: more is noise, and hard to read."""
-    if isinstance(value, dict):
-        return {name: rounded(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [rounded(item) for item in value]
-    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def report(results: dict) -> None:

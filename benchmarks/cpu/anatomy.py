@@ -17,7 +17,7 @@ from statistics import median
 import numpy as np
 from numba import njit
 
-from benchmarks.counting import trace
+from benchmarks.cpu.counting import trace
 from hnsw_gpu.engine.beam import insert
 from hnsw_gpu.engine.distance import distance, prefetch_row
 from hnsw_gpu.engine.keys import EXPANDED, make_key

@@ -10,7 +10,7 @@ import numpy as np
 
 from benchmarks import datasets
 from benchmarks.datasets import Dataset
-from benchmarks.kernel_times import Clock, Round, places, spread
+from benchmarks.gpu.kernel_times import Clock, Round, places, spread
 from benchmarks.peers import Hnswlib, Setting
 from benchmarks.race import EFS, K
 

@@ -1,4 +1,4 @@
-"""The GPU engine timed: `python -m benchmarks.gpu race`, which `gpu.sh` calls. See README.md.
+"""The GPU engine timed: `python -m benchmarks.gpu.run race`, which `run.sh` calls. See README.md.
 
 `check` is a small search by every kernel, for compute-sanitizer to watch.
 """
@@ -17,15 +17,16 @@ import click
 import numpy as np
 
 import hnsw_gpu
-from benchmarks import datasets, stand_in
+from benchmarks import datasets
 from benchmarks.datasets import Dataset
-from benchmarks.gpu_check import check_index
-from benchmarks.gpu_report import draw, gpu_facts, report
-from benchmarks.gpu_sides import PEERS, Sizes, chosen_ef, cores, judge, raced, wall
-from benchmarks.kernel_times import Clock, measure, peak_bandwidth
+from benchmarks.gpu import stand_in
+from benchmarks.gpu.check import check_index
+from benchmarks.gpu.kernel_times import Clock, measure, peak_bandwidth
+from benchmarks.gpu.report import draw, gpu_facts, report
+from benchmarks.gpu.sides import PEERS, Sizes, chosen_ef, cores, judge, raced, wall
 from benchmarks.peers import Setting
 from benchmarks.race import EFS, K
-from benchmarks.run import RESULTS, SETTING, about, rounded
+from benchmarks.record import RESULTS, SETTING, about, rounded
 from hnsw_gpu.engine.vectors import encode_queries
 from hnsw_gpu.engine.walk import Walk
 

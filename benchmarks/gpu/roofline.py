@@ -1,6 +1,6 @@
 """What bounds a search on a GPU: a model, from what the kernel does, not from any clock.
 
-    python -m benchmarks.roofline
+    python -m benchmarks.gpu.roofline
 
 Bytes, steps and collectives are counted: the emulator executes the unmodified kernel on GloVe.
 Instructions are estimated: every instruction of the machine code is taken to be executed as often
@@ -25,8 +25,8 @@ import numpy as np
 
 import hnsw_gpu
 from benchmarks import datasets
-from benchmarks.run import RESULTS, SETTING, about, rounded
-from benchmarks.stand_in import TESTS
+from benchmarks.gpu.stand_in import TESTS
+from benchmarks.record import RESULTS, SETTING, about, rounded
 from hnsw_gpu.engine import search
 from hnsw_gpu.engine.vectors import encode, encode_queries
 from hnsw_gpu.gpu import kernel_source, launch_plan

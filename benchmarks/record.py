@@ -1,0 +1,55 @@
+"""What all results have in common: where they lie, what a reader needs to judge or repeat them."""
+
+import datetime
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import hnsw_gpu
+from benchmarks.peers import PEERS, Setting
+
+RESULTS = Path(__file__).parent / "results"
+SETTING = Setting()
+
+
+def about(peers: list[str]) -> dict:
+    """What a reader needs to judge or repeat a section."""
+    distributions = ["numpy", "numba", *(PEERS[name][1] for name in peers)]
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "processor": processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "load_average": os.getloadavg()[0],
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "versions": {
+            "hnsw-gpu": hnsw_gpu.__version__,
+            **{name: importlib.metadata.version(name) for name in distributions},
+        },
+        "blas_settings": {k: v for k, v in os.environ.items() if k.startswith("OPENBLAS_")},
+        "metric": "cosine",
+        "k": 10,
+        **SETTING._asdict(),
+    }
+
+
+def processor() -> str:
+    """Model and the vector extensions that matter here."""
+    facts: dict[str, str] = {}
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        field, _, value = line.partition(":")
+        facts.setdefault(field.strip(), value.strip())
+    flags = facts.get("flags", "").split()
+    present = [flag for flag in ("avx2", "avx512f", "avx512_vnni") if flag in flags]
+    return f"{facts.get('model name', platform.machine())} ({', '.join(present)})"
+
+
+def rounded(value: Any) -> Any:
+    """Floats to six figures, in dicts and lists too: more is noise, and hard to read."""
+    if isinstance(value, dict):
+        return {name: rounded(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [rounded(item) for item in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value

@@ -110,9 +110,11 @@ def test_metadata(packages):
     """One version, one licence, and no requirement of the core but the five."""
     wheel = only(packages.glob("*.whl"))
     with zipfile.ZipFile(wheel) as archive:
-        assert {"hnsw_gpu/deduplication/report_page.html", "hnsw_gpu/serve/page.html"} <= set(
-            archive.namelist()
-        )
+        assert {
+            "hnsw_gpu/deduplication/report_page.html",
+            "hnsw_gpu/serve/page.html",
+            "hnsw_gpu/files/page.css",
+        } <= set(archive.namelist())
         name = only(name for name in archive.namelist() if name.endswith("/METADATA"))
         text = archive.read(name).decode()
     version = re.search('^__version__ = "(.*)"$', (ROOT / "hnsw_gpu/__init__.py").read_text(), re.M)

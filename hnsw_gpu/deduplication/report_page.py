@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from hnsw_gpu.files import atomic_file
+from hnsw_gpu.files import atomic_file, read_page
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 
@@ -14,6 +14,6 @@ def write_page(path: Path, report: dict[str, Any]) -> None:
     text = json.dumps(report, allow_nan=False)
     # nothing in a text may end the script that it lies in
     text = text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-    page = TEMPLATE.read_text(encoding="utf-8").replace("@REPORT@", text)
+    page = read_page(TEMPLATE).replace("@REPORT@", text)
     with atomic_file(path) as file:
         file.write(page.encode())

@@ -1,5 +1,6 @@
 """Bytes and arrays: saved indexes, and files of vectors that other programs wrote."""
 
+from hnsw_gpu.files.page import read_page
 from hnsw_gpu.files.sources import Sources, file_checksum, open_sources
 from hnsw_gpu.files.storage import (
     CorruptIndexError,
@@ -18,6 +19,7 @@ __all__ = [
     "file_checksum",
     "open_sources",
     "read_arrays",
+    "read_page",
     "read_vectors",
     "write_arrays",
     "write_result",

@@ -22,6 +22,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
+from hnsw_gpu.files import read_page
 from hnsw_gpu.results import SearchResult
 from hnsw_gpu.serve import formats, openapi
 from hnsw_gpu.serve.batcher import Batcher, QueueFullError
@@ -99,7 +100,7 @@ class Server:
         self._is_swapping = False
         self._bodies = Bodies(settings.most_body, settings.timeout_s)
         self._document = openapi.document({"k": MOST_K, "ef": MOST_EF}, settings.token is not None)
-        self._page = PAGE.read_bytes()
+        self._page = read_page(PAGE)
 
     def app(self) -> ASGIApp:
         """The ASGI application."""

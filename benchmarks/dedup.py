@@ -125,8 +125,7 @@ def by_faiss(rows: np.ndarray) -> np.ndarray:
 def judge(vectors: np.ndarray, keep: np.ndarray, sample: int | None, seed: int = 0) -> dict:
     """Rows missed and over-removed; of a sample the counts are scaled to all rows."""
     limit = limit_of("cosine", THRESHOLD, None)
-    rows, about = distinct_rows("vectors", vectors, "cosine")
-    node_of = about.node_of
+    rows, (_, _, node_of, _) = distinct_rows("vectors", vectors, "cosine")
     first_kept = np.full(len(rows), len(vectors))
     np.minimum.at(first_kept, node_of[keep], np.flatnonzero(keep))
     asked = np.arange(len(rows))
@@ -166,22 +165,22 @@ def run(sizes: str, rounds: int, out: Path | None) -> None:
         for size in map(int, sizes.split(",")):
             rows = vectors[np.arange(size) * len(vectors) // size]
             np.save(data, rows)
-            told: dict[str, list[dict]] = {}
+            rounds_of: dict[str, list[dict]] = {}
             is_large = size > MOST_EXACT
             for _ in range(1 if is_large else rounds):
                 for side in SIDES:
-                    if side == "faiss exact" and (is_large or side in told):
+                    if side == "faiss exact" and (is_large or side in rounds_of):
                         continue  # minutes, and always the same
                     command = [sys.executable, "-m", "benchmarks.dedup", "one", side]
                     done = subprocess.run(
                         [*command, data, kept], capture_output=True, text=True, check=True
                     )
                     figures = json.loads(done.stdout.splitlines()[-1])
-                    if side not in told:
+                    if side not in rounds_of:
                         figures |= judge(rows, np.load(kept), SAMPLE if is_large else None)
-                    told.setdefault(side, []).append(figures)
+                    rounds_of.setdefault(side, []).append(figures)
                     click.echo(f"{size:,} {side}: {figures}")
-            results[str(size)] = summary(told)
+            results[str(size)] = summary(rounds_of)
             click.echo(json.dumps(results[str(size)], indent=1))
     if out is not None:
         facts = about(["faiss"])
@@ -190,11 +189,11 @@ def run(sizes: str, rounds: int, out: Path | None) -> None:
         out.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def summary(told: dict[str, list[dict]]) -> dict[str, Any]:
+def summary(rounds_of: dict[str, list[dict]]) -> dict[str, Any]:
     """Of each side its first round, and semhash's seconds as a multiple of its own."""
     sides = {}
-    for side, figures in told.items():
-        theirs = [peer["seconds"] for peer in told["semhash"]]
+    for side, figures in rounds_of.items():
+        theirs = [peer["seconds"] for peer in rounds_of["semhash"]]
         mine = [figure["seconds"] for figure in figures]
         mine = mine if len(mine) == len(theirs) else mine * len(theirs)
         ratio = median(a / b for a, b in zip(theirs, mine, strict=True))

@@ -117,11 +117,11 @@ class _InMemory:
         settings = self._settings
         if settings.compares_all(len(encoded)):
             return Nodes(encoded, None, settings.engine_metric)
-        with bar(self._progress, len(encoded), "build") as shown:
+        with bar(self._progress, len(encoded), "build") as progress_bar:
             return build_nodes(
                 encoded, settings.engine_metric, M=settings.M,
                 ef_construction=settings.ef_construction, seed=settings.seed,
-                threads=self._threads, advance=shown.update,
+                threads=self._threads, advance=progress_bar.update,
             )  # fmt: skip
 
     def _nearest_other(self, against: Any, encoded: np.ndarray, dim: int) -> NearestOther:
@@ -138,7 +138,7 @@ class _InMemory:
         return other_set.nearest_of_all([find], encoded.__getitem__, len(encoded), lambda _: None)
 
     def _pairs(self, shards: Shards) -> Pairs:
-        with bar(self._progress, shards.nodes, "join") as shown:
+        with bar(self._progress, shards.nodes, "join") as progress_bar:
             return shards.unite(
-                lambda s, t: shards.join_block(s, t, self._settings.limit, shown.update)
+                lambda s, t: shards.join_block(s, t, self._settings.limit, progress_bar.update)
             )

@@ -50,14 +50,7 @@ def dedup_preview(
     rows = np.sort(rng.choice(len(sources), min(sample, len(sources)), replace=False))
     others, similarity = _most_alike(sources, rows, thread_count(threads), progress)
     counts, edges = np.histogram(np.clip(similarity[others >= 0], 0, 1), BINS, (0, 1))
-    bands: list[dict[str, Any]] = []
-    for high, low in zip(BANDS, (*BANDS[1:], -1.0), strict=True):
-        # a copy is as alike as can be, whatever its distance is rounded to
-        is_in = (similarity >= low) & (others >= 0)
-        is_in &= (similarity < high) | (high == BANDS[0])
-        places = np.flatnonzero(is_in)
-        chosen = np.sort(rng.choice(places, min(examples, len(places)), replace=False))
-        bands.append({"from": low, "to": high, "rows": len(places), "pairs": chosen})
+    bands = _bands(others, similarity, examples, rng)
     used = np.concatenate([band["pairs"] for band in bands])
     wanted = np.unique(np.concatenate([rows[used], others[used]]))
     texts = [sources.where(row) for row in wanted.tolist()]
@@ -73,7 +66,7 @@ def dedup_preview(
                 "text": text_of[int(rows[i])],
                 "other_text": text_of[int(others[i])],
             }
-            for i in band["pairs"][np.argsort(-similarity[band["pairs"]], kind="stable")]
+            for i in band["pairs"]
         ]
     histogram = {"edges": edges.tolist(), "rows": counts.tolist()}
     return {"rows": len(sources), "sampled": len(rows), "histogram": histogram, "bands": bands}
@@ -84,22 +77,38 @@ def _most_alike(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Of each of some rows the most alike other row, -1 where there is none; the similarity."""
     asking = [np.empty((0, sources.dim), np.float32)]
-    with bar(progress, 2 * len(sources), "compare") as shown:
+    with bar(progress, 2 * len(sources), "compare") as progress_bar:
         for first, block in _blocks(sources):
             inside = rows[(rows >= first) & (rows < first + len(block))] - first
             asking.append(block[inside])
-            shown.update(len(block))
+            progress_bar.update(len(block))
         queries = rows_as_queries(encode(np.concatenate(asking), METRIC, "fp32"))
         keys = np.full((len(rows), 2), KEY_NONE, np.uint64)
         for first, block in _blocks(sources):
             encoded = encode(block, METRIC, "fp32")
             exact_block(keys, encoded, first, queries, METRIC, threads=threads)
-            shown.update(len(block))
+            progress_bar.update(len(block))
     is_own = key_nodes(keys[:, 0]) == rows
     key = np.where(is_own, keys[:, 1], keys[:, 0])
     is_none = key == KEY_NONE
     others = np.where(is_none, -1, key_nodes(key))
     return others, np.where(is_none, np.nan, 1 - key_distances(key))
+
+
+def _bands(
+    others: np.ndarray, similarity: np.ndarray, examples: int, rng: np.random.Generator
+) -> list[dict[str, Any]]:
+    """Each band with its number of rows and, as pairs, the places of some, most alike first."""
+    bands: list[dict[str, Any]] = []
+    for high, low in zip(BANDS, (*BANDS[1:], -1.0), strict=True):
+        # a copy is as alike as can be, whatever its distance is rounded to
+        is_in = (similarity >= low) & (others >= 0)
+        is_in &= (similarity < high) | (high == BANDS[0])
+        places = np.flatnonzero(is_in)
+        chosen = np.sort(rng.choice(places, min(examples, len(places)), replace=False))
+        chosen = chosen[np.argsort(-similarity[chosen], kind="stable")]
+        bands.append({"from": low, "to": high, "rows": len(places), "pairs": chosen})
+    return bands
 
 
 def _blocks(sources: Sources) -> Any:

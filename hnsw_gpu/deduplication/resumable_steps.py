@@ -62,12 +62,12 @@ class ResumableSteps:
         starts = range(0, max(1, len(sources)), self._shard_rows)
         names = [f"{kind}-{s:04}" for s in range(len(starts))]
         valid, node_of, digests = [], [], []
-        with bar(self._progress, len(sources), f"build {len(names)} shards") as shown:
+        with bar(self._progress, len(sources), f"build {len(names)} shards") as progress_bar:
             for name, start in zip(names, starts, strict=True):
                 stop = min(start + self._shard_rows, len(sources))
 
                 def build(start: int = start, stop: int = stop) -> dict[str, np.ndarray]:
-                    return self._shard(sources, start, stop, are_copies_one, shown.update)
+                    return self._shard(sources, start, stop, are_copies_one, progress_bar.update)
 
                 self._checkpoints.do_once(name, build)
                 arrays = self._checkpoints.read(name, MAPPED)
@@ -75,7 +75,7 @@ class ResumableSteps:
                 node_of.append(arrays["node_of"])
                 digests.append(arrays["digests"])
                 self._mapped[name] = arrays["rows"]
-                shown.update(stop - shown.n)
+                progress_bar.update(stop - progress_bar.n)
         if are_copies_one:
             numbers = numbers_of_nodes(digests)
         else:
@@ -129,16 +129,16 @@ class ResumableSteps:
     def pairs(self, shards: Shards) -> Pairs:
         """All pairs, of blocks joined now or before."""
         homes = [len(shards.home(t)) for _, t in shards.blocks]
-        with bar(self._progress, sum(homes), f"join {len(homes)} blocks") as shown:
+        with bar(self._progress, sum(homes), f"join {len(homes)} blocks") as progress_bar:
             for (s, t), count in zip(shards.blocks, homes, strict=True):
 
                 def join(s: int = s, t: int = t) -> dict[str, np.ndarray]:
-                    block = shards.join_block(s, t, self._settings.limit, shown.update)
+                    block = shards.join_block(s, t, self._settings.limit, progress_bar.update)
                     return block._asdict()
 
-                before = shown.n
+                before = progress_bar.n
                 self._checkpoints.do_once(_block(s, t), join)
-                shown.update(before + count - shown.n)
+                progress_bar.update(before + count - progress_bar.n)
         return shards.unite(lambda s, t: Block(**self._checkpoints.read(_block(s, t))))
 
     def nearest_other(self, other: Sources | Path, shards: Shards, dim: int) -> NearestOther:
@@ -146,10 +146,10 @@ class ResumableSteps:
 
         def find() -> dict[str, np.ndarray]:
             parts = self._parts_of_other(other, dim)
-            with bar(self._progress, shards.nodes * len(parts), "against") as shown:
+            with bar(self._progress, shards.nodes * len(parts), "against") as progress_bar:
                 return other_set.nearest_of_all(
                     parts, lambda place: shards.rows_of(np.arange(place.start, place.stop)),
-                    shards.nodes, shown.update,
+                    shards.nodes, progress_bar.update,
                 )._asdict()  # fmt: skip
 
         self._checkpoints.do_once("against", find)

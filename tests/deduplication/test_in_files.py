@@ -275,10 +275,24 @@ def test_bad_rows_are_named_in_their_file(tmp_path) -> None:
         (["--memory-limit", "100M"], "a memory limit of 104,857,600 bytes: 900 rows of 12 need at"),
         (["--metric", "l2"], "metric 'l2': say max_distance"),
         (["--linkage", "all"], "expected one of 'star'"),
+        (["--method", "fast"], "method='fast': expected one of 'auto', 'exact', 'hnsw'"),
     ],
 )
 def test_bad_parameters(tmp_path, paths, arguments, message) -> None:
     assert message in fails(*paths, "-o", tmp_path / "out", *arguments)
+    assert not (tmp_path / "out").exists()  # refused before any work
+
+
+def test_a_null_row_is_named_once(tmp_path) -> None:
+    """The file names its own bad row; nothing is put before that."""
+    rows = [row.tolist() for row in ROWS[:300]]
+    rows[250] = None
+    column = pyarrow.array(rows, pyarrow.list_(pyarrow.float64()))
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"embedding": column}), path)
+    told = fails(path, "-o", tmp_path / "out", "--shard-rows", 200)
+    assert f"{path}: column 'embedding': null in row 250 (row group 0)" in told
+    assert told.count(str(path)) == 1
 
 
 def test_a_full_disk_is_an_error(tmp_path, paths) -> None:

@@ -248,8 +248,10 @@ def test_invalid_rows() -> None:
     rows = made()
     rows[5], rows[7] = np.nan, np.inf
     rows[9] = 0
-    with pytest.raises(ValueError, match="NaN or infinite values in rows 5, 7"):
+    with pytest.raises(ValueError, match="NaN or infinite values in rows 5, 7") as raised:
         dedup(rows)
+    assert raised.value.rows.tolist() == [5, 7]
+    assert raised.value.what == "NaN or infinite values"
     found = dedup(rows, 0.98, on_invalid="drop")
     assert found.report["invalid"] == 3
     assert not found.keep[[5, 7, 9]].any()

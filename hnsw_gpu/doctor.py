@@ -72,7 +72,7 @@ def simd() -> str:
 def compile_cache() -> str:
     """Where numba keeps compiled code, and whether it can: without, every process compiles."""
     chosen = os.environ.get("NUMBA_CACHE_DIR")
-    folder = Path(chosen) if chosen else Path(__file__).parent / "__pycache__"
+    folder = Path(chosen) if chosen else Path(__file__).parent / "engine" / "__pycache__"
     if _is_writable(folder):
         return f"{folder} (writable)"
     if chosen:

@@ -1,6 +1,5 @@
 """The index: vectors, graph and labels behind one object, and the choice of engine."""
 
-import logging
 import os
 import threading
 from collections.abc import Iterator
@@ -36,11 +35,8 @@ from hnsw_gpu.gpu import GpuEngine, bytes_a_query, index_bytes, on_gpu
 from hnsw_gpu.progress import bar
 from hnsw_gpu.results import RadiusResult, SearchResult, into
 
-logger = logging.getLogger("hnsw_gpu")
-
 ENCODE_ROWS = 16384  # vectors checked and encoded at a time
 SELF_ROWS = 16384  # nodes of a neighbour graph searched at a time
-REFINE = {False: "", "": "", True: "fp32", "fp32": "fp32", "fp16": "fp16"}
 PARAMETERS = ("dim", "metric", "dtype", "M", "ef_construction", "refine", "seed")  # in a file
 
 
@@ -81,7 +77,7 @@ class Index:
         self.M = inputs.integer("M", M, 2, 128)
         self.ef_construction = inputs.integer("ef_construction", ef_construction, 1, 65536)
         self.seed = inputs.integer("seed", seed, 0, 2**64 - 1)
-        self.refine = _refine(refine, dtype)  # "", "fp32" or "fp16"
+        self.refine = inputs.refine(refine, dtype)  # "", "fp32" or "fp16"
         self._metric = inputs.METRICS[self.metric]
         self._lock = SharedLock()
         self._gpu: GpuEngine | None = None
@@ -484,15 +480,6 @@ def load(path: str | os.PathLike[str], *, mmap: bool = False, device: str = "aut
     except (TypeError, ValueError) as error:
         raise CorruptIndexError(f"{path}: {error}") from None
     return index.to(device)
-
-
-def _refine(refine: bool | str, dtype: str) -> str:
-    if refine not in REFINE:
-        raise ValueError(f"refine={refine!r}: expected True, False, 'fp32' or 'fp16'")
-    kept = REFINE[refine]
-    if kept and np.dtype(STORAGE[kept]).itemsize <= np.dtype(STORAGE[dtype]).itemsize:
-        raise ValueError(f"refine={refine!r}: {kept} rows are no finer than dtype={dtype!r}")
-    return kept
 
 
 def _row_of(entries: np.ndarray | None, i: int) -> np.ndarray | None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from hnsw_gpu.engine import State, Walk, squared_lengths, thread_count
+from hnsw_gpu.engine import STORAGE, State, Walk, squared_lengths, thread_count
 
 METRICS = {"l2": "l2", "euclidean": "l2", "ip": "ip", "cosine": "cosine"}  # and the engines' name
 ALIASES = {
@@ -18,6 +18,7 @@ ALIASES = {
     "angular": "cosine",
 }
 MOST_NODES = 2**31 - 1
+REFINE = {False: "", "": "", True: "fp32", "fp32": "fp32", "fp16": "fp16"}
 CUDA_MEMORY = (2, 13)  # device types of DLPack: plain, managed
 LONGEST_SQUARED = float(np.finfo(np.float32).max) / 4  # then no distance overflows float32
 
@@ -65,6 +66,16 @@ def integer(name: str, value: Any, least: int, most: int | None = None) -> int:
         bounds = f"at least {least}" if most is None else f"{least} to {most}"
         raise ValueError(f"{name}={number}: expected {bounds}")
     return number
+
+
+def refine(value: bool | str, dtype: str) -> str:
+    """The dtype of the rows that are kept beside those of `dtype`; "" for none."""
+    if value not in REFINE:
+        raise ValueError(f"refine={value!r}: expected True, False, 'fp32' or 'fp16'")
+    kept = REFINE[value]
+    if kept and np.dtype(STORAGE[kept]).itemsize <= np.dtype(STORAGE[dtype]).itemsize:
+        raise ValueError(f"refine={value!r}: {kept} rows are no finer than dtype={dtype!r}")
+    return kept
 
 
 def threads(value: int | None) -> int:

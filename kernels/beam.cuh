@@ -1,6 +1,6 @@
 // Keys (R2) and the beam (R4): one sorted array of the smallest keys seen, in shared memory.
 //
-// The twin of beam.py. One warp works on a beam; its size and the place of its first unexpanded key
+// The twin of keys.py and beam.py. One warp works on a beam; its size and the place of its first unexpanded key
 // are held by all lanes alike.
 
 #include "warp.cuh"

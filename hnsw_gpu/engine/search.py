@@ -16,7 +16,7 @@ R7  Visited. An engine may forget what it visited; the answer cannot depend on i
     still in the beam comes back as an equal key and is dropped. This engine forgets nothing.
 R8  Allowed. Ids that are not allowed are traversed like any other and never returned: beside the
     beam a second list keeps the k smallest allowed keys seen. Where allowed ids are few, exact
-    search answers instead (`cpu.py` says where).
+    search answers instead (`filtered_search.py` says where).
 R9  Result. The k smallest allowed keys, ascending; too few: empty slots.
 R10 Self. A query that is a stored vector starts from its own node, skips R3, and the node itself is
     left out of the result.

@@ -29,7 +29,7 @@ MOST_TAG = 65535  # of 16 bits, less the one that is no tag
 COMPARE_BLOCK = 256  # threads: eight warps, a query each
 COMPARE_STEP = 64  # ids that a warp of compare.cu may take at a time
 MOST_KEPT = 512  # keys that a warp of compare.cu keeps: 32 KB a block, which none must ask for
-THREAD_BLOCK = 128  # threads of encode.cu and of labels.cu: four warps, a query each
+THREAD_BLOCK = 128  # threads of encode.cu, keys_to_labels.cu: four warps, a query each
 
 
 class Limits(NamedTuple):
@@ -236,7 +236,7 @@ def compare_shared_mem(k: int) -> int:
 
 
 def warp_grid(queries: int) -> int:
-    """Blocks of encode.cu and of labels.cu, of THREAD_BLOCK threads."""
+    """Blocks of encode.cu and of keys_to_labels.cu, of THREAD_BLOCK threads."""
     return -(-queries * LANES // THREAD_BLOCK)
 
 

@@ -1,7 +1,7 @@
 """An Index on a GPU answers as the same Index on the CPU: everything that the public face offers.
 
-Without a GPU the kernels are emulated and CuPy is replaced, as in test_gpu.py. Vectors are small
-integers, so that every summation order gives the same float.
+Without a GPU the kernels are emulated and CuPy is replaced, as in test_gpu_engine.py. Vectors are
+small integers, so that every summation order gives the same float.
 """
 
 import logging

@@ -69,7 +69,7 @@ def run_searches(sanitizer: str) -> int:
 
 
 def run_others(sanitizer: str) -> int:
-    """compare.cu, encode.cu and labels.cu."""
+    """compare.cu, encode.cu and keys_to_labels.cu."""
     made = kernel_cases.data("cosine", "int8", 100)
     build = emulated.Build("cosine", "int8", 100, 4, sanitizer=sanitizer)
     ids = np.arange(0, len(made.rows), 3, dtype=np.int32)[:101]

@@ -87,14 +87,15 @@ class Unbatched:
 @click.argument("mode", type=click.Choice(MODES))
 def host(path: Path, mode: str) -> None:
     """Serve PATH on a free port, which is printed."""
-    from hnsw_gpu.serve import process, server
+    from hnsw_gpu.serve import ServerSettings, listen
+    from hnsw_gpu.serve.process import Process
+    from hnsw_gpu.serve.server import Server
 
-    listening = process.listen("127.0.0.1", 0)
+    listening = listen("127.0.0.1", 0)
     click.echo(listening.getsockname()[1])
-    settings = server.ServerSettings(path.resolve(), path.resolve().parent, device="cpu", drain_s=0)
+    settings = ServerSettings(path.resolve(), path.resolve().parent, device="cpu", drain_s=0)
     make: Any = Unbatched if mode == "unbatched" else hnsw_gpu.Batcher
-    running = process.Process(server.Server(settings, make))
-    running.run(sockets=[listening])
+    Process(Server(settings, make)).run(sockets=[listening])
 
 
 @main.command()

@@ -1,6 +1,6 @@
-"""Searches for many callers: gathered in batches, in a process or over HTTP.
+"""Searches for many callers in batches, in a process or over HTTP.
 
-The server needs the extra `serve`; each name brings its module when it is first used.
+The server needs the extra `serve`; each name loads its module when it is first used.
 """
 
 from typing import TYPE_CHECKING
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from hnsw_gpu.serve.client import Client, ServerError
     from hnsw_gpu.serve.process import listen, serve
     from hnsw_gpu.serve.served_index import ServedIndex
-    from hnsw_gpu.serve.server import ServerSettings
+    from hnsw_gpu.serve.settings import ServerSettings
 
 __all__ = [
     "Batch",
@@ -30,10 +30,10 @@ _HOME = {
     "Batch": "batcher",
     "Batcher": "batcher",
     "Client": "client",
-    "ServedIndex": "served_index",
     "QueueFullError": "batcher",
+    "ServedIndex": "served_index",
     "ServerError": "client",
-    "ServerSettings": "server",
+    "ServerSettings": "settings",
     "listen": "process",
     "serve": "process",
 }

@@ -23,55 +23,55 @@ NAMES = {"queries", "labels", "allow"}
 
 
 class MalformedError(ValueError):
-    """Bytes that are not of the format they are said to be."""
+    """Bytes that are not in the format that they claim."""
 
 
-class Asked(NamedTuple):
-    """What the body of a search holds; not yet checked against an index."""
+class SearchBody(NamedTuple):
+    """The body of a search, not yet checked against an index."""
 
     queries: np.ndarray | None  # or
     labels: np.ndarray | None
     allow: np.ndarray | None
 
 
-def read_asked(media: str, body: bytes) -> Asked:
-    """The body of a search. MalformedError: not of that format; ValueError, TypeError: wrong."""
+def read_search(media: str, body: bytes) -> SearchBody:
+    """The body of a search. MalformedError: not in that format; ValueError, TypeError: wrong."""
     if media == NPY:
-        return Asked(read_npy(body), None, None)
+        return SearchBody(read_npy(body), None, None)
     held = read_json(body) if media == JSON else read_safetensors(body)
     unknown = sorted(set(held) - NAMES)
     if unknown:
         raise ValueError(f"{unknown[0]!r:.60}: expected {', '.join(sorted(NAMES))}")
     arrays = (
-        {name: _of_json(name, value) for name, value in held.items()} if media == JSON else held
+        {name: _array_of(name, value) for name, value in held.items()} if media == JSON else held
     )
     if ("queries" in arrays) == ("labels" in arrays):
         raise ValueError("expected either queries or labels")
     labels = arrays.get("labels")
     if labels is not None:
         labels = inputs.labels("labels", labels)
-    return Asked(arrays.get("queries"), labels, arrays.get("allow"))
+    return SearchBody(arrays.get("queries"), labels, arrays.get("allow"))
 
 
 def read_npy(body: bytes) -> np.ndarray:
-    """The array of a .npy, in the memory of `body`; the header is believed only where it fits."""
+    """The array of a .npy, in the memory of `body`; its header must agree with the length."""
     try:
         start = 10 + int.from_bytes(body[8:10], "little")
         if body[6:8] == b"\x02\x00":
             start = 12 + int.from_bytes(body[8:12], "little")
-        shape, order, dtype = _npy_header(body[:start])
+        shape, order, dtype = _parsed_npy_header(body[:start])
         length = len(body) - start
         if math.prod(shape) * dtype.itemsize != length:
             raise ValueError(f"{length} bytes for {dtype} {shape}")
         # `frombuffer` makes no objects, so nothing is unpickled
         return np.frombuffer(body, dtype, math.prod(shape), start).reshape(shape, order=order)
     except Exception as error:  # the header is a Python literal: whatever its parser may raise
-        raise MalformedError(f"not a .npy: {_short(error)}") from None
+        raise MalformedError(f"not a .npy: {_one_line(error)}") from None
 
 
-@functools.lru_cache(256)  # most callers send the same one over and over
-def _npy_header(header: bytes) -> tuple[tuple[int, ...], Literal["F", "C"], np.dtype]:
-    """Shape, order and dtype that the bytes before an array's data say."""
+@functools.lru_cache(256)  # most callers send the same one every time
+def _parsed_npy_header(header: bytes) -> tuple[tuple[int, ...], Literal["F", "C"], np.dtype]:
+    """Shape, order and dtype from the bytes before an array's data."""
     file = io.BytesIO(header)
     version = npy.read_magic(file)
     read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}[version]
@@ -84,11 +84,11 @@ def _npy_header(header: bytes) -> tuple[tuple[int, ...], Literal["F", "C"], np.d
 
 
 def write_npy(array: np.ndarray) -> bytes:
-    return _header_of(array.shape, array.dtype) + array.tobytes()
+    return _npy_header_bytes(array.shape, array.dtype) + array.tobytes()
 
 
 @functools.lru_cache(256)
-def _header_of(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
+def _npy_header_bytes(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
     file = io.BytesIO()
     facts = {"descr": npy.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
     npy.write_array_header_1_0(file, facts)
@@ -100,21 +100,21 @@ def read_safetensors(body: bytes) -> dict[str, np.ndarray]:
 
     try:
         return safetensors.load(body)
-    except Exception as error:  # its own, and KeyError for a dtype that numpy lacks
-        raise MalformedError(f"not safetensors of numpy's dtypes: {_short(error)}") from None
+    except Exception as error:  # its own types, and KeyError for a dtype that numpy lacks
+        raise MalformedError(f"not safetensors of numpy's dtypes: {_one_line(error)}") from None
 
 
 def read_json(body: bytes) -> dict[str, Any]:
     try:
-        held = json.loads(body, parse_constant=_no_constant)
+        held = json.loads(body, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
-        raise MalformedError(f"not JSON: {_short(error)}") from None
+        raise MalformedError(f"not JSON: {_one_line(error)}") from None
     if not isinstance(held, dict):
         raise TypeError("expected a JSON object")
     return held
 
 
-def _of_json(name: str, value: Any) -> np.ndarray:
+def _array_of(name: str, value: Any) -> np.ndarray:
     """Numbers of any shape for queries; integers (m,) for the others."""
     try:
         array = np.asarray(value)
@@ -131,7 +131,7 @@ def _of_json(name: str, value: Any) -> np.ndarray:
     return array.astype(np.int64)
 
 
-def _no_constant(name: str) -> None:
+def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a JSON number")
 
 
@@ -160,8 +160,8 @@ def read_result(body: bytes) -> tuple[np.ndarray, np.ndarray]:
     return np.ascontiguousarray(both["labels"]), np.ascontiguousarray(both["distances"])
 
 
-def chosen(accept: str | None, default: str) -> str | None:
-    """The format that an Accept header likes best, `default` among equals; None: none of ours."""
+def negotiate(accept: str | None, default: str) -> str | None:
+    """The format that an Accept header prefers, `default` among equals; None: none of ours."""
     best, most = None, 0.0
     for item in (accept or "*/*").split(","):
         name, *parameters = (part.strip().lower() for part in item.split(";"))
@@ -178,5 +178,5 @@ def chosen(accept: str | None, default: str) -> str | None:
     return best
 
 
-def _short(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__

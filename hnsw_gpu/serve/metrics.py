@@ -1,7 +1,6 @@
 """What a server counts, for Prometheus."""
 
 import contextlib
-from collections.abc import Callable
 from typing import Any
 
 from prometheus_client import (
@@ -14,7 +13,7 @@ from prometheus_client import (
 )
 from prometheus_client.core import GaugeMetricFamily
 
-from hnsw_gpu.serve.batcher import Batch
+from hnsw_gpu.serve.batcher import Batch, Batcher
 from hnsw_gpu.serve.served_index import ServedIndex
 
 SECONDS = tuple(0.0005 * 1.5**i for i in range(26))  # to 12 s
@@ -25,7 +24,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 class Metrics:
     """All counters of one server, in a registry of their own."""
 
-    def __init__(self, waiting_rows: Callable[[], int], in_flight: Callable[[], int]) -> None:
+    def __init__(self) -> None:
         self._registry = registry = CollectorRegistry()
 
         def counter(name: str, what: str, *labels: str) -> Counter:
@@ -47,11 +46,9 @@ class Metrics:
         self.engine_seconds = seconds("engine_seconds", "of a batch")
         self.engine_errors = counter("engine_errors", "batches that failed")
         self._queue_rows = Gauge("hnsw_gpu_queue_rows", "rows that wait", registry=registry)
-        self._queue_rows.set_function(waiting_rows)
         self._in_flight = Gauge(
             "hnsw_gpu_batches_in_flight", "batches in the engine", registry=registry
         )
-        self._in_flight.set_function(in_flight)
         self.canary = Gauge(
             "hnsw_gpu_canary_recall", "recall of the canary queries", registry=registry
         )
@@ -68,8 +65,13 @@ class Metrics:
             registry.register(_GpuUse())
 
     def text(self) -> bytes:
-        """All of it, as Prometheus reads it."""
+        """The exposition format of Prometheus."""
         return generate_latest(self._registry)
+
+    def watch(self, batcher: Batcher) -> None:
+        """Read the batcher's queue and batches in flight at every scrape from here on."""
+        self._queue_rows.set_function(lambda: batcher.waiting_rows)
+        self._in_flight.set_function(lambda: batcher.in_flight)
 
     def batch(self, batch: Batch) -> None:
         """Count a call of the engine."""
@@ -81,7 +83,7 @@ class Metrics:
             self.engine_errors.inc()
 
     def served(self, served: ServedIndex) -> None:
-        """Say what is served from here on."""
+        """Publish what is served from here on."""
         index = served.index
         self._info.clear()
         self._info.labels(
@@ -92,7 +94,7 @@ class Metrics:
 
 
 class _GpuUse:
-    """Use of each GPU, asked of NVIDIA's driver when Prometheus asks us; nothing without one."""
+    """Collects the use of each GPU from NVIDIA's driver at every scrape; nothing without a GPU."""
 
     def __init__(self) -> None:
         import pynvml

@@ -1,4 +1,4 @@
-"""What surrounds every request: the token is checked, the answer is counted."""
+"""ASGI middleware: counts responses, and checks the token."""
 
 import hmac
 
@@ -7,36 +7,39 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from hnsw_gpu.serve.metrics import Metrics
 from hnsw_gpu.serve.problem import Problem
 
-OPEN_PATHS = {"/", "/health/live", "/health/ready"}  # without a token
+OPEN_PATHS = {"/", "/health/live", "/health/ready"}  # need no token
 
 
-class TokenAndCounts:
-    """Around the application: asks for the token, and counts answers by path and code."""
+class CountResponses:
+    """Counts responses by path and status code; paths that are not `known` count as "other"."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, known: set[str], token: str | None) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, known: set[str]) -> None:
         self._app, self._metrics, self._known = app, metrics, known
-        self._token = None if token is None else f"Bearer {token}".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        path = scope["path"] if scope["path"] in self._known else "other"
-
-        async def counted(message: Message) -> None:
+        async def count_and_send(message: Message) -> None:
             if message["type"] == "http.response.start":
+                path = scope["path"] if scope["path"] in self._known else "other"
                 self._metrics.requests.labels(path, message["status"]).inc()
             await send(message)
 
-        if self._has_token(scope):
-            await self._app(scope, receive, counted)
+        await self._app(scope, receive, count_and_send)
+
+
+class RequireToken:
+    """Answers 401 to requests without the token."""
+
+    def __init__(self, app: ASGIApp, token: str) -> None:
+        self._app, self._expected = app, f"Bearer {token}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] in OPEN_PATHS or self._has_token(scope):
+            await self._app(scope, receive, send)
         else:
             detail = "expected the header Authorization: Bearer TOKEN"
             problem = Problem(401, detail, WWW_Authenticate="Bearer", Connection="close")
-            await problem.response()(scope, receive, counted)
+            await problem.response()(scope, receive, send)
 
     def _has_token(self, scope: Scope) -> bool:
-        if self._token is None or scope["path"] in OPEN_PATHS:
-            return True
         given = dict(scope["headers"]).get(b"authorization", b"")
-        return hmac.compare_digest(given, self._token)
+        return hmac.compare_digest(given, self._expected)

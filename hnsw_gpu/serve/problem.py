@@ -1,4 +1,4 @@
-"""Answers that say what is wrong (RFC 9457), and what becomes one."""
+"""Error responses (RFC 9457), and the exception handlers that make them."""
 
 import json
 
@@ -10,7 +10,7 @@ from hnsw_gpu.serve import openapi
 
 
 class Problem(Exception):
-    """An answer that says what is wrong (RFC 9457)."""
+    """An error response (RFC 9457): raise it anywhere below a route."""
 
     def __init__(self, status: int, detail: str, **headers: str) -> None:
         super().__init__(detail)
@@ -36,7 +36,7 @@ async def on_problem(_request: Request, error: Exception) -> Response:
 
 
 async def on_http_exception(request: Request, error: Exception) -> Response:
-    """What Starlette itself refuses: no such path, no such method."""
+    """What Starlette itself refuses: unknown paths and methods."""
     assert isinstance(error, HTTPException)
     problem = Problem(error.status_code, f"{request.method} {request.url.path}")
     problem.headers = dict(error.headers or {})
@@ -44,15 +44,15 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
 
 
 async def on_disconnect(_request: Request, _error: Exception) -> Response:
-    return Response(status_code=499)  # nobody reads it; the metrics do
+    return Response(status_code=499)  # nobody is left to read it, but the metrics count it
 
 
 async def on_error(_request: Request, _error: Exception) -> Response:
-    """A mistake of ours: the log has the traceback."""
+    """A bug of ours; the traceback is in the log."""
     return Problem(500, "the log of the server says more").response()
 
 
 def message_of(error: BaseException) -> str:
-    """The words of an error; a KeyError puts quotes around its own."""
+    """The text of an error, without the quotes that str() puts around a KeyError's."""
     words = str(error.args[0]) if isinstance(error, LookupError) and error.args else str(error)
     return words or type(error).__name__

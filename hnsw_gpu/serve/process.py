@@ -1,4 +1,4 @@
-"""The process: uvicorn, the listening socket, and a drain on SIGTERM."""
+"""The server's process: uvicorn, its listening socket, and the drain on SIGTERM."""
 
 import asyncio
 import signal
@@ -9,13 +9,14 @@ from types import FrameType
 import uvicorn
 
 from hnsw_gpu.serve.served_index import ServedIndex
-from hnsw_gpu.serve.server import Server, ServerSettings
+from hnsw_gpu.serve.server import Server
+from hnsw_gpu.serve.settings import ServerSettings
 
-GRACE_S = 30  # for what is under way when the server is told to stop
+GRACE_S = 30  # for running requests, once the server stops listening
 
 
 class Process(uvicorn.Server):
-    """Uvicorn, which on SIGTERM is first not ready, then stops when all is answered."""
+    """Uvicorn that drains on the first SIGTERM or SIGINT, and exits at once on the second."""
 
     def __init__(self, server: Server) -> None:
         super().__init__(
@@ -30,32 +31,38 @@ class Process(uvicorn.Server):
                 timeout_graceful_shutdown=GRACE_S,
             )
         )
-        self._server = server
-        self._told: list[int] = []
-        server.stop = self._stop
+        self._live, self._drain_s = server.live, server.settings.drain_s
+        self._signals: list[int] = []
+        self._live.on_failure = self._stop
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._signals.append(sig)
+        if len(self._signals) > 1:
+            self.force_exit = True
+            self._stop()
+        elif self._live.served is None:
+            self._stop()
+        else:
+            self._drain()
+
+    def _drain(self) -> None:
+        """Be not ready for `drain_s`, so that load balancers notice; then stop listening."""
+        self._live.drain()
+        asyncio.get_running_loop().call_later(self._drain_s, self._stop)
 
     def _stop(self) -> None:
         self.should_exit = True
 
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self._told.append(sig)
-        if len(self._told) > 1 or self._server.served is None:
-            self.should_exit = True
-            self.force_exit = len(self._told) > 1
-            return
-        self._server.drain()
-        asyncio.get_running_loop().call_later(self._server.settings.drain_s, self._stop)
-
     @property
     def was_interrupted(self) -> bool:
-        return signal.SIGINT in self._told
+        return signal.SIGINT in self._signals
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket; OSError says which address."""
+    """A listening socket; OSError names the address."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # not `socket.create_server`: where the protocol is not named, asyncio leaves out TCP_NODELAY,
-    # and an answer, written in two parts, waits 40 ms for the acknowledgement of the first
+    # Not `socket.create_server`: unless the protocol is named, asyncio does not set TCP_NODELAY,
+    # and an answer, written in two parts, waits 40 ms for the acknowledgement of the first.
     listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -72,13 +79,13 @@ def serve(
 ) -> None:
     """Serve until SIGTERM, or Ctrl-C (KeyboardInterrupt).
 
-    Raises what keeps the index from loading.
+    Raises the error that keeps the index from loading.
     """
     server = Server(settings)
-    server.on_ready = on_ready
+    server.live.on_ready = on_ready
     process = Process(server)
     process.run(sockets=[listening])
-    if server.error is not None:
-        raise server.error
+    if server.live.error is not None:
+        raise server.live.error
     if process.was_interrupted:
         raise KeyboardInterrupt

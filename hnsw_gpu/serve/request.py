@@ -1,9 +1,9 @@
-"""What a request asks for: parameters, deadline, format, queries, filter."""
+"""What a request asks for: parameters, media types, queries, a filter."""
 
 import asyncio
 import json
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from starlette.requests import Request
@@ -13,40 +13,52 @@ from hnsw_gpu.serve.problem import Problem, message_of
 from hnsw_gpu.serve.served_index import ServedIndex
 
 MOST_K = MOST_EF = 10_000
-LARGE = 2**16  # bytes of a JSON body, or numbers of a JSON result, that are worth a thread
+LARGE = 2**16  # bytes of a JSON body, or numbers in a JSON result, that are worth a thread
 
-Answer = TypeVar("Answer")
+Result = TypeVar("Result")
 
 
-def parameters(request: Request) -> tuple[int, int, str | None]:
-    """k, ef, and the name of a filter."""
+class SearchParameters(NamedTuple):
+    """What the query string and the headers of a search say."""
+
+    k: int
+    ef: int
+    filter_name: str | None
+    timeout_s: float  # the caller's, at most the server's
+    content_type: str  # of the body
+    accept: str  # media type of the answer
+
+
+def search_parameters(request: Request, most_timeout_s: float) -> SearchParameters:
+    """Problem 406, 415 or 422 says what is wrong with them."""
     given = request.query_params
     for name in given:
         if name not in ("k", "ef", "allow"):
             raise Problem(422, f"{name!r:.60}: expected k, ef or allow")
         if len(given.getlist(name)) > 1:
             raise Problem(422, f"{name}: given more than once")
-    k = _whole("k", given.get("k", "10"), MOST_K)
-    return k, _whole("ef", given.get("ef", "64"), MOST_EF), given.get("allow")
+    k = _whole_number("k", given.get("k", "10"), MOST_K)
+    ef = _whole_number("ef", given.get("ef", "64"), MOST_EF)
+    timeout_s = most_timeout_s
+    timeout_ms = request.headers.get("x-timeout-ms")
+    if timeout_ms is not None:
+        timeout_s = min(_whole_number("X-Timeout-Ms", timeout_ms, 3_600_000) / 1000, timeout_s)
+    content_type = checked_content_type(request, formats.FORMATS)
+    accept = formats.negotiate(request.headers.get("accept"), content_type)
+    if accept is None:
+        raise Problem(406, f"Accept: expected one of {', '.join(formats.FORMATS)}")
+    return SearchParameters(k, ef, given.get("allow"), timeout_s, content_type, accept)
 
 
-def _whole(name: str, text: str, most: int) -> int:
+def _whole_number(name: str, text: str, most: int) -> int:
     is_whole = text.isascii() and text.isdecimal() and len(text) < 20
     if not is_whole or not 1 <= int(text) <= most:
         raise Problem(422, f"{name}={text!r:.60}: expected a whole number from 1 to {most:,}")
     return int(text)
 
 
-def timeout(request: Request, most_s: float) -> float:
-    """Seconds until the answer is of no use: the caller's, at most the server's."""
-    text = request.headers.get("x-timeout-ms")
-    if text is None:
-        return most_s
-    return min(_whole("X-Timeout-Ms", text, 3_600_000) / 1000, most_s)
-
-
-def media_type(request: Request, known: tuple[str, ...]) -> str:
-    """The media type of the body."""
+def checked_content_type(request: Request, known: tuple[str, ...]) -> str:
+    """The media type of the body; Problem 415 unless it is known and not compressed."""
     media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media not in known:
         raise Problem(415, f"Content-Type {media!r:.80}: expected {', '.join(known)}")
@@ -55,37 +67,41 @@ def media_type(request: Request, known: tuple[str, ...]) -> str:
     return media
 
 
-async def read_asked(media: str, body: bytes) -> formats.Asked:
+async def read_search(media: str, body: bytes) -> formats.SearchBody:
+    """The body of a search; Problem 400 if it is malformed, 422 if it says something wrong."""
+    is_long = media == formats.JSON and len(body) > LARGE
     try:
-        return await run(
-            media == formats.JSON and len(body) > LARGE, formats.read_asked, media, body
-        )
+        return await call(is_long, formats.read_search, media, body)
     except formats.MalformedError as error:
         raise Problem(400, str(error)) from None
     except (ValueError, TypeError) as error:
         raise Problem(422, message_of(error)) from None
 
 
-def filter_asked(served: ServedIndex, asked: formats.Asked, name: str | None) -> np.ndarray | None:
+def requested_filter(
+    served: ServedIndex, search: formats.SearchBody, name: str | None
+) -> np.ndarray | None:
+    """What may be returned: the registered filter `name`, or what the body allows."""
     if name is None:
-        return asked.allow
-    if asked.allow is not None:
+        return search.allow
+    if search.allow is not None:
         raise ValueError("allow: given in the query and in the body")
     if name not in served.filters:
         raise LookupError(f"allow={name!r:.80}: no filter of that name")
     return served.filters[name]
 
 
-def path_asked(body: bytes) -> str:
+def read_swap(body: bytes) -> str:
+    """The path that the body of a swap names."""
     try:
-        asked = json.loads(body)
+        given = json.loads(body)
     except (ValueError, RecursionError) as error:
         raise Problem(400, f"not JSON: {error!s:.200}") from None
-    if not isinstance(asked, dict) or set(asked) != {"path"} or not isinstance(asked["path"], str):
+    if not isinstance(given, dict) or set(given) != {"path"} or not isinstance(given["path"], str):
         raise Problem(422, 'expected {"path": "..."}')
-    return asked["path"]
+    return given["path"]
 
 
-async def run(is_long: bool, work: Callable[..., Answer], *given: Any) -> Answer:
-    """work(*given), on a thread where it takes long: others are served meanwhile."""
-    return await asyncio.to_thread(work, *given) if is_long else work(*given)
+async def call(is_long: bool, work: Callable[..., Result], *args: Any) -> Result:
+    """work(*args); on a thread if it takes long, so that the event loop serves others."""
+    return await asyncio.to_thread(work, *args) if is_long else work(*args)

@@ -1,50 +1,59 @@
-"""Bodies of requests: too long, too slow and too many at once are refused."""
+"""Reads request bodies, and refuses those that are too large, too slow or too many at once."""
 
 import asyncio
+import contextlib
+from collections.abc import AsyncIterator
 
 from starlette.requests import Request
 
 from hnsw_gpu.serve.problem import Problem
 
-HELD_BODIES = 4  # bodies of the largest size that are held at a time
+HELD_BODIES = 4  # bodies of the largest size that may be in memory at once
 
 
-class Bodies:
-    """Reads bodies of at most `most` bytes, each within `timeout_s`."""
+class BodyReader:
+    """Reads bodies of at most `most_bytes` each, within `timeout_s`."""
 
-    def __init__(self, most: int, timeout_s: float) -> None:
-        self._most, self._timeout_s = most, timeout_s
-        self.held_bytes = 0
+    def __init__(self, most_bytes: int, timeout_s: float) -> None:
+        self._most_bytes, self._timeout_s = most_bytes, timeout_s
+        self.held_bytes = 0  # of all requests
 
-    def release(self, body: bytes) -> None:
-        """What was read is no longer held."""
-        self.held_bytes -= len(body)
+    @contextlib.asynccontextmanager
+    async def read(self, request: Request) -> AsyncIterator[bytes]:
+        """The body, which counts as held until the block ends.
 
-    async def read(self, request: Request) -> bytes:
-        """The body; too long, too slow and too many are refused. Held until it is counted off."""
-        most, held, chunks = self._most, 0, []
+        Problem 408: it came too slowly. 413: it is too large. 429: too many are held.
+        """
+        body = await self._receive(request)
+        try:
+            yield body
+        finally:
+            self.held_bytes -= len(body)
+
+    async def _receive(self, request: Request) -> bytes:
         declared = request.headers.get("content-length", "")
-        if declared.isdecimal() and int(declared) > most:
-            raise too_large(int(declared), most)
+        if declared.isdecimal():
+            self._check_size(int(declared))
+        size, chunks = 0, []
         try:
             async with asyncio.timeout(self._timeout_s):
                 async for chunk in request.stream():
-                    held += len(chunk)
+                    size += len(chunk)
                     self.held_bytes += len(chunk)
-                    if held > most:
-                        raise too_large(held, most)
-                    if self.held_bytes > most * HELD_BODIES:
+                    self._check_size(size)
+                    if self.held_bytes > self._most_bytes * HELD_BODIES:
                         busy = "too many large bodies at once"
                         raise Problem(429, busy, Retry_After="1", Connection="close")
                     chunks.append(chunk)
         except BaseException as error:
-            self.held_bytes -= held
+            self.held_bytes -= size
             if isinstance(error, TimeoutError):
                 late = f"the body did not come within {self._timeout_s:g} s"
                 raise Problem(408, late, Connection="close") from None
             raise
         return b"".join(chunks)
 
-
-def too_large(size: int, most: int) -> Problem:
-    return Problem(413, f"a body of {size:,} bytes: at most {most:,}", Connection="close")
+    def _check_size(self, size: int) -> None:
+        if size > self._most_bytes:
+            detail = f"a body of {size:,} bytes: at most {self._most_bytes:,}"
+            raise Problem(413, detail, Connection="close")

@@ -1,7 +1,7 @@
-"""One served of what a server answers from: a saved index with its filters and its canary.
+"""What a server answers from: a saved index with its filters and its canary.
 
-Beside `docs.hnsw` may lie `docs.filters/NAME.npy`, what may be returned under that name (a bool
-mask by label, or int labels), and `docs.canary.npy`, queries (q, dim) by which recall is watched.
+Beside `docs.hnsw` may lie `docs.filters/NAME.npy`, a filter of that name (a bool mask by label, or
+int labels of what may be returned), and `docs.canary.npy`, queries (q, dim) that measure recall.
 """
 
 from dataclasses import dataclass
@@ -46,7 +46,7 @@ class ServedIndex:
 def load_served_index(
     path: Path, version: int, *, device: str = "auto", mmap: bool = False, threads: int | None
 ) -> ServedIndex:
-    """Load an index and all that belongs to it, and search once in each way, which warms it."""
+    """Load an index and the files beside it, and warm it with one search of each kind."""
     checksum = arrays_checksum(path)
     index = load(path, mmap=mmap, device=device)
     filters = _filters(path, index)
@@ -93,12 +93,12 @@ def _canary(path: Path, index: Index, threads: int | None) -> Canary | None:
 
 
 def memory_needed(path: Path) -> int:
-    """About the bytes that an served takes while it is loaded."""
+    """Roughly the bytes that loading an index takes."""
     return path.stat().st_size * 5 // 4
 
 
 def memory_free() -> int | None:
-    """Bytes that this process may still take, by the system and by its cgroup; None: unknown."""
+    """Bytes that the system and the cgroup still leave to this process; None if unknown."""
     free = []
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():

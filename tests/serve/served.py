@@ -12,8 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hnsw_gpu import Index
-from hnsw_gpu.serve import formats, server
+from hnsw_gpu.serve import formats
+from hnsw_gpu.serve.live_index import LiveIndex
 from hnsw_gpu.serve.process import Process, listen
+from hnsw_gpu.serve.server import Server
+from hnsw_gpu.serve.settings import ServerSettings
 
 DIM, ROWS = 8, 400
 VECTORS = np.random.default_rng(0).normal(size=(ROWS, DIM)).astype(np.float32)
@@ -66,11 +69,15 @@ class Caller:
 
 
 class Running(NamedTuple):
-    server: server.Server
+    server: Server
     process: Process
     port: int
     call: Caller
     others: list[Caller]  # closed at the end
+
+    @property
+    def live(self) -> LiveIndex:
+        return self.server.live
 
     def caller(self) -> Caller:
         self.others.append(Caller(self.port))
@@ -79,8 +86,8 @@ class Running(NamedTuple):
     @contextmanager
     def busy(self) -> Iterator[None]:
         """The engine waits, as it does while a caller of the library changes the index."""
-        assert self.server.served is not None
-        with self.server.served.index._lock.exclusive():
+        assert self.live.served is not None
+        with self.live.served.index._lock.exclusive():
             yield
 
     def wait(self, is_true) -> None:
@@ -100,20 +107,19 @@ def saved(folder: Path, name: str = "docs.hnsw", vectors: np.ndarray = VECTORS) 
 @contextmanager
 def running(path: Path, **settings: Any) -> Iterator[Running]:
     """Serves `path` until the block ends."""
-    held = server.Server(
-        server.ServerSettings(path.resolve(), path.resolve().parent, **{"drain_s": 0.0, **settings})
-    )
-    process = Process(held)
+    path = path.resolve()
+    server = Server(ServerSettings(path, path.parent, **{"drain_s": 0.0, **settings}))
+    process, live = Process(server), server.live
     listening = listen("127.0.0.1", 0)
     port = listening.getsockname()[1]
     thread = threading.Thread(target=process.run, args=([listening],))
     thread.start()
-    here = Running(held, process, port, Caller(port), [])
+    here = Running(server, process, port, Caller(port), [])
     try:
-        here.wait(lambda: held.served is not None or held.error is not None)
-        if held.served is not None and held.served.canary is not None:  # not in a test's way
-            here.wait(lambda: held.metrics.canary._value.get() > 0)
-            here.wait(lambda: held.batcher is not None and not held.batcher.in_flight)
+        here.wait(lambda: live.served is not None or live.error is not None)
+        if live.served is not None and live.served.canary is not None:  # not in a test's way
+            here.wait(lambda: server.metrics.canary._value.get() > 0)
+            here.wait(lambda: live.batcher is not None and not live.batcher.in_flight)
         yield here
     finally:
         for caller in [here.call, *here.others]:

@@ -69,6 +69,7 @@ def test_sigterm_lets_what_is_under_way_end(tmp_path):
     index.save(tmp_path / "large.hnsw")
     with process(tmp_path / "large.hnsw", "--drain", "0.3", "--threads", "1") as (one, call):
         until(lambda: call.metric("canary_recall") > 0)
+        until(lambda: call.metric("batches_in_flight") == 0)  # the canary's own batch has ended
         rows = np.tile(QUERIES, (6, 1))
         replies = []
 

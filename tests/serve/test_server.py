@@ -21,7 +21,7 @@ import served
 from served import QUERIES, ROWS, VECTORS, running
 
 from hnsw_gpu import load
-from hnsw_gpu.serve import formats, metrics, server
+from hnsw_gpu.serve import formats, live_index, metrics
 
 
 @pytest.fixture(scope="module")
@@ -248,7 +248,7 @@ def test_a_body_that_does_not_come(folder):
 def test_past_the_deadline(own):
     with own.busy():
         own.call.search(QUERIES, X_Timeout_Ms="30").refused(504, "no answer within 0.03 s")
-    assert own.server.batcher.waiting_rows == 0
+    assert own.live.batcher.waiting_rows == 0
     assert own.call.metric("rejected_total") == 1
     assert own.call.search(QUERIES).status == 200
 
@@ -263,10 +263,10 @@ def test_a_full_queue(own):
     with own.busy():
         threads = [threading.Thread(target=ask) for _ in range(3)]
         threads[0].start()
-        own.wait(lambda: own.server.batcher.in_flight)
+        own.wait(lambda: own.live.batcher.in_flight)
         for thread in threads[1:]:
             thread.start()
-        own.wait(lambda: own.server.batcher.waiting_rows == 90)
+        own.wait(lambda: own.live.batcher.waiting_rows == 90)
         full = own.caller().search(QUERIES[:11])
         full.refused(429, "90 rows wait and 11 more")
         assert int(full.headers["retry-after"]) >= 1
@@ -287,11 +287,11 @@ def test_callers_who_leave(own):
         for _ in range(80):
             callers.append(socket.create_connection(("127.0.0.1", own.port)))
             callers[-1].sendall(asked)
-            own.wait(lambda: own.server.batcher.in_flight)  # with the first one alone
-        own.wait(lambda: own.server.batcher.waiting_rows == 79)
+            own.wait(lambda: own.live.batcher.in_flight)  # with the first one alone
+        own.wait(lambda: own.live.batcher.waiting_rows == 79)
         for caller in callers:
             caller.close()
-        own.wait(lambda: own.server.batcher.waiting_rows == 0)
+        own.wait(lambda: own.live.batcher.waiting_rows == 0)
     own.wait(lambda: own.call.metric("cancelled_total") == 80)
     assert own.server._bodies.held_bytes == 0
     assert own.call.search(QUERIES).status == 200
@@ -344,14 +344,14 @@ def test_a_link_does_not_lead_out_of_the_root(folder, tmp_path):
 def test_one_swap_at_a_time_and_only_where_memory_holds_both(folder, monkeypatch):
     with running(folder / "docs.hnsw") as own:
         at_work, go_on = threading.Event(), threading.Event()
-        loading = server.Server._load
+        loading = live_index.LiveIndex._load
 
         def slow(self, *given):
             at_work.set()
             assert go_on.wait(20)
             return loading(self, *given)
 
-        monkeypatch.setattr(server.Server, "_load", slow)
+        monkeypatch.setattr(live_index.LiveIndex, "_load", slow)
         swapped = []
 
         def swap():
@@ -365,7 +365,7 @@ def test_one_swap_at_a_time_and_only_where_memory_holds_both(folder, monkeypatch
         go_on.set()
         thread.join()
         assert swapped[0].status == 200
-        monkeypatch.setattr(server, "memory_free", lambda: 1000)
+        monkeypatch.setattr(live_index, "memory_free", lambda: 1000)
         own.call.as_json({"path": "docs.hnsw"}, "/v1/index:swap").refused(507, "1,000 are free")
         assert own.call("GET", "/v1/index").json["path"] == "other.hnsw"
 
@@ -422,13 +422,13 @@ def test_metrics(folder):
         assert call.metric("batch_rows_sum") == 66 + 64
         assert call.metric("request_seconds_count") == 3
         assert call.metric("index_vectors") == ROWS
-        assert call.metric("index_bytes") == own.server.served.index.nbytes
+        assert call.metric("index_bytes") == own.live.served.index.nbytes
         assert call.metric("engine_errors_total") == 0
         assert 0.95 < call.metric("canary_recall") <= 1
         text = call("GET", "/metrics").body.decode()
         assert 'hnsw_gpu_requests_total{code="200",path="/v1/search"} 3.0' in text
         assert 'hnsw_gpu_requests_total{code="422",path="/v1/search"} 1.0' in text
-        assert f'checksum="{own.server.served.checksum}"' in text
+        assert f'checksum="{own.live.served.checksum}"' in text
         assert "process_resident_memory_bytes" in text
 
 
@@ -461,7 +461,7 @@ class Driver:
 def test_gpu_use(monkeypatch):
     """Where there are GPUs; none without the library."""
     monkeypatch.setitem(sys.modules, "pynvml", driver := Driver())
-    counted = metrics.Metrics(lambda: 0, lambda: 0)
+    counted = metrics.Metrics()
     text = counted.text().decode()
     assert 'hnsw_gpu_gpu_busy_share{gpu="0"} 0.25\n' in text
     assert 'hnsw_gpu_gpu_busy_share{gpu="1"} 0.5\n' in text
@@ -470,7 +470,7 @@ def test_gpu_use(monkeypatch):
     text = counted.text().decode()
     assert 'busy_share{gpu="0"} 0.25' in text and 'busy_share{gpu="1"}' not in text
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    assert "gpu_busy" not in metrics.Metrics(lambda: 0, lambda: 0).text().decode()
+    assert "gpu_busy" not in metrics.Metrics().text().decode()
 
 
 def test_the_canary_sees_a_bad_index(folder, tmp_path):
@@ -479,10 +479,10 @@ def test_the_canary_sees_a_bad_index(folder, tmp_path):
     np.save(tmp_path / "docs.canary.npy", QUERIES[:20])
     with running(path) as own:
         own.wait(lambda: own.call.metric("canary_recall") > 0)
-        assert len(own.server.served.canary.queries) == 20
-        own.server.served.index._state.graph.neighbors0[:] = -1
+        assert len(own.live.served.canary.queries) == 20
+        own.live.served.index._state.graph.neighbors0[:] = -1
         own.wait(lambda: own.call.search(QUERIES[:1]).status == 200)
-        asking = own.server._ask_canary()
+        asking = own.live.measure_canary()
         loop = own.process.servers[0].get_loop()
         asyncio.run_coroutine_threadsafe(asking, loop).result(20)
         assert own.call.metric("canary_recall") < 0.2
@@ -509,8 +509,8 @@ def test_stopping(own):
     thread = threading.Thread(target=lambda: replies.append(own.caller().search(QUERIES)))
     with own.busy():
         thread.start()
-        own.wait(lambda: own.server.batcher.in_flight)
-        own.server.drain()
+        own.wait(lambda: own.live.batcher.in_flight)
+        own.live.drain()
         own.call("GET", "/health/ready").refused(503, "the server is stopping")
         assert own.call("GET", "/health/live").status == 200
         refused = own.call.search(QUERIES)
@@ -525,8 +525,8 @@ def test_filters_that_are_wrong(tmp_path):
     (tmp_path / "docs.filters").mkdir()
     np.save(tmp_path / "docs.filters" / "bad.npy", np.ones(7, bool))
     with running(path) as own:
-        assert isinstance(own.server.error, ValueError)
-        assert "bad.npy: allow: a mask of 7" in str(own.server.error)
+        assert isinstance(own.live.error, ValueError)
+        assert "bad.npy: allow: a mask of 7" in str(own.live.error)
         own.wait(lambda: own.process.should_exit)
 
 

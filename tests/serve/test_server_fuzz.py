@@ -43,7 +43,7 @@ def here(tmp_path_factory):
     with running(served.saved(tmp_path_factory.mktemp("fuzz")), most_body=100_000) as one:
         yield one
         assert one.server._bodies.held_bytes == 0
-        assert one.server.batcher.waiting_rows == 0
+        assert one.live.batcher.waiting_rows == 0
 
 
 @st.composite

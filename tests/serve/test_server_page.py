@@ -60,7 +60,7 @@ def test_live_figures(visit, path):
         wait(page, lambda: page.locator("#state").inner_text() == "serving version 1")
         assert page.locator("h1").inner_text() == f"docs.hnsw: {ROWS} vectors"
         facts = page.locator("#facts").inner_text()
-        assert "cosine" in facts and here.server.served.checksum in facts
+        assert "cosine" in facts and here.live.served.checksum in facts
         wait(page, lambda: figures(page).get("canary recall", "0.000") > "0.9")
         for _ in range(30):
             here.call.search(QUERIES)
@@ -103,7 +103,7 @@ def test_the_token_and_a_server_that_stops(visit, path):
         page.locator("#token").fill("s3cret")
         page.get_by_role("button", name="show").click()
         wait(page, lambda: page.locator("#state").inner_text() == "serving version 1")
-        here.server.drain()
+        here.live.drain()
         wait(page, lambda: page.locator("#state").inner_text() == "the server is stopping")
         assert all("401" in text or "503" in text for text in page.problems), page.problems
         page.problems.clear()

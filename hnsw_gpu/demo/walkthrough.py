@@ -1,8 +1,8 @@
 """The main job on real text, from sentences to answers: what `hnsw-gpu demo` runs.
 
-Four English Bibles are indexed. Verses of a fifth, which the index has never seen, are the
-queries. Each step says what it does and what came of it; the index, a plot and all the figures
-stay in a folder.
+Four English Bibles are indexed; verses of a fifth, which the index has never seen, are the
+queries. Each of six steps prints what it does and what came of it. The index, a plot and all
+figures are kept in a folder.
 """
 
 import contextlib
@@ -11,6 +11,7 @@ import shutil
 import textwrap
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,25 @@ EXAMPLE_K = 6
 FILES = {"index": "verses.hnsw", "plot": "recall.png", "figures": "figures.json"}
 
 
+@dataclass
+class Run:
+    """How one demo runs, and what it has measured so far."""
+
+    threads: int
+    progress: bool
+    seconds: dict[str, float] = field(default_factory=dict)  # by what was timed
+
+    @contextlib.contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - started
+
+    def print_result(self, text: str, name: str) -> None:
+        """A line with the seconds that `name` took."""
+        _print_line(f"{text:<60} {self.seconds[name]:6.1f} s")
+
+
 def run_demo(
     folder: Path,
     threads: int | None = None,
@@ -39,56 +59,58 @@ def run_demo(
     verses: Verses | None = None,
     query_count: int = 10_000,
 ) -> dict[str, Any]:
-    """Do the job, print what happens, write into `folder`; returns what figures.json holds.
+    """Run the six steps, write into `folder`, and return what figures.json holds.
 
-    `verses` are those of `load_verses()` if not given; labels in the index are their row numbers.
-    Raises ImportError, saying what to install, when a package of the extra `demo` is missing.
+    verses: default `load_verses()`; labels in the index are row numbers of the indexed verses.
+    Raises ImportError, saying what to install, if a package of the extra `demo` is missing.
     """
     require((*PACKAGES, "matplotlib"))
     folder.mkdir(parents=True, exist_ok=True)
-    how = {"threads": thread_count(threads), "progress": progress}
-    files = {what: folder / name for what, name in FILES.items()}
-    seconds: dict[str, float] = {}
-    with _timed(seconds, "total"):
-        click.echo("1/6  Read five English Bibles and turn every verse into a vector")
-        with _timed(seconds, "text"):
-            verses = load_verses() if verses is None else verses
-        base, asked = hold_out(verses, query_count)
-        _result(
-            f"{len(verses.texts):,} verses, {verses.vectors.shape[1]} values each", seconds["text"]
-        )
-        index = build(base, how, seconds)
-        index = save_and_load(index, files["index"], seconds)
-        truth, curve = sweep(index, base.vectors, asked.vectors, how, seconds)
-        measure.plot(curve, K, files["plot"])
+    paths = {what: folder / name for what, name in FILES.items()}
+    run = Run(thread_count(threads), progress)
+    with run.timed("total"):
+        verses = read_verses(run, verses)
+        base, queries = hold_out(verses, query_count)
+        index = build(run, base)
+        index = save_and_load(run, index, paths["index"])
+        truth, sweep = search_in_one_batch(run, index, base, queries)
+        measure.plot(sweep, K, paths["plot"])
         examples = show_examples(index, base, verses)
-        again = find_again(index, base, asked, truth, how)
+        same_verse = find_again(run, index, base, queries, truth)
     figures = {
         "version": __version__,
-        "threads": how["threads"],
+        "threads": run.threads,
         "indexed": len(base.texts),
         "dim": index.dim,
         "index_bytes": index.nbytes,
-        "queries": len(asked.texts),
+        "queries": len(queries.texts),
         "k": K,
-        "seconds": seconds,
-        "sweep": curve,
-        "same_verse": again,
+        "seconds": run.seconds,
+        "sweep": sweep,
+        "same_verse": same_verse,
         "examples": examples,
     }
-    files["figures"].write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    click.echo(f"\nDone in {seconds['total']:.0f} s.")
-    for what, path in files.items():
-        _line(f"{what:<8} {path}")
+    paths["figures"].write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    click.echo(f"\nDone in {run.seconds['total']:.0f} s.")
+    for what, path in paths.items():
+        _print_line(f"{what:<8} {path}")
     return figures
+
+
+def read_verses(run: Run, verses: Verses | None) -> Verses:
+    click.echo("1/6  Read five English Bibles and turn every verse into a vector")
+    with run.timed("text"):
+        verses = load_verses() if verses is None else verses
+    run.print_result(f"{len(verses.texts):,} verses, {verses.vectors.shape[1]} values each", "text")
+    return verses
 
 
 def hold_out(verses: Verses, count: int) -> tuple[Verses, Verses]:
     """(all translations but the last, `count` verses taken evenly from the last)."""
     rows = np.flatnonzero(is_held_out(verses))
     count = min(count, len(rows))
-    asked = rows[np.arange(count) * len(rows) // count]
-    return verses.take(~is_held_out(verses)), verses.take(asked)
+    queries = rows[np.arange(count) * len(rows) // count]
+    return verses.take(~is_held_out(verses)), verses.take(queries)
 
 
 def is_held_out(verses: Verses) -> np.ndarray:
@@ -96,107 +118,106 @@ def is_held_out(verses: Verses) -> np.ndarray:
     return verses.translation == len(TRANSLATIONS) - 1
 
 
-def build(base: Verses, how: dict[str, Any], seconds: dict[str, float]) -> Index:
+def build(run: Run, base: Verses) -> Index:
     """An index over all of `base`; label i is row i."""
-    click.echo(f"\n2/6  Index four of them, on {how['threads']} threads")
+    click.echo(f"\n2/6  Index four of them, on {run.threads} threads")
     index = Index(base.vectors.shape[1], "cosine")
-    with _timed(seconds, "build"):
-        index.add(base.vectors, **how)
+    with run.timed("build"):
+        index.add(base.vectors, threads=run.threads, progress=run.progress)
     copies = len(base.texts) - len(set(base.texts))
-    _result(f"{len(index):,} verses; {copies:,} repeat another word for word", seconds["build"])
+    run.print_result(f"{len(index):,} verses; {copies:,} repeat another word for word", "build")
     return index
 
 
-def save_and_load(index: Index, path: Path, seconds: dict[str, float]) -> Index:
-    """The index as it comes back from the file; what follows is answered by that one."""
+def save_and_load(run: Run, index: Index, path: Path) -> Index:
+    """The index as loaded from the file, which answers everything from here on."""
     click.echo("\n3/6  Save the index, and load it again")
-    with _timed(seconds, "save"):
+    with run.timed("save"):
         index.save(path)
-    _result(f"saved: {path.stat().st_size / 1e6:,.0f} MB", seconds["save"])
-    with _timed(seconds, "load"):
+    run.print_result(f"saved: {path.stat().st_size / 1e6:,.0f} MB", "save")
+    with run.timed("load"):
         loaded = load(path)
-    _result("loaded and checked", seconds["load"])
+    run.print_result("loaded and checked", "load")
     return loaded
 
 
-def sweep(
-    index: Index,
-    vectors: np.ndarray,
-    queries: np.ndarray,
-    how: dict[str, Any],
-    seconds: dict[str, float],
+def search_in_one_batch(
+    run: Run, index: Index, base: Verses, queries: Verses
 ) -> tuple[SearchResult, list[dict[str, float]]]:
-    """The exact answers, and recall and queries/s at every ef of EFS, all queries in one batch."""
-    click.echo(f"\n4/6  Answer {len(queries):,} verses of the fifth Bible in one batch")
-    with _timed(seconds, "exact"):
-        truth = exact_search(vectors, queries, K, "cosine", **how)
-    _line(f"    ef  recall@{K}  queries/s")
-    index.search(queries[:500], K, threads=how["threads"])  # loads compiled code, warms the caches
+    """The exact answers; and recall and queries/s at every ef of EFS."""
+    count, threads = len(queries.vectors), run.threads
+    click.echo(f"\n4/6  Answer {count:,} verses of the fifth Bible in one batch")
+    with run.timed("exact"):
+        truth = exact_search(
+            base.vectors, queries.vectors, K, "cosine", threads=threads, progress=run.progress
+        )
+    _print_line(f"    ef  recall@{K}  queries/s")
+    index.search(queries.vectors[:500], K, threads=threads)  # loads compiled code, warms caches
     points: list[dict[str, float]] = []
     for ef in EFS:
-        with _timed(seconds, f"ef {ef}"):
-            found = index.search(queries, K, ef=ef, threads=how["threads"])
-        share = measure.recall(vectors, queries, "cosine", found.labels, truth.labels)
-        speed = len(queries) / seconds[f"ef {ef}"]
-        _line(f"{ef:>6}  {share:>9.4f}  {speed:>9,.0f}")
+        with run.timed(f"ef {ef}"):
+            found = index.search(queries.vectors, K, ef=ef, threads=threads)
+        share = measure.recall(base.vectors, queries.vectors, "cosine", found.labels, truth.labels)
+        speed = count / run.seconds[f"ef {ef}"]
+        _print_line(f"{ef:>6}  {share:>9.4f}  {speed:>9,.0f}")
         points.append({"ef": ef, "recall": share, "queries_per_s": speed})
-    _line(f" exact  {1:>9.4f}  {len(queries) / seconds['exact']:>9,.0f}")
+    _print_line(f" exact  {1:>9.4f}  {count / run.seconds['exact']:>9,.0f}")
     return truth, points
 
 
 def show_examples(index: Index, base: Verses, verses: Verses) -> list[dict[str, Any]]:
-    """Print the held-out translation's EXAMPLES with their neighbours; returns what it printed."""
+    """Print the held-out EXAMPLES with their neighbours, and return what was printed."""
     click.echo("\n5/6  Look at three answers: distance, verse, words")
-    is_asked = is_held_out(verses) & np.isin(verses.ids, EXAMPLES)
+    is_example = is_held_out(verses) & np.isin(verses.ids, EXAMPLES)
     examples = []
-    for row in np.flatnonzero(is_asked).tolist():
+    for row in np.flatnonzero(is_example).tolist():
         labels, distances = index.search(verses.vectors[row], EXAMPLE_K, ef=EF)
         near = [
-            {"distance": far, "source": base.source(label), "text": base.texts[label]}
-            for label, far in zip(labels[0].tolist(), distances[0].tolist(), strict=True)
+            {"distance": distance, "source": base.source(label), "text": base.texts[label]}
+            for label, distance in zip(labels[0].tolist(), distances[0].tolist(), strict=True)
             if label >= 0
         ]
         question = {"source": verses.source(row), "text": verses.texts[row]}
-        _line(f"{question['source']}: {question['text']}")
+        _print_line(f"{question['source']}: {question['text']}")
         _print_neighbors(near)
         examples.append({**question, "found": near})
     return examples
 
 
 def find_again(
-    index: Index, base: Verses, asked: Verses, truth: SearchResult, how: dict[str, Any]
+    run: Run, index: Index, base: Verses, queries: Verses, truth: SearchResult
 ) -> dict[str, float]:
     """How often the nearest neighbour is the right verse: same book, chapter and number.
 
-    Asked from outside, by verses of a translation that is not in the index; and from inside, by
-    every indexed verse that another translation words differently. There, neighbours with the
-    very same words are passed over: to find a copy proves nothing.
+    From outside: for verses of a translation that is not in the index. From inside: for every
+    indexed verse that another translation words differently; neighbours with the very same words
+    are skipped, since finding a copy proves nothing.
     """
     click.echo("\n6/6  Find every verse again in the other translations")
-    found = index.search(asked.vectors, K, ef=EF, threads=how["threads"])
+    found = index.search(queries.vectors, K, ef=EF, threads=run.threads)
     outside, outside_exact = (
-        float(is_right(asked.ids, base.ids, answer, answer.labels >= 0).mean())
+        float(is_right(queries.ids, base.ids, answer, answer.labels >= 0).mean())
         for answer in (found, truth)
     )
-    graph = index.neighbor_graph(GRAPH_K, ef=EF, **how)
+    graph = index.neighbor_graph(GRAPH_K, ef=EF, threads=run.threads, progress=run.progress)
     right = is_right_in_other_words(base.ids, base.texts, graph)
     inside = float(right.mean())
-    _line(
-        f"The nearest is the right verse for {outside:.1%} of {len(asked.texts):,} verses of the "
+    _print_line(
+        f"The nearest is the right verse for {outside:.1%} of {len(queries.texts):,} verses of the "
         f"fifth Bible (by exact search: {outside_exact:.1%}),"
     )
-    _line(f"the nearest in other words for {inside:.1%} of {len(right):,} indexed verses.")
-    _line("Right: the same book, chapter and verse; of several equally near, one is enough.")
+    _print_line(f"the nearest in other words for {inside:.1%} of {len(right):,} indexed verses.")
+    _print_line("Right: the same book, chapter and verse; of several equally near, one is enough.")
     return {"outside": outside, "outside_exact": outside_exact, "inside": inside}
 
 
 def is_right(
     asked_ids: np.ndarray, ids: np.ndarray, answer: SearchResult, usable: np.ndarray
 ) -> np.ndarray:
-    """bool (q,): is one of the nearest usable results the verse that was asked for?
+    """bool (q,): whether one of the nearest usable results is the verse that was asked for.
 
-    asked_ids (q,) and ids (n,) are verse ids, usable bool (q, k). Equal vectors come back as
-    several results at one distance, in the order of labels: all at the smallest distance count.
+    asked_ids (q,) and ids (n,) are verse ids; usable is bool (q, k). Equal vectors give several
+    results at the same distance, in the order of labels: all at the smallest distance count.
     """
     distances = np.where(usable, answer.distances, np.inf)
     is_nearest = usable & (distances == distances.min(axis=1, keepdims=True))
@@ -204,10 +225,10 @@ def is_right(
 
 
 def is_right_in_other_words(ids: np.ndarray, texts: list[str], graph: SearchResult) -> np.ndarray:
-    """`is_right` of every row for which a row with its verse id and other words exists.
+    """`is_right` for every row whose verse also exists in other words.
 
-    Neighbours with the very words of the row do not count, in whatever verse they stand.
-    ids (n,) and texts (n) belong to the rows of `graph`, a neighbor graph; its labels are rows.
+    Neighbours with exactly the words of the row do not count, whatever verse they are. ids (n,)
+    and texts (n) belong to the rows of `graph`, a neighbor graph whose labels are row numbers.
     """
     numbers: dict[str, int] = {}
     wording = np.array([numbers.setdefault(text, len(numbers)) for text in texts])
@@ -220,24 +241,13 @@ def is_right_in_other_words(ids: np.ndarray, texts: list[str], graph: SearchResu
 
 
 def _print_neighbors(near: list[dict[str, Any]]) -> None:
-    """One line each: distance, source, and as much of the text as the terminal has room for."""
-    wide = max(len(neighbor["source"]) for neighbor in near)
-    room = max(40, shutil.get_terminal_size((120, 0)).columns - wide - 18)
+    """One line each: distance, source, and as much of the text as fits the terminal."""
+    width = max(len(neighbor["source"]) for neighbor in near)
+    room = max(40, shutil.get_terminal_size((120, 0)).columns - width - 18)
     for neighbor in near:
         text = textwrap.shorten(neighbor["text"], room, placeholder=" ...")
-        _line(f"  {neighbor['distance']:.3f}  {neighbor['source']:<{wide}}  {text}")
+        _print_line(f"  {neighbor['distance']:.3f}  {neighbor['source']:<{width}}  {text}")
 
 
-@contextlib.contextmanager
-def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    started = time.perf_counter()
-    yield
-    seconds[name] = time.perf_counter() - started
-
-
-def _line(text: str) -> None:
+def _print_line(text: str) -> None:
     click.echo(f"     {text}")
-
-
-def _result(text: str, seconds: float) -> None:
-    _line(f"{text:<60} {seconds:6.1f} s")

@@ -113,7 +113,7 @@ def test_metadata(packages):
         assert {
             "hnsw_gpu/deduplication/report_page.html",
             "hnsw_gpu/serve/page.html",
-            "hnsw_gpu/files/page.css",
+            "hnsw_gpu/files/page_head.html",
         } <= set(archive.namelist())
         name = only(name for name in archive.namelist() if name.endswith("/METADATA"))
         text = archive.read(name).decode()

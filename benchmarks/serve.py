@@ -332,8 +332,8 @@ async def curves(hosts: dict[str, Host], loads: list[Load], seconds: float) -> d
             point: dict[str, Any] = {"load": share, "requests_per_s": round(share * capacity, 1)}
             for mode in MODES:
                 rate = share * capacity
-                told = await open_loop(hosts[mode].port, load, rate, seconds, number)
-                point[mode] = figures(told, load.rows)
+                measured = await open_loop(hosts[mode].port, load, rate, seconds, number)
+                point[mode] = figures(measured, load.rows)
             points.append(point)
             click.echo(f"{load.rows} rows a request: {json.dumps(point)}")
         found[str(load.rows)] = points
@@ -346,8 +346,8 @@ async def lone_caller(hosts: dict[str, Host], load: Load, rounds: int) -> dict[s
     for _ in range(rounds):
         times = {}
         for mode in MODES:
-            told = await closed_loop(hosts[mode].port, load, 1, 1.0)
-            times[mode] = median(answer.latency for answer in told)
+            measured = await closed_loop(hosts[mode].port, load, 1, 1.0)
+            times[mode] = median(answer.latency for answer in measured)
         ratios.append(times["batched"] / times["unbatched"])
     return {"rows": load.rows, "latency_over_unbatched": spread(ratios)}
 
@@ -359,11 +359,11 @@ async def many_callers(hosts: dict[str, Host], load: Load, rounds: int) -> dict[
         rates = {}
         for mode in MODES:
             before = await hosts[mode].metric("hnsw_gpu_batch_rows_count")
-            told = await closed_loop(hosts[mode].port, load, 64, 2.0)
-            rates[mode] = figures(told, load.rows)["rows_per_s"]
+            measured = await closed_loop(hosts[mode].port, load, 64, 2.0)
+            rates[mode] = figures(measured, load.rows)["rows_per_s"]
             calls = await hosts[mode].metric("hnsw_gpu_batch_rows_count") - before
             if mode == "batched":
-                batches.append(len(told) * load.rows / calls)
+                batches.append(len(measured) * load.rows / calls)
         ratios.append(rates["batched"] / rates["unbatched"])
     return {"throughput_over_unbatched": spread(ratios), "rows_a_batch": spread(batches)}
 
@@ -377,26 +377,26 @@ async def beside_direct(host: Host, path: Path, queries: Path, load: Load, round
             done = subprocess.run(
                 [*command, str(load.rows), "2"], capture_output=True, text=True, check=True
             )
-            told = figures(await closed_loop(host.port, load, callers, 2.0), load.rows)
-            held.append(told["rows_per_s"] / float(done.stdout))
+            measured = figures(await closed_loop(host.port, load, callers, 2.0), load.rows)
+            held.append(measured["rows_per_s"] / float(done.stdout))
     return {f"{callers} callers": spread(held) for callers, held in shares.items()}
 
 
 async def past_saturation(host: Host, load: Load, seconds: float) -> dict[str, Any]:
     """Twice what it can do: refusals, latency of what was accepted, memory."""
-    told = figures(await closed_loop(host.port, load, 16, 2.0), load.rows)
-    rate = 2 * told["rows_per_s"] / load.rows
+    measured = figures(await closed_loop(host.port, load, 16, 2.0), load.rows)
+    rate = 2 * measured["rows_per_s"] / load.rows
     await open_loop(host.port, load, rate, seconds / 2, 0)  # buffers grow to their size
     before = await host.metric("process_resident_memory_bytes")
-    told = figures(await open_loop(host.port, load, rate, seconds, 1), load.rows)
+    measured = figures(await open_loop(host.port, load, rate, seconds, 1), load.rows)
     after = await host.metric("process_resident_memory_bytes")
-    return {**told, "memory_over_before": round(after / before, 3)}
+    return {**measured, "memory_over_before": round(after / before, 3)}
 
 
 async def swaps(host: Host, load: Load, names: list[str], count: int) -> dict[str, Any]:
     """Swaps under half of the load that it can carry."""
-    told = figures(await closed_loop(host.port, load, 16, 2.0), load.rows)
-    rate, spans = 0.5 * told["rows_per_s"] / load.rows, []
+    measured = figures(await closed_loop(host.port, load, 16, 2.0), load.rows)
+    rate, spans = 0.5 * measured["rows_per_s"] / load.rows, []
     loading = asyncio.create_task(open_loop(host.port, load, rate, 2.0 * count, 2))
     for number in range(count):
         await asyncio.sleep(1.0)
@@ -455,8 +455,8 @@ async def soak(host: Host, loads: list[Load], seconds: float) -> dict[str, Any]:
     memory = []
     rates = []
     for load in loads:
-        told = figures(await closed_loop(host.port, load, 16, 2.0), load.rows)
-        rates.append(told["rows_per_s"] / load.rows / 3 / len(loads))
+        measured = figures(await closed_loop(host.port, load, 16, 2.0), load.rows)
+        rates.append(measured["rows_per_s"] / load.rows / 3 / len(loads))
     work = [
         asyncio.create_task(open_loop(host.port, load, rate, seconds, seed))
         for seed, (load, rate) in enumerate(zip(loads, rates, strict=True))

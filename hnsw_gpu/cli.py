@@ -380,22 +380,22 @@ def dedup_preview(
 
 @main.command()
 @click.argument("index", type=FILE)
-@click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to bind to.")
 @click.option(
     "--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0: any free."
 )
 @device_option
-@click.option("--mmap", is_flag=True, help="Map the vectors instead of reading them.")
-@click.option("--batch-rows", type=POSITIVE, help="Most rows a batch.  [default: 128 a thread]")
-@click.option("--queue-rows", type=POSITIVE, default=16384, show_default=True, help="Most waiting.")
-@click.option("--max-body", callback=_bytes, default="64M", show_default=True, help="Of a request.")
+@click.option("--mmap", is_flag=True, help="Map the vectors instead of loading them.")
+@click.option("--batch-rows", type=POSITIVE, help="Most rows per batch.  [default: 128 per thread]")
+@click.option("--queue-rows", type=POSITIVE, default=16384, show_default=True, help="Most queued.")
+@click.option("--max-body", callback=_bytes, default="64M", show_default=True, help="Largest body.")
 @click.option(
     "--timeout",
     "timeout_s",
     type=click.FloatRange(min=0, min_open=True),
     default=30.0,
     show_default=True,
-    help="Seconds that an answer, or the reading of a body, may take.",
+    help="Seconds to answer a search, and to receive a body.",
 )
 @click.option(
     "--drain",
@@ -403,13 +403,13 @@ def dedup_preview(
     type=click.FloatRange(min=0),
     default=1.0,
     show_default=True,
-    help="Seconds between SIGTERM (not ready) and the end of listening.",
+    help="Seconds to be not ready after SIGTERM, before the server stops listening.",
 )
-@click.option("--token-file", type=FILE, help="A file with the token that callers must show.")
+@click.option("--token-file", type=FILE, help="File with the token that requests must carry.")
 @click.option(
     "--root",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Swaps stay within this folder.  [default: INDEX's]",
+    help="Folder that swaps are confined to.  [default: that of INDEX]",
 )
 @threads_option
 def serve(
@@ -421,11 +421,12 @@ def serve(
     max_body: int,
     **settings: Any,
 ) -> None:
-    """Answer searches of INDEX over HTTP.
+    """Serve searches of INDEX over HTTP.
 
-    POST /v1/search takes queries as .npy, safetensors or JSON; / is a page to watch the server by,
-    /metrics is for Prometheus, /openapi.json says the rest. Many callers are gathered in batches.
-    SIGTERM lets what is under way end. Needs the extra `serve`: pip install "hnsw-gpu[serve]"
+    POST /v1/search takes queries as .npy, safetensors or JSON; / is a live status page, /metrics
+    serves Prometheus, /openapi.json describes the API. Requests that arrive while the engine is
+    busy form the next batch. On SIGTERM, running requests finish. Needs the extra `serve`:
+    pip install "hnsw-gpu[serve]"
 
     \b
     Example:

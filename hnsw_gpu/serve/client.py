@@ -1,4 +1,4 @@
-"""A client of the server, in the standard library and numpy: .npy both ways, one connection."""
+"""A client for the server, with the standard library and numpy only: .npy both ways."""
 
 import contextlib
 import http.client
@@ -15,12 +15,12 @@ from hnsw_gpu import inputs
 from hnsw_gpu.results import SearchResult
 from hnsw_gpu.serve import formats
 
-BUSY = (429, 503)  # refused before any work was done
+BUSY = (429, 503)  # the server refused before doing any work
 WAITS_S = (0.1, 0.2, 0.4, 0.8, 1.6)
 
 
 class ServerError(RuntimeError):
-    """The server refused: `status` is the HTTP code, the text what it said."""
+    """The server refused a request: `status` is the HTTP code, `detail` its reason."""
 
     def __init__(self, status: int, detail: str) -> None:
         super().__init__(f"{status}: {detail}")
@@ -30,13 +30,14 @@ class ServerError(RuntimeError):
 class Client:
     """Searches an index that `hnsw-gpu serve` serves at `url`, such as "http://127.0.0.1:8080".
 
-    token: what the server's token file holds. timeout_s: of connecting, and of every answer.
-    retries: how often a call is tried again where that is safe: the connection could not be made or
-    was closed before an answer (a search changes nothing), or the server said 429 or 503.
-    batch_rows: queries a request; more are sent in several.
+    token: the content of the server's token file.
+    timeout_s: to connect, and to get each answer.
+    retries: how often to retry a call where that is safe: the server could not be reached,
+        closed the connection before it answered (a search changes nothing), or answered 429 or 503.
+    batch_rows: most queries per request; larger batches are sent in several.
 
-    ServerError: what the server refused; ConnectionError: it cannot be reached; TimeoutError: no
-    answer in time. Threads may share a client: each gets a connection of its own.
+    ServerError: the server refused. ConnectionError: it cannot be reached. TimeoutError: no answer
+    in time. Threads may share a client; each gets its own connection.
     """
 
     def __init__(
@@ -70,8 +71,8 @@ class Client:
     ) -> SearchResult:
         """The k nearest labels of each query (q, dim), as `Index.search` gives them.
 
-        allow: the name of a filter that the server has. timeout_s: the server drops what it could
-        not answer within it (ServerError 504).
+        allow: the name of a filter on the server. timeout_s: the server gives up a request that it
+        cannot answer in time (ServerError 504).
         """
         given = inputs.array("queries", queries)
         given = inputs.vectors("queries", given[None] if given.ndim == 1 else given)
@@ -94,9 +95,9 @@ class Client:
         return found
 
     def swap(self, path: str) -> dict[str, Any]:
-        """Have the server load another saved index, by its path from the server's root.
+        """Make the server load another saved index; `path` is relative to the server's root.
 
-        Returns when it is served, with its facts. Never tried again by itself.
+        Returns what `index` returns once the new index is served. Never retried.
         """
         body = json.dumps({"path": path}).encode()
         headers = {"Content-Type": formats.JSON}
@@ -106,7 +107,7 @@ class Client:
         return found
 
     def close(self) -> None:
-        """Close the connection of this thread."""
+        """Close this thread's connection."""
         connection = getattr(self._local, "connection", None)
         if connection is not None:
             connection.close()
@@ -122,12 +123,12 @@ class Client:
         self, method: str, target: str, body: bytes | None, headers: dict[str, str],
         *, is_safe: bool = True,
     ) -> bytes:  # fmt: skip
-        """The body of a good answer. `is_safe`: once more changes nothing."""
+        """The body of a 200 response. is_safe: the request may be repeated."""
         left = self._retries if is_safe else 0
         while True:
             wait = WAITS_S[self._retries - left] if left else 0.0
             try:
-                status, said, retry_after = self._once(method, target, body, headers)
+                status, content, retry_after = self._exchange(method, target, body, headers)
             except TimeoutError:
                 self.close()
                 raise TimeoutError(
@@ -139,30 +140,30 @@ class Client:
                     raise ConnectionError(f"{self._host}: {error!r}") from error
             else:
                 if status == 200:
-                    return said
+                    return content
                 if status not in BUSY or not left:
-                    raise ServerError(status, _detail(said))
+                    raise ServerError(status, _detail(content))
                 wait = max(wait, min(retry_after, WAITS_S[-1]))
             left -= 1
             time.sleep(wait)
 
-    def _once(
+    def _exchange(
         self, method: str, target: str, body: bytes | None, headers: dict[str, str]
     ) -> tuple[int, bytes, float]:
-        """Status, body, and seconds of Retry-After."""
+        """Status, body, and Retry-After in seconds."""
         connection = self._connection()
         try:
             connection.request(method, self._prefix + target, body, self._headers | headers)
         except (BrokenPipeError, ConnectionResetError):
             if connection.sock is None:
                 raise
-            # refused while the body was still being sent: the answer may be there already
-        answer = connection.getresponse()
-        said = answer.read()
+            # the server refused before it had the whole body: its answer may already be there
+        response = connection.getresponse()
+        content = response.read()
         retry_after = 0.0
         with contextlib.suppress(ValueError):
-            retry_after = float(answer.headers.get("Retry-After", "0"))
-        return answer.status, said, retry_after
+            retry_after = float(response.headers.get("Retry-After", "0"))
+        return response.status, content, retry_after
 
     def _connection(self) -> http.client.HTTPConnection:
         connection = getattr(self._local, "connection", None)
@@ -173,9 +174,9 @@ class Client:
         return connection
 
 
-def _detail(said: bytes) -> str:
-    """What a problem+json says, or the beginning of whatever came."""
+def _detail(content: bytes) -> str:
+    """The detail of a problem+json, or the start of any other content."""
     try:
-        return str(json.loads(said)["detail"])
+        return str(json.loads(content)["detail"])
     except (ValueError, LookupError, TypeError):
-        return said[:200].decode("utf-8", "replace")
+        return content[:200].decode("utf-8", "replace")

@@ -26,16 +26,16 @@ TITLES = {
 
 
 def document(limits: dict[str, int], has_token: bool) -> dict[str, Any]:
-    """OpenAPI 3.1; `limits` are the largest `k` and `ef`."""
+    """The OpenAPI 3.1 document; `limits` holds the largest `k` and `ef`."""
     paths = {
         "/v1/search": {"post": _search(limits)},
-        "/v1/index": {"get": _get("The index that is served", _ref("Index"), 503)},
+        "/v1/index": {"get": _get("The index being served", _ref("Index"), 503)},
         "/v1/index:swap": {"post": _swap()},
         "/health/live": {"get": _get("Is the process alive?", _ref("State"))},
         "/health/ready": {"get": _get("Does it answer searches?", _ref("State"), 503)},
         "/metrics": {"get": _text("Prometheus metrics", "text/plain")},
         "/openapi.json": {"get": _get("This document", {"type": "object"})},
-        "/": {"get": _text("A page to watch the server by", "text/html")},
+        "/": {"get": _text("A live status page", "text/html")},
     }
     found: dict[str, Any] = {
         "openapi": "3.1.0",
@@ -69,13 +69,13 @@ def _search(limits: dict[str, int]) -> dict[str, Any]:
     asked[SAFETENSORS] = {"schema": binary}
     return {
         "summary": "The k nearest labels of every query",
-        "description": "The body holds queries (q, dim): a .npy, or safetensors or JSON by name. "
-        "The result has labels and distances (q, k), nearest first; a .npy has them as two "
-        "fields. Too few: label -1, distance infinite (null in JSON).",
+        "description": "The body holds queries (q, dim): a .npy, or by name safetensors or JSON. "
+        "The result has labels and distances (q, k), nearest first, which a .npy holds as two "
+        "fields. Missing results: label -1, distance infinite (null in JSON).",
         "parameters": [
-            parameter("k", number(limits["k"], 10), "results a query"),
-            parameter("ef", number(limits["ef"], 64), "beam capacity: more is slower, surer"),
-            parameter("allow", {"type": "string"}, "the name of a registered filter"),
+            parameter("k", number(limits["k"], 10), "results per query"),
+            parameter("ef", number(limits["ef"], 64), "beam capacity: higher recall, slower"),
+            parameter("allow", {"type": "string"}, "name of a registered filter"),
             parameter(
                 "X-Timeout-Ms",
                 {"type": "integer", "minimum": 1, "maximum": 3_600_000},
@@ -90,7 +90,7 @@ def _search(limits: dict[str, int]) -> dict[str, Any]:
                 "headers": {
                     name: {"schema": {"type": "string"}, "description": what}
                     for name, what in (
-                        ("X-Index-Version", "how many indexes this server has served by now"),
+                        ("X-Index-Version", "counts the indexes that this server has served"),
                         ("X-Index-Checksum", "of the index that answered"),
                     )
                 },
@@ -107,12 +107,12 @@ def _search(limits: dict[str, int]) -> dict[str, Any]:
 
 def _swap() -> dict[str, Any]:
     return {
-        "summary": "Serve another saved index from here on",
+        "summary": "Serve another saved index from now on",
         "description": "Loads and warms it beside the old one, then swaps between batches; "
-        "searches that were here before are answered by the old one.",
+        "searches that arrived earlier are answered by the old one.",
         "requestBody": {"required": True, "content": {JSON: {"schema": _ref("Swap")}}},
         "responses": {
-            **_get("The index that is served now", _ref("Index"))["responses"],
+            **_get("The new index", _ref("Index"))["responses"],
             **_problems(400, 404, 408, 409, 413, 415, 422, 429, 503, 507),
         },
     }
@@ -179,7 +179,7 @@ SCHEMAS: dict[str, Any] = {
             "items": {"type": "array", "items": {"type": ["number", "null"]}},
         },
     ),
-    "Swap": _object(["path"], path={**_TEXT, "description": "of a saved index, from the root"}),
+    "Swap": _object(["path"], path={**_TEXT, "description": "of an index, relative to the root"}),
     "State": _object(["state"], state={"enum": ["live", "ready"]}),
     "Index": _object(
         ["n", "dim", "metric", "dtype", "parameters", "checksum", "version", "path", "filters"],

@@ -36,9 +36,9 @@ class Reply(NamedTuple):
         """It is this problem, in the form of RFC 9457."""
         assert self.status == status, (self.status, self.body[:300])
         assert self.headers["content-type"] == "application/problem+json"
-        told = self.json
-        assert set(told) == {"type", "title", "status", "detail"} and told["status"] == status
-        assert words in told["detail"], told["detail"]
+        problem = self.json
+        assert set(problem) == {"type", "title", "status", "detail"} and problem["status"] == status
+        assert words in problem["detail"], problem["detail"]
 
 
 class Caller:
@@ -114,15 +114,15 @@ def running(path: Path, **settings: Any) -> Iterator[Running]:
     port = listening.getsockname()[1]
     thread = threading.Thread(target=process.run, args=([listening],))
     thread.start()
-    here = Running(server, process, port, Caller(port), [])
+    fresh = Running(server, process, port, Caller(port), [])
     try:
-        here.wait(lambda: live.served is not None or live.error is not None)
+        fresh.wait(lambda: live.served is not None or live.error is not None)
         if live.served is not None and live.served.canary is not None:  # not in a test's way
-            here.wait(lambda: server.metrics.canary._value.get() > 0)
-            here.wait(lambda: live.batcher is not None and not live.batcher.in_flight)
-        yield here
+            fresh.wait(lambda: server.metrics.canary._value.get() > 0)
+            fresh.wait(lambda: live.batcher is not None and not live.batcher.in_flight)
+        yield fresh
     finally:
-        for caller in [here.call, *here.others]:
+        for caller in [fresh.call, *fresh.others]:
             caller.connection.close()
         process.should_exit = True
         thread.join(30)

@@ -28,14 +28,14 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def here(folder):
+def shared(folder):
     with running(folder / "docs.hnsw", token="s3cret") as one:
         yield one
 
 
 @pytest.fixture
-def asking(here):
-    with Client(f"http://127.0.0.1:{here.port}", token="s3cret") as one:
+def asking(shared):
+    with Client(f"http://127.0.0.1:{shared.port}", token="s3cret") as one:
         yield one
 
 
@@ -58,15 +58,15 @@ def test_it_answers_as_the_index_does(asking, folder):
     assert asking.swap("docs.hnsw")["version"] == 2
 
 
-def test_large_batches_are_split(here, folder):
-    before = here.server.metrics.request_seconds._sum.get()
-    url = f"http://127.0.0.1:{here.port}/"
+def test_large_batches_are_split(shared, folder):
+    before = shared.server.metrics.request_seconds._sum.get()
+    url = f"http://127.0.0.1:{shared.port}/"
     with Client(url, token="s3cret", batch_rows=10) as asking:
         equal(asking.search(QUERIES, 5), load(folder / "docs.hnsw").search(QUERIES, 5))
-    assert here.server.metrics.request_seconds._sum.get() > before
+    assert shared.server.metrics.request_seconds._sum.get() > before
 
 
-def test_refusals_are_said(asking, here):
+def test_refusals_are_said(asking, shared):
     with pytest.raises(
         ServerError, match=r"422: queries: shape \(64, 3\), expected \(n, 8\)"
     ) as no:
@@ -75,11 +75,11 @@ def test_refusals_are_said(asking, here):
     with pytest.raises(ServerError, match="404: no index at"):
         asking.swap("../x")
     with (
-        Client(f"http://127.0.0.1:{here.port}") as stranger,
+        Client(f"http://127.0.0.1:{shared.port}") as stranger,
         pytest.raises(ServerError, match="401: expected the header"),
     ):
         stranger.index()
-    with here.busy(), pytest.raises(ServerError, match=r"504: no answer within 0\.02 s"):
+    with shared.busy(), pytest.raises(ServerError, match=r"504: no answer within 0\.02 s"):
         asking.search(QUERIES, timeout_s=0.02)
     for wrong, words in [
         ({"url": "ftp://x"}, "url='ftp://x'"),
@@ -128,11 +128,11 @@ def misbehaving(answers):
             if answer == "hang up":
                 self.close_connection = True
                 return
-            said = body if answer == 200 else b"<html>proxy</html>"
+            content = body if answer == 200 else b"<html>proxy</html>"
             self.send_response(answer)
-            self.send_header("Content-Length", str(len(said)))
+            self.send_header("Content-Length", str(len(content)))
             self.end_headers()
-            self.wfile.write(said)
+            self.wfile.write(content)
 
         def log_message(self, *_):
             pass
@@ -190,8 +190,8 @@ def test_nobody_is_there():
         asking.index()
 
 
-def test_no_answer_in_time(here):
-    url = f"http://127.0.0.1:{here.port}"
+def test_no_answer_in_time(shared):
+    url = f"http://127.0.0.1:{shared.port}"
     asking = Client(url, token="s3cret", timeout_s=0.05)
-    with here.busy(), pytest.raises(TimeoutError, match=r"no answer of 127.0.0.1 within 0.05 s"):
+    with shared.busy(), pytest.raises(TimeoutError, match=r"no answer of 127.0.0.1 within 0.05 s"):
         asking.search(QUERIES)

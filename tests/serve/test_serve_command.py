@@ -95,9 +95,9 @@ def test_ctrl_c(path):
     with process(path) as (one, _):
         one.send_signal(signal.SIGINT)
         assert one.wait(30) == 130
-        said = one.stderr.read()
+        stderr = one.stderr.read()
         ready = r"ready after \d+\.\d s: 400 vectors of 8, cosine, on the CPU\n\nInterrupted\.\n"
-        assert re.fullmatch(ready, said), said
+        assert re.fullmatch(ready, stderr), stderr
 
 
 def test_a_token_and_another_address(path, tmp_path):
@@ -109,16 +109,16 @@ def test_a_token_and_another_address(path, tmp_path):
 
 def failed(*given: object) -> str:
     one = start(*given)
-    said = one.communicate(timeout=60)[1]
+    stderr = one.communicate(timeout=60)[1]
     assert one.returncode != 0
-    return said
+    return stderr
 
 
 def test_what_keeps_it_from_starting(path, tmp_path):
     broken = tmp_path / "broken.hnsw"
     broken.write_bytes(path.read_bytes()[:1000])
-    said = failed(broken)
-    assert re.search(r"Error: .*broken\.hnsw: truncated", said) and "Traceback" not in said
+    stderr = failed(broken)
+    assert re.search(r"Error: .*broken\.hnsw: truncated", stderr) and "Traceback" not in stderr
     (tmp_path / "token").write_text("two words\n")
     assert "token: expected one token" in failed(path, "--token-file", tmp_path / "token")
     assert "is not within --root" in failed(path, "--root", tmp_path)

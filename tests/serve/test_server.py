@@ -44,13 +44,13 @@ def index(folder):
 
 
 @pytest.fixture(scope="module")
-def here(folder):
+def shared(folder):
     with running(folder / "docs.hnsw") as one:
         yield one
 
 
 @pytest.fixture
-def own(folder):
+def fresh(folder):
     """A server that this test alone talks to, with a queue of 100 rows."""
     with running(folder / "docs.hnsw", queue_rows=100, timeout_s=5.0, most_body=100_000) as one:
         yield one
@@ -61,7 +61,7 @@ def own(folder):
 
 @pytest.mark.parametrize("accept", formats.FORMATS)
 @pytest.mark.parametrize("sent", formats.FORMATS)
-def test_every_format_both_ways(here, index, sent, accept):
+def test_every_format_both_ways(shared, index, sent, accept):
     expected = index.search(QUERIES, 7, ef=40)
     if sent == formats.NPY:
         body = formats.write_npy(QUERIES)
@@ -69,7 +69,7 @@ def test_every_format_both_ways(here, index, sent, accept):
         body = safetensors.save({"queries": QUERIES})
     else:
         body = json.dumps({"queries": QUERIES.tolist()})
-    reply = here.call("POST", "/v1/search?k=7&ef=40", body, Content_Type=sent, Accept=accept)
+    reply = shared.call("POST", "/v1/search?k=7&ef=40", body, Content_Type=sent, Accept=accept)
     assert (reply.status, reply.headers["content-type"]) == (200, accept)
     if accept == formats.NPY:
         found = np.load(io.BytesIO(reply.body))
@@ -83,39 +83,39 @@ def test_every_format_both_ways(here, index, sent, accept):
 
 
 @pytest.mark.parametrize("dtype", ["<f2", "<f4", "<f8", ">f4", "<i4", "u1"])
-def test_dtypes_and_orders(here, index, dtype):
+def test_dtypes_and_orders(shared, index, dtype):
     rows = np.asfortranarray((np.abs(QUERIES) * 50).astype(dtype))
-    found = formats.read_result(here.call.search(rows).body)
+    found = formats.read_result(shared.call.search(rows).body)
     for a, b in zip(found, index.search(rows, 10), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
-def test_one_query_and_none(here, index):
-    one = here.call.as_json({"queries": QUERIES[0].tolist()}, "/v1/search?k=2").json
+def test_one_query_and_none(shared, index):
+    one = shared.call.as_json({"queries": QUERIES[0].tolist()}, "/v1/search?k=2").json
     assert one["labels"] == index.search(QUERIES[0], 2).labels.tolist()
-    assert here.call.as_json({"queries": []}).json == {"labels": [], "distances": []}
+    assert shared.call.as_json({"queries": []}).json == {"labels": [], "distances": []}
 
 
-def test_stored_vectors_as_queries(here, index):
-    found = here.call.as_json({"labels": [7, 3]}, "/v1/search?k=3").json
+def test_stored_vectors_as_queries(shared, index):
+    found = shared.call.as_json({"labels": [7, 3]}, "/v1/search?k=3").json
     assert found["labels"] == index.search(VECTORS[[7, 3]], 3).labels.tolist()
-    here.call.as_json({"labels": [7, 999]}).refused(422, "label 999: not in the index")
+    shared.call.as_json({"labels": [7, 999]}).refused(422, "label 999: not in the index")
 
 
-def test_filters(here, index):
-    even = formats.read_result(here.call.search(QUERIES, "/v1/search?allow=even").body)
+def test_filters(shared, index):
+    even = formats.read_result(shared.call.search(QUERIES, "/v1/search?allow=even").body)
     expected = index.search(QUERIES, 10, allow=np.arange(ROWS) % 2 == 0)
     np.testing.assert_array_equal(even[0], expected.labels)
-    few = here.call.as_json({"queries": QUERIES.tolist()}, "/v1/search?allow=few").json
+    few = shared.call.as_json({"queries": QUERIES.tolist()}, "/v1/search?allow=few").json
     assert set(np.ravel(few["labels"])) == {3, 5, 8, -1}
     assert few["distances"][0][3:] == [None] * 7  # none found: infinite
-    given = here.call.as_json({"queries": QUERIES.tolist(), "allow": [8, 3, 5]}).json
+    given = shared.call.as_json({"queries": QUERIES.tolist(), "allow": [8, 3, 5]}).json
     assert given == few
-    none = here.call.as_json({"queries": QUERIES[:1].tolist(), "allow": []}).json
+    none = shared.call.as_json({"queries": QUERIES[:1].tolist(), "allow": []}).json
     assert none["labels"] == [[-1] * 10]
     mask = np.random.default_rng(0).random((64, ROWS)) < 0.5  # a row a query
     body = safetensors.save({"queries": QUERIES, "allow": mask})
-    reply = here.call("POST", "/v1/search", body, Content_Type=formats.SAFETENSORS)
+    reply = shared.call("POST", "/v1/search", body, Content_Type=formats.SAFETENSORS)
     np.testing.assert_array_equal(
         safetensors.load(reply.body)["labels"], index.search(QUERIES, 10, allow=mask).labels
     )
@@ -137,8 +137,8 @@ def test_filters(here, index):
         ("?k=10000", np.ones((500, 8)), 422, "at most 4,194,304 results"),
     ],
 )
-def test_wrong_searches(here, target, body, status, words):
-    here.call.search(body, "/v1/search" + target).refused(status, words)
+def test_wrong_searches(shared, target, body, status, words):
+    shared.call.search(body, "/v1/search" + target).refused(status, words)
 
 
 @pytest.mark.parametrize(
@@ -164,27 +164,27 @@ def test_wrong_searches(here, target, body, status, words):
         (b'{"queries": [[1,1,1,1,1,1,1,1]], "allow": ["even"]}', 422, "allow: expected integers"),
     ],
 )
-def test_wrong_json(here, body, status, words):
-    here.call("POST", "/v1/search", body, Content_Type=formats.JSON).refused(status, words)
+def test_wrong_json(shared, body, status, words):
+    shared.call("POST", "/v1/search", body, Content_Type=formats.JSON).refused(status, words)
 
 
-def test_wrong_npy_and_safetensors(here):
+def test_wrong_npy_and_safetensors(shared):
     good = formats.write_npy(QUERIES)
     pickled = io.BytesIO()
     np.save(pickled, np.array([{"a": 1}], object), allow_pickle=True)
     for body in (b"", good[:-1], good + b"x", good[:50], b"PK\x03\x04", pickled.getvalue()):
-        here.call("POST", "/v1/search", body, Content_Type=formats.NPY).refused(400, "not a .npy")
+        shared.call("POST", "/v1/search", body, Content_Type=formats.NPY).refused(400, "not a .npy")
     huge = good.replace(b"(64, 8), }", b"(2**40, 8), }"[:10])
-    here.call("POST", "/v1/search", huge, Content_Type=formats.NPY).refused(400, "not a .npy")
+    shared.call("POST", "/v1/search", huge, Content_Type=formats.NPY).refused(400, "not a .npy")
     good = safetensors.save({"queries": QUERIES})
     for body in (b"", good[:-1], b"\xff" * 8 + good[8:], good[:20]):
-        reply = here.call("POST", "/v1/search", body, Content_Type=formats.SAFETENSORS)
+        reply = shared.call("POST", "/v1/search", body, Content_Type=formats.SAFETENSORS)
         reply.refused(400, "not safetensors")
 
 
-def test_headers(here):
+def test_headers(shared):
     body = formats.write_npy(QUERIES)
-    call = here.call
+    call = shared.call
     call("POST", "/v1/search", body).refused(415, "Content-Type ''")
     call("POST", "/v1/search", body, Content_Type="text/csv").refused(415, "Content-Type 'text/csv")
     coded = {"Content_Type": formats.NPY, "Content_Encoding": "gzip"}
@@ -197,115 +197,115 @@ def test_headers(here):
     assert call.search(QUERIES, X_Timeout_Ms="20000").status == 200
 
 
-def test_other_paths_and_methods(here):
-    here.call("GET", "/nothing").refused(404, "GET /nothing")
+def test_other_paths_and_methods(shared):
+    shared.call("GET", "/nothing").refused(404, "GET /nothing")
     for method, path in [("GET", "/v1/search"), ("PUT", "/v1/index"), ("DELETE", "/")]:
-        reply = here.call(method, path)
+        reply = shared.call(method, path)
         reply.refused(405, f"{method} {path}")
         assert reply.headers["allow"]
 
 
-def test_about(here, index):
-    told = here.call("GET", "/v1/index").json
-    assert (told["n"], told["dim"], told["metric"], told["dtype"]) == (ROWS, 8, "cosine", "fp32")
-    assert told["parameters"] == {"M": 8, "ef_construction": 40, "refine": "", "seed": 0}
-    assert (told["path"], told["filters"]) == ("docs.hnsw", ["even", "few"])
-    assert here.call("GET", "/health/live").json == {"state": "live"}
-    assert here.call("GET", "/health/ready").json == {"state": "ready"}
+def test_about(shared, index):
+    info = shared.call("GET", "/v1/index").json
+    assert (info["n"], info["dim"], info["metric"], info["dtype"]) == (ROWS, 8, "cosine", "fp32")
+    assert info["parameters"] == {"M": 8, "ef_construction": 40, "refine": "", "seed": 0}
+    assert (info["path"], info["filters"]) == ("docs.hnsw", ["even", "few"])
+    assert shared.call("GET", "/health/live").json == {"state": "live"}
+    assert shared.call("GET", "/health/ready").json == {"state": "ready"}
 
 
 # ------------------------------------------------------------------ too much, too late, gone
 
 
-def test_bodies_that_are_too_large(own):
+def test_bodies_that_are_too_large(fresh):
     large = formats.write_npy(np.ones((5000, 8), np.float32))
     assert len(large) > 100_000
-    own.caller()("POST", "/v1/search", large, Content_Type=formats.NPY).refused(
+    fresh.caller()("POST", "/v1/search", large, Content_Type=formats.NPY).refused(
         413, "at most 100,000"
     )
-    caller = own.caller()  # chunked: nobody says how long it will be
+    caller = fresh.caller()  # chunked: nobody says how long it will be
     chunks = (large[i : i + 1000] for i in range(0, len(large), 1000))
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # while we were still sending
         caller("POST", "/v1/search", chunks, Content_Type=formats.NPY).refused(
             413, "at most 100,000"
         )
-    assert own.server._bodies.held_bytes == 0
-    assert own.call.search(QUERIES).status == 200
+    assert fresh.server._bodies.held_bytes == 0
+    assert fresh.call.search(QUERIES).status == 200
 
 
 def test_a_body_that_does_not_come(folder):
-    with running(folder / "docs.hnsw", timeout_s=0.2) as own:
-        with socket.create_connection(("127.0.0.1", own.port), timeout=20) as slow:
+    with running(folder / "docs.hnsw", timeout_s=0.2) as fresh:
+        with socket.create_connection(("127.0.0.1", fresh.port), timeout=20) as slow:
             head = "POST /v1/search HTTP/1.1\r\nHost: x\r\nContent-Type: application/x-npy\r\n"
             slow.sendall((head + "Content-Length: 500\r\n\r\nabc").encode())
             said = b""
             while part := slow.recv(4096):  # to the end: the connection is closed
                 said += part
         assert said.startswith(b"HTTP/1.1 408 ") and b"did not come within 0.2 s" in said
-        assert own.server._bodies.held_bytes == 0
+        assert fresh.server._bodies.held_bytes == 0
 
 
-def test_past_the_deadline(own):
-    with own.busy():
-        own.call.search(QUERIES, X_Timeout_Ms="30").refused(504, "no answer within 0.03 s")
-    assert own.live.batcher.waiting_rows == 0
-    assert own.call.metric("rejected_total") == 1
-    assert own.call.search(QUERIES).status == 200
+def test_past_the_deadline(fresh):
+    with fresh.busy():
+        fresh.call.search(QUERIES, X_Timeout_Ms="30").refused(504, "no answer within 0.03 s")
+    assert fresh.live.batcher.waiting_rows == 0
+    assert fresh.call.metric("rejected_total") == 1
+    assert fresh.call.search(QUERIES).status == 200
 
 
-def test_a_full_queue(own):
+def test_a_full_queue(fresh):
     """429 with Retry-After, and those who wait are answered."""
     replies = []
 
     def ask():
-        replies.append(own.caller().search(QUERIES[:45]))
+        replies.append(fresh.caller().search(QUERIES[:45]))
 
-    with own.busy():
+    with fresh.busy():
         threads = [threading.Thread(target=ask) for _ in range(3)]
         threads[0].start()
-        own.wait(lambda: own.live.batcher.in_flight)
+        fresh.wait(lambda: fresh.live.batcher.in_flight)
         for thread in threads[1:]:
             thread.start()
-        own.wait(lambda: own.live.batcher.waiting_rows == 90)
-        full = own.caller().search(QUERIES[:11])
+        fresh.wait(lambda: fresh.live.batcher.waiting_rows == 90)
+        full = fresh.caller().search(QUERIES[:11])
         full.refused(429, "90 rows wait and 11 more")
         assert int(full.headers["retry-after"]) >= 1
-        assert own.caller().metric("queue_rows") == 90
+        assert fresh.caller().metric("queue_rows") == 90
     for thread in threads:
         thread.join()
     assert [reply.status for reply in replies] == [200] * 3
-    assert own.call.metric("rejected_total") == 1
+    assert fresh.call.metric("rejected_total") == 1
 
 
-def test_callers_who_leave(own):
+def test_callers_who_leave(fresh):
     """Their rows leave the queue while the engine is still busy."""
     body = formats.write_npy(QUERIES[:1])
     head = f"POST /v1/search HTTP/1.1\r\nHost: x\r\nContent-Type: {formats.NPY}\r\n"
     asked = (head + f"Content-Length: {len(body)}\r\n\r\n").encode() + body
-    with own.busy():
+    with fresh.busy():
         callers = []
         for _ in range(80):
-            callers.append(socket.create_connection(("127.0.0.1", own.port)))
+            callers.append(socket.create_connection(("127.0.0.1", fresh.port)))
             callers[-1].sendall(asked)
-            own.wait(lambda: own.live.batcher.in_flight)  # with the first one alone
-        own.wait(lambda: own.live.batcher.waiting_rows == 79)
+            fresh.wait(lambda: fresh.live.batcher.in_flight)  # with the first one alone
+        fresh.wait(lambda: fresh.live.batcher.waiting_rows == 79)
         for caller in callers:
             caller.close()
-        own.wait(lambda: own.live.batcher.waiting_rows == 0)
-    own.wait(lambda: own.call.metric("cancelled_total") == 80)
-    assert own.server._bodies.held_bytes == 0
-    assert own.call.search(QUERIES).status == 200
+        fresh.wait(lambda: fresh.live.batcher.waiting_rows == 0)
+    fresh.wait(lambda: fresh.call.metric("cancelled_total") == 80)
+    assert fresh.server._bodies.held_bytes == 0
+    assert fresh.call.search(QUERIES).status == 200
 
 
 # ------------------------------------------------------------------ swapping
 
 
 def test_swap(folder):
-    with running(folder / "docs.hnsw") as own:
-        call = own.call
+    with running(folder / "docs.hnsw") as fresh:
+        call = fresh.call
         before = formats.read_result(call.search(QUERIES).body)
-        told = call.as_json({"path": "other.hnsw"}, "/v1/index:swap").json
-        assert (told["path"], told["version"], told["filters"]) == ("other.hnsw", 2, [])
+        info = call.as_json({"path": "other.hnsw"}, "/v1/index:swap").json
+        assert (info["path"], info["version"], info["filters"]) == ("other.hnsw", 2, [])
         after = call.search(QUERIES)
         assert after.headers["x-index-version"] == "2"
         other = load(folder / "other.hnsw").search(QUERIES, 10)
@@ -335,14 +335,14 @@ def test_a_link_does_not_lead_out_of_the_root(folder, tmp_path):
     link = folder / "link.hnsw"
     link.symlink_to(outside)
     try:
-        with running(folder / "docs.hnsw") as own:
-            own.call.as_json({"path": "link.hnsw"}, "/v1/index:swap").refused(404, "link.hnsw")
+        with running(folder / "docs.hnsw") as fresh:
+            fresh.call.as_json({"path": "link.hnsw"}, "/v1/index:swap").refused(404, "link.hnsw")
     finally:
         link.unlink()
 
 
 def test_one_swap_at_a_time_and_only_where_memory_holds_both(folder, monkeypatch):
-    with running(folder / "docs.hnsw") as own:
+    with running(folder / "docs.hnsw") as fresh:
         at_work, go_on = threading.Event(), threading.Event()
         loading = live_index.LiveIndex._load
 
@@ -355,19 +355,19 @@ def test_one_swap_at_a_time_and_only_where_memory_holds_both(folder, monkeypatch
         swapped = []
 
         def swap():
-            swapped.append(own.caller().as_json({"path": "other.hnsw"}, "/v1/index:swap"))
+            swapped.append(fresh.caller().as_json({"path": "other.hnsw"}, "/v1/index:swap"))
 
         thread = threading.Thread(target=swap)
         thread.start()
         assert at_work.wait(20)
-        own.call.as_json({"path": "wide.hnsw"}, "/v1/index:swap").refused(409, "wait until")
-        assert own.call.search(QUERIES).headers["x-index-version"] == "1"  # answers meanwhile
+        fresh.call.as_json({"path": "wide.hnsw"}, "/v1/index:swap").refused(409, "wait until")
+        assert fresh.call.search(QUERIES).headers["x-index-version"] == "1"  # answers meanwhile
         go_on.set()
         thread.join()
         assert swapped[0].status == 200
         monkeypatch.setattr(live_index, "memory_free", lambda: 1000)
-        own.call.as_json({"path": "docs.hnsw"}, "/v1/index:swap").refused(507, "1,000 are free")
-        assert own.call("GET", "/v1/index").json["path"] == "other.hnsw"
+        fresh.call.as_json({"path": "docs.hnsw"}, "/v1/index:swap").refused(507, "1,000 are free")
+        assert fresh.call("GET", "/v1/index").json["path"] == "other.hnsw"
 
 
 def test_swaps_under_load(folder):
@@ -376,12 +376,12 @@ def test_swaps_under_load(folder):
     for name in ("docs", "other"):
         truth[load(folder / f"{name}.hnsw")] = name
     expected = {name: one.search(QUERIES, 10).labels for one, name in truth.items()}
-    with running(folder / "docs.hnsw", batch_rows=16) as own:  # 64 rows: four batches each
+    with running(folder / "docs.hnsw", batch_rows=16) as fresh:  # 64 rows: four batches each
         wrong, counts = [], []
         done = threading.Event()
 
         def ask():
-            call, answers = own.caller(), set()
+            call, answers = fresh.caller(), set()
             while not done.is_set():
                 reply = call.search(QUERIES)
                 if reply.status != 200:
@@ -399,7 +399,7 @@ def test_swaps_under_load(folder):
             thread.start()
         for version in range(2, 12):
             name = ("other", "docs")[version % 2]
-            reply = own.call.as_json({"path": f"{name}.hnsw"}, "/v1/index:swap")
+            reply = fresh.call.as_json({"path": f"{name}.hnsw"}, "/v1/index:swap")
             assert (reply.json["path"], reply.json["version"]) == (f"{name}.hnsw", version)
         done.set()
         for thread in threads:
@@ -412,23 +412,23 @@ def test_swaps_under_load(folder):
 
 
 def test_metrics(folder):
-    with running(folder / "docs.hnsw") as own:
-        call = own.call
+    with running(folder / "docs.hnsw") as fresh:
+        call = fresh.call
         for rows in (1, 1, 64):
             call.search(QUERIES[:rows])
         call.search(QUERIES[:, :3])
-        own.wait(lambda: call.metric("batch_rows_count") >= 4)  # the canary's too
+        fresh.wait(lambda: call.metric("batch_rows_count") >= 4)  # the canary's too
         assert call.metric("rows_total") == 66
         assert call.metric("batch_rows_sum") == 66 + 64
         assert call.metric("request_seconds_count") == 3
         assert call.metric("index_vectors") == ROWS
-        assert call.metric("index_bytes") == own.live.served.index.nbytes
+        assert call.metric("index_bytes") == fresh.live.served.index.nbytes
         assert call.metric("engine_errors_total") == 0
         assert 0.95 < call.metric("canary_recall") <= 1
         text = call("GET", "/metrics").body.decode()
         assert 'hnsw_gpu_requests_total{code="200",path="/v1/search"} 3.0' in text
         assert 'hnsw_gpu_requests_total{code="422",path="/v1/search"} 1.0' in text
-        assert f'checksum="{own.live.served.checksum}"' in text
+        assert f'checksum="{fresh.live.served.checksum}"' in text
         assert "process_resident_memory_bytes" in text
 
 
@@ -477,43 +477,43 @@ def test_the_canary_sees_a_bad_index(folder, tmp_path):
     """Queries of one's own; and an index whose links lead nowhere finds less."""
     path = served.saved(tmp_path)
     np.save(tmp_path / "docs.canary.npy", QUERIES[:20])
-    with running(path) as own:
-        own.wait(lambda: own.call.metric("canary_recall") > 0)
-        assert len(own.live.served.canary.queries) == 20
-        own.live.served.index._state.graph.neighbors0[:] = -1
-        own.wait(lambda: own.call.search(QUERIES[:1]).status == 200)
-        asking = own.live.measure_canary()
-        loop = own.process.servers[0].get_loop()
+    with running(path) as fresh:
+        fresh.wait(lambda: fresh.call.metric("canary_recall") > 0)
+        assert len(fresh.live.served.canary.queries) == 20
+        fresh.live.served.index._state.graph.neighbors0[:] = -1
+        fresh.wait(lambda: fresh.call.search(QUERIES[:1]).status == 200)
+        asking = fresh.live.measure_canary()
+        loop = fresh.process.servers[0].get_loop()
         asyncio.run_coroutine_threadsafe(asking, loop).result(20)
-        assert own.call.metric("canary_recall") < 0.2
+        assert fresh.call.metric("canary_recall") < 0.2
 
 
 def test_the_token(folder):
-    with running(folder / "docs.hnsw", token="s3cret") as own:
+    with running(folder / "docs.hnsw", token="s3cret") as fresh:
         for path in ("/", "/health/live", "/health/ready"):
-            assert own.call("GET", path).status == 200
+            assert fresh.call("GET", path).status == 200
         for path in ("/v1/index", "/metrics", "/openapi.json", "/nothing"):
             for headers in ({}, {"Authorization": "Bearer s3cre"}, {"Authorization": "s3cret"}):
-                reply = own.caller()("GET", path, **headers)
+                reply = fresh.caller()("GET", path, **headers)
                 reply.refused(401, "Authorization: Bearer TOKEN")
                 assert reply.headers["www-authenticate"] == "Bearer"
-        assert own.call("GET", "/v1/index", Authorization="Bearer s3cret").status == 200
-        assert own.caller().search(QUERIES).status == 401
-        found = own.call.search(QUERIES, Authorization="Bearer s3cret")
+        assert fresh.call("GET", "/v1/index", Authorization="Bearer s3cret").status == 200
+        assert fresh.caller().search(QUERIES).status == 401
+        found = fresh.call.search(QUERIES, Authorization="Bearer s3cret")
         assert found.status == 200
 
 
-def test_stopping(own):
+def test_stopping(fresh):
     """While it drains: not ready, no new searches; those under way end."""
     replies = []
-    thread = threading.Thread(target=lambda: replies.append(own.caller().search(QUERIES)))
-    with own.busy():
+    thread = threading.Thread(target=lambda: replies.append(fresh.caller().search(QUERIES)))
+    with fresh.busy():
         thread.start()
-        own.wait(lambda: own.live.batcher.in_flight)
-        own.live.drain()
-        own.call("GET", "/health/ready").refused(503, "the server is stopping")
-        assert own.call("GET", "/health/live").status == 200
-        refused = own.call.search(QUERIES)
+        fresh.wait(lambda: fresh.live.batcher.in_flight)
+        fresh.live.drain()
+        fresh.call("GET", "/health/ready").refused(503, "the server is stopping")
+        assert fresh.call("GET", "/health/live").status == 200
+        refused = fresh.call.search(QUERIES)
         refused.refused(503, "the server is stopping")
         assert refused.headers["retry-after"] == "1"
     thread.join()
@@ -524,21 +524,21 @@ def test_filters_that_are_wrong(tmp_path):
     path = served.saved(tmp_path)
     (tmp_path / "docs.filters").mkdir()
     np.save(tmp_path / "docs.filters" / "bad.npy", np.ones(7, bool))
-    with running(path) as own:
-        assert isinstance(own.live.error, ValueError)
-        assert "bad.npy: allow: a mask of 7" in str(own.live.error)
-        own.wait(lambda: own.process.should_exit)
+    with running(path) as fresh:
+        assert isinstance(fresh.live.error, ValueError)
+        assert "bad.npy: allow: a mask of 7" in str(fresh.live.error)
+        fresh.wait(lambda: fresh.process.should_exit)
 
 
 def test_an_empty_index(tmp_path):
-    with running(served.saved(tmp_path, vectors=np.empty((0, 8), np.float32))) as own:
-        labels, distances = formats.read_result(own.call.search(QUERIES).body)
+    with running(served.saved(tmp_path, vectors=np.empty((0, 8), np.float32))) as fresh:
+        labels, distances = formats.read_result(fresh.call.search(QUERIES).body)
         assert (labels == -1).all() and np.isinf(distances).all()
 
 
-def test_a_mistake_of_ours_is_a_500(own, monkeypatch):
+def test_a_mistake_of_ours_is_a_500(fresh, monkeypatch):
     def fail(*_given, **_how):
         raise ZeroDivisionError("a mistake")
 
     monkeypatch.setattr(formats, "write_result", fail)
-    own.caller().search(QUERIES).refused(500, "the log of the server says more")
+    fresh.caller().search(QUERIES).refused(500, "the log of the server says more")

@@ -39,7 +39,7 @@ GOOD = {
 
 
 @pytest.fixture(scope="module")
-def here(tmp_path_factory):
+def shared(tmp_path_factory):
     with running(served.saved(tmp_path_factory.mktemp("fuzz")), most_body=100_000) as one:
         yield one
         assert one.server._bodies.held_bytes == 0
@@ -128,9 +128,9 @@ def any_json():
     return st.one_of(nested, named).map(lambda value: json.dumps(value).encode())
 
 
-def is_answered(here, media: str, body: bytes) -> None:
+def is_answered(shared, media: str, body: bytes) -> None:
     """A result of the right shape where the body is good by another reader, or a problem."""
-    reply = here.call("POST", "/v1/search?k=2", body, Content_Type=media, Accept=formats.JSON)
+    reply = shared.call("POST", "/v1/search?k=2", body, Content_Type=media, Accept=formats.JSON)
     if reply.status == 200:
         rows = len(reply.json["labels"])
         assert rows == len(by_another_reader(media, body))
@@ -155,8 +155,8 @@ def by_another_reader(media: str, body: bytes) -> np.ndarray:
 
 @EXAMPLES
 @given(st.one_of(mutated(GOOD[formats.NPY]), npy_with_any_header(), st.binary(max_size=200)))
-def test_npy(here, body):
-    is_answered(here, formats.NPY, body)
+def test_npy(shared, body):
+    is_answered(shared, formats.NPY, body)
 
 
 @EXAMPLES
@@ -165,20 +165,20 @@ def test_npy(here, body):
         mutated(GOOD[formats.SAFETENSORS]), tensors_with_any_header(), st.binary(max_size=200)
     )
 )
-def test_safetensors(here, body):
-    is_answered(here, formats.SAFETENSORS, body)
+def test_safetensors(shared, body):
+    is_answered(shared, formats.SAFETENSORS, body)
 
 
 @EXAMPLES
 @given(st.one_of(mutated(GOOD[formats.JSON]), any_json(), st.binary(max_size=200)))
-def test_json(here, body):
-    is_answered(here, formats.JSON, body)
+def test_json(shared, body):
+    is_answered(shared, formats.JSON, body)
 
 
-def test_the_openapi_document_is_kept(here, tmp_path):
+def test_the_openapi_document_is_kept(shared, tmp_path):
     """By schemathesis: whatever its document allows or forbids."""
     pytest.importorskip("schemathesis")
-    url = f"http://127.0.0.1:{here.port}/openapi.json"
+    url = f"http://127.0.0.1:{shared.port}/openapi.json"
     command = [sys.executable, "-c", "from schemathesis.cli import schemathesis; schemathesis()"]
     how = ["--phases", "examples,coverage,fuzzing", "--max-examples", "40", "--seed", "1"]
     # a filter that nobody registered cannot be told from one that somebody did, in a schema

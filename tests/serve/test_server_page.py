@@ -20,13 +20,13 @@ def visit(browser):
     """Opens the page of a server; afterwards the browser may not have complained."""
     problems, contexts = [], []
 
-    def visited(here, width: int = 1280, **how):
+    def visited(fresh, width: int = 1280, **how):
         context = browser.new_context(viewport={"width": width, "height": 900}, **how)
         contexts.append(context)
         page = context.new_page()
         page.on("console", lambda message: problems.append(message.text))
         page.on("pageerror", lambda error: problems.append(str(error)))
-        page.goto(f"http://127.0.0.1:{here.port}/")
+        page.goto(f"http://127.0.0.1:{fresh.port}/")
         page.problems = problems
         return page
 
@@ -55,29 +55,29 @@ def wait(page, is_true) -> None:
 
 
 def test_live_figures(visit, path):
-    with running(path) as here:
-        page = visit(here)
+    with running(path) as fresh:
+        page = visit(fresh)
         wait(page, lambda: page.locator("#state").inner_text() == "serving version 1")
         assert page.locator("h1").inner_text() == f"docs.hnsw: {ROWS} vectors"
         facts = page.locator("#facts").inner_text()
-        assert "cosine" in facts and here.live.served.checksum in facts
+        assert "cosine" in facts and fresh.live.served.checksum in facts
         wait(page, lambda: figures(page).get("canary recall", "0.000") > "0.9")
         for _ in range(30):
-            here.call.search(QUERIES)
-        here.call.search(QUERIES[:, :3])
+            fresh.call.search(QUERIES)
+        fresh.call.search(QUERIES[:, :3])
         wait(page, lambda: figures(page)["queries/s"] != "0")
         shown = figures(page)
         assert float(shown["p50, ms"]) > 0 and shown["errors 5xx"] == "0"
         assert shown["rows a batch"] == "64"
         tops = [bar.text_content() for bar in page.locator("#batches title").all()]
         assert "at most 64 rows: 31 batches" in tops  # and the canary's
-        with here.busy():
+        with fresh.busy():
             wait(page, lambda: page.locator("#latency path").count() == 2)
 
 
 def test_a_query_by_label(visit, path):
-    with running(path) as here:
-        page = visit(here)
+    with running(path) as fresh:
+        page = visit(fresh)
         page.locator("#label").fill("17")
         page.locator("#k").fill("4")
         page.get_by_role("button", name="search").click()
@@ -97,13 +97,13 @@ def test_a_query_by_label(visit, path):
 
 
 def test_the_token_and_a_server_that_stops(visit, path):
-    with running(path, token="s3cret") as here:
-        page = visit(here)
+    with running(path, token="s3cret") as fresh:
+        page = visit(fresh)
         wait(page, lambda: page.locator("#state").inner_text() == "the server asks for its token")
         page.locator("#token").fill("s3cret")
         page.get_by_role("button", name="show").click()
         wait(page, lambda: page.locator("#state").inner_text() == "serving version 1")
-        here.live.drain()
+        fresh.live.drain()
         wait(page, lambda: page.locator("#state").inner_text() == "the server is stopping")
         assert all("401" in text or "503" in text for text in page.problems), page.problems
         page.problems.clear()
@@ -112,8 +112,8 @@ def test_the_token_and_a_server_that_stops(visit, path):
 @pytest.mark.parametrize("width", [390, 1280])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_nothing_is_wider_than_the_screen(visit, path, width, scheme):
-    with running(path) as here:
-        page = visit(here, width, color_scheme=scheme)
+    with running(path) as fresh:
+        page = visit(fresh, width, color_scheme=scheme)
         wait(page, lambda: page.locator("#tiles .card").count() > 8)
         page.get_by_role("button", name="search").click()
         page.locator("#found tr").nth(3).wait_for()
@@ -121,11 +121,11 @@ def test_nothing_is_wider_than_the_screen(visit, path, width, scheme):
 
 
 def test_it_asks_nobody_else(visit, path):
-    with running(path) as here:
+    with running(path) as fresh:
         asked = []
-        page = visit(here)
+        page = visit(fresh)
         page.on("request", lambda request: asked.append(request.url))
         page.reload()
         wait(page, lambda: len(asked) > 3)
-        base = f"http://127.0.0.1:{here.port}/"
+        base = f"http://127.0.0.1:{fresh.port}/"
         assert all(url.startswith((base, "data:")) for url in asked)

@@ -19,6 +19,8 @@ import pytest
 import hnsw_gpu
 from hnsw_gpu import cli
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 SERVER = ["starlette", "uvicorn", "prometheus_client", "safetensors"]

@@ -146,6 +146,7 @@ class Killed(BaseException):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", range(0, 16))
 def test_ended_anywhere_it_goes_on(tmp_path, paths, monkeypatch, step) -> None:
     """The process ends at the n-th file that it would write; then once more, to the end."""
@@ -181,6 +182,7 @@ def test_ended_anywhere_it_goes_on(tmp_path, paths, monkeypatch, step) -> None:
     assert not (tmp_path / "out" / "work").exists()
 
 
+@pytest.mark.slow
 def test_killed_for_good_it_goes_on(tmp_path, paths) -> None:
     """A process killed by the system as soon as its second shard is there."""
     program = """
@@ -316,14 +318,15 @@ main(sys.argv[1:])
     assert files_of(tmp_path / "out") == before
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_stays_within_the_limit(tmp_path) -> None:
-    """1,500 MB of vectors under a limit of 600 MB: of the process, but for mapped files."""
+    """1,230 MB of vectors under a limit of 600 MB: of the process, but for mapped files."""
     dim, blocks = 1024, 6
     distinct = np.random.default_rng(0).normal(size=(3000, dim)).astype(np.float16)
     for place in range(blocks):
         rng = np.random.default_rng(place)
-        rows = distinct[rng.integers(len(distinct), size=61_000)]
+        rows = distinct[rng.integers(len(distinct), size=52_000)]
         values = pyarrow.array(rows.reshape(-1))
         lists = pyarrow.FixedSizeListArray.from_arrays(values, dim)
         parquet.write_table(

@@ -11,6 +11,8 @@ from hnsw_gpu import dedup
 from hnsw_gpu.deduplication import report as reports
 from hnsw_gpu.deduplication import report_page
 
+pytestmark = pytest.mark.slow
+
 HOSTILE = [
     "</script><script>window.hacked = 1</script>",
     "<img src=x onerror='window.hacked = 1'>",

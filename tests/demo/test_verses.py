@@ -13,6 +13,8 @@ import pytest
 from hnsw_gpu.demo import verses
 from hnsw_gpu.files import storage
 
+pytestmark = pytest.mark.slow
+
 try:
     verses.require(verses.PACKAGES)
 except ImportError as error:

@@ -9,6 +9,8 @@ import pytest
 import hnsw_gpu
 from hnsw_gpu.demo import verses, walkthrough
 
+pytestmark = pytest.mark.slow
+
 try:
     verses.require((*verses.PACKAGES, "matplotlib"))
 except ImportError as error:

@@ -251,6 +251,7 @@ def wide_tree(visited: int, width: int) -> Graph:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("visited", [TOUCHED, TOUCHED + 1])
 def test_forgetting_around_the_undo_list(visited: int) -> None:
     # The first queries visit everything from node 0, alone in its word of the visited set. Those

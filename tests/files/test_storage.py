@@ -261,6 +261,7 @@ def test_damage_in_a_mapped_array_is_left_to_verify(tmp_path):
             reader(path)
 
 
+@pytest.mark.slow
 def test_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     vectors = np.random.default_rng(0).integers(0, 256, 60_000_001).astype(np.uint8)
@@ -338,6 +339,7 @@ def sound(tmp_path):
     return file_bytes(sample_arrays(), ABOUT)
 
 
+@pytest.mark.slow
 def test_truncated_at_200_places(tmp_path, sound):
     data_start = 8 + int.from_bytes(sound[:8], "little")
     places = {
@@ -350,6 +352,7 @@ def test_truncated_at_200_places(tmp_path, sound):
         assert_corrupt(tmp_path / "x", sound[:place], "truncated")
 
 
+@pytest.mark.slow
 def test_500_single_bit_flips(tmp_path, sound):
     random = np.random.default_rng(1)
     data_start = 8 + int.from_bytes(sound[:8], "little")
@@ -377,6 +380,7 @@ def test_every_flip_in_the_header(tmp_path):
             read_arrays(path)
 
 
+@pytest.mark.slow
 def test_many_blocks_on_many_threads(tmp_path, monkeypatch):
     """Each block lands in its own place."""
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
@@ -771,6 +775,7 @@ def test_failure_at_every_moment(tmp_path, error):
     assert count == 2 * (1 + len(entries_of(NEW))) + 2
 
 
+@pytest.mark.slow
 def test_killed_at_every_moment(tmp_path):
     """SIGKILL within a save over an existing file: the old file or the new one, and saves go on."""
     path = tmp_path / "x"

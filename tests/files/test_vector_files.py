@@ -113,6 +113,7 @@ def test_garbage(tmp_path_factory, suffix, data):
         assert file_bytes(suffix, found) == data
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("suffix", "save"), [(".npy", np.save), (".npz", np.savez), (".npz", np.savez_compressed)]
 )

@@ -27,6 +27,8 @@ from hnsw_gpu.engine.walk import Queries, Walk
 from hnsw_gpu.gpu import device_index, gpu_engine, host_batches, launch_plan
 from hnsw_gpu.gpu.gpu_engine import GpuEngine
 
+pytestmark = pytest.mark.slow
+
 METRICS = ["l2", "ip", "cosine"]
 DTYPES = ["fp32", "fp16", "int8"]
 M = 4

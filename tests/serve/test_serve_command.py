@@ -23,7 +23,10 @@ from hnsw_gpu import Index
 from hnsw_gpu.serve import formats
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals are for POSIX")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(os.name != "posix", reason="signals are for POSIX"),
+]
 
 
 def start(*given: object) -> subprocess.Popen:

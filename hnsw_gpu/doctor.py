@@ -48,9 +48,9 @@ def cupy() -> str:
 
 def gpu_search() -> str:
     """Whether `device="cuda"` works, or what is missing."""
-    from hnsw_gpu.gpu import missing
+    from hnsw_gpu.gpu import unavailable_reason
 
-    return missing() or "ready"
+    return unavailable_reason() or "ready"
 
 
 def installed(package: str) -> str:

@@ -136,7 +136,7 @@ class Index:
         given = inputs.labels("labels", labels)
         with self._lock.shared():
             held = self._state.labels
-            return self._state.vectors(held.nodes(held.known(given)))
+            return self._state.vectors(held.nodes(held.entries_of(given)))
 
     @property
     def device(self) -> str:
@@ -220,7 +220,7 @@ class Index:
 
     def _relinked(self, count: int) -> np.ndarray | None:
         """Where to note which of `count` nodes have new links, for the GPU."""
-        return None if self._gpu is None else self._gpu.changing(count)
+        return None if self._gpu is None else self._gpu.begin_change(count)
 
     def _repair(self, threads: int, *, is_urgent: bool = True) -> None:
         relinked = self._relinked(self._state.node_count)
@@ -234,7 +234,7 @@ class Index:
         given = inputs.unique_labels("labels", labels)
         with self._lock.exclusive():
             held = self._state.labels
-            self._state = self._state._replace(labels=held.without(held.known(given)))
+            self._state = self._state._replace(labels=held.without(held.entries_of(given)))
 
     def compact(self, *, threads: int | None = None, progress: bool = False) -> None:
         """Rebuild without deleted nodes. KeyboardInterrupt leaves the index as it was."""

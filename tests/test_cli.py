@@ -202,7 +202,7 @@ def test_doctor(pynvml, gpus, tmp_path):
     assert facts["gpus"] == gpus
     assert facts["python"] == ".".join(map(str, sys.version_info[:3]))
     assert facts["numpy"] == np.__version__
-    assert facts["gpu_search"] == (gpu_engine.missing() or "ready")
+    assert facts["gpu_search"] == (gpu_engine.unavailable_reason() or "ready")
     assert facts["cupy"] == doctor.cupy()
     assert facts["hnsw-gpu"] == hnsw_gpu.__version__
     assert facts["compile_cache"] == f"{tmp_path / 'cache'} (writable)"
@@ -222,10 +222,10 @@ def test_doctor_on_cupy(monkeypatch, there, said):
     assert said in doctor.cupy()
 
 
-@pytest.mark.skipif(gpu_engine.missing() == "", reason="there is a GPU")
+@pytest.mark.skipif(gpu_engine.unavailable_reason() == "", reason="there is a GPU")
 def test_a_gpu_that_is_asked_for_and_not_there(files, tmp_path):
     command = ["search", files / "docs.hnsw", files / "queries.npy", "-o", tmp_path / "out.npz"]
-    assert gpu_engine.missing().split(" (")[0] in fails(*command, "--device", "cuda")
+    assert gpu_engine.unavailable_reason().split(" (")[0] in fails(*command, "--device", "cuda")
     assert run(*command, "--device", "auto") != ""
 
 

@@ -89,7 +89,7 @@ def measure(
     clock: Clock,
     engine: Any,
     encoded: np.ndarray,
-    walk: launch_plan.Walk,
+    walk: launch_plan.BeamShape,
     batch: int,
     rounds: int,
     peak: float,
@@ -147,7 +147,7 @@ def kept_counts(index: Any) -> Iterator[list]:
         index.on_counts = before
 
 
-def planned(index: Any, walk: launch_plan.Walk, batch: int) -> dict:
+def planned(index: Any, walk: launch_plan.BeamShape, batch: int) -> dict:
     """How a batch is launched."""
     kernel, plan = index.planned(walk, batch)
     return {

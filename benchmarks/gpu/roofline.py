@@ -124,8 +124,8 @@ def count(tool: Tools, index: hnsw_gpu.Index, dtype: str, queries: np.ndarray, e
     )
 
 
-def walk(ef: int) -> launch_plan.Walk:
-    return launch_plan.Walk(ef=ef, k=K, expand=EXPAND)
+def walk(ef: int) -> launch_plan.BeamShape:
+    return launch_plan.BeamShape(ef=ef, k=K, expand=EXPAND)
 
 
 # --- instructions ---

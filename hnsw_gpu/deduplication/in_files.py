@@ -1,7 +1,7 @@
 """Near-duplicates of vectors in files: more than memory holds, and resumable.
 
 Rows are read in shards, and each step on the way leaves a file in OUT/work, from where the same
-command goes on (`resumable_steps.py`). At the end the tables and the report are written, and
+command goes on (`shard_steps.py`). At the end the tables and the report are written, and
 OUT/work is removed.
 
 In memory at a time: one shard with its graph, the pairs, and per row some 100 bytes and the id.
@@ -20,9 +20,9 @@ from hnsw_gpu.deduplication.checkpoints import Checkpoints
 from hnsw_gpu.deduplication.conclusion import conclude
 from hnsw_gpu.deduplication.decision import NearRows
 from hnsw_gpu.deduplication.keep_order import KEEP
-from hnsw_gpu.deduplication.resumable_steps import ResumableSteps
 from hnsw_gpu.deduplication.settings import Settings
 from hnsw_gpu.deduplication.shard_size import shard_rows_within
+from hnsw_gpu.deduplication.shard_steps import ResumableSteps
 from hnsw_gpu.deduplication.sharded_join import no_pairs
 from hnsw_gpu.deduplication.stage_clock import StageClock
 from hnsw_gpu.deduplication.tables import write_tables

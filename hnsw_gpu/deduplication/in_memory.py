@@ -10,13 +10,13 @@ from hnsw_gpu.deduplication import other_set
 from hnsw_gpu.deduplication.conclusion import conclude
 from hnsw_gpu.deduplication.decision import NearRows
 from hnsw_gpu.deduplication.distinct_rows import distinct_rows
-from hnsw_gpu.deduplication.near_pairs import Nodes, build_nodes
+from hnsw_gpu.deduplication.near_pairs import Nodes
 from hnsw_gpu.deduplication.other_set import NearestOther
 from hnsw_gpu.deduplication.result import DedupResult
 from hnsw_gpu.deduplication.settings import Settings
 from hnsw_gpu.deduplication.sharded_join import Pairs, Shards, no_pairs
 from hnsw_gpu.deduplication.stage_clock import StageClock
-from hnsw_gpu.engine import thread_count
+from hnsw_gpu.engine import build_graph, thread_count
 from hnsw_gpu.index import Index
 from hnsw_gpu.progress import bar
 
@@ -118,11 +118,12 @@ class _InMemory:
         if settings.compares_all(len(encoded)):
             return Nodes(encoded, None, settings.engine_metric)
         with bar(self._progress, len(encoded), "build") as progress_bar:
-            return build_nodes(
+            graph = build_graph(
                 encoded, settings.engine_metric, M=settings.M,
                 ef_construction=settings.ef_construction, seed=settings.seed,
                 threads=self._threads, advance=progress_bar.update,
             )  # fmt: skip
+        return Nodes(encoded, graph, settings.engine_metric)
 
     def _nearest_other(self, against: Any, encoded: np.ndarray, dim: int) -> NearestOther:
         """The nearest of each encoded row (nodes, row) in an index, a saved one, or vectors."""

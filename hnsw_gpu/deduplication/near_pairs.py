@@ -16,7 +16,6 @@ from hnsw_gpu.engine import (
     KEY_NONE,
     Graph,
     block_rows,
-    build_graph,
     exact_block,
     key_distances,
     key_nodes,
@@ -25,7 +24,7 @@ from hnsw_gpu.engine import (
 )
 
 FIRST_K = 16
-GROWTH = 4  # of k, from one round to the next
+K_FACTOR = 4  # from one round to the next
 
 NearestLists = Callable[[np.ndarray, int], np.ndarray]
 
@@ -45,24 +44,6 @@ class Found(NamedTuple):
     keys: np.ndarray  # uint64 (p,): of one near it
     is_open: np.ndarray  # bool (m,): there may be more near it
     nearest: np.ndarray  # float32 (m,): distance of the nearest other, +inf where none
-
-
-def build_nodes(
-    rows: np.ndarray,
-    metric: str,
-    *,
-    M: int,
-    ef_construction: int,
-    seed: int,
-    threads: int,
-    advance: Callable[[int], object],
-) -> Nodes:
-    """A graph over distinct encoded rows (n, row), fp32. advance: told how many nodes are in."""
-    graph = build_graph(
-        rows, metric, M=M, ef_construction=ef_construction, seed=seed, threads=threads,
-        advance=advance,
-    )  # fmt: skip
-    return Nodes(rows, graph, metric)
 
 
 def lists_of_itself(nodes: Nodes, ef: int, threads: int) -> NearestLists:
@@ -152,13 +133,13 @@ def find_pairs(
             full.append((places[is_full], keys[is_full]))
             advance(len(places) - int(is_full.sum()))
         waiting = np.concatenate([places for places, _ in full])
-        if count + len(waiting) * k * GROWTH > most:
+        if count + len(waiting) * k * K_FACTOR > most:
             asked += [np.repeat(ids[places], keys.shape[1]) for places, keys in full]
             found += [keys.ravel() for _, keys in full]
             is_open[waiting] = True
             advance(len(waiting))
             break
-        k = min(k * GROWTH, others)
+        k = min(k * K_FACTOR, others)
     return Found(np.concatenate(asked), np.concatenate(found), is_open, nearest)
 
 
@@ -174,7 +155,7 @@ def find_all_near(
         is_full = is_near.all(axis=1) & (k < others)
         for i in np.flatnonzero(~is_full):
             found[waiting[i]] = keys[i][is_near[i]]
-        waiting, k = waiting[is_full], min(k * GROWTH, others)
+        waiting, k = waiting[is_full], min(k * K_FACTOR, others)
     return found
 
 

@@ -1,7 +1,7 @@
 """Building the graph: batches of points, no locks, the same bytes for any number of threads.
 
-Nodes are inserted in order of their ids, in batches of 1 / GROWTH of the graph so far, at least 1
-and at most BATCH. For a batch:
+Nodes are inserted in order of their ids, in batches of 1 / BATCH_DIVISOR of the graph so far, at
+least 1 and at most BATCH. For a batch:
 
 1. Every point searches the graph as it was before the batch (R3-R6 with `ef_construction`), on each
    of its layers, and adds the points of the batch that come before it, compared one by one: a
@@ -33,12 +33,12 @@ from hnsw_gpu.engine.vectors import METRICS, empty_queries, engine_view, rows_as
 from hnsw_gpu.engine.workers import run_chunks
 
 BATCH = 2048  # comparing a batch with itself then costs a few percent of its searches
-GROWTH = 50  # larger batches give their targets too many links at once, all chosen blindly
+BATCH_DIVISOR = 50  # larger batches give their targets too many links at once, all chosen blindly
 LINK_CHUNK = 64  # points or targets that a thread takes at a time
 BITS_OF_DISTANCE = np.uint64(0xFFFFFFFF00000000)
 
 
-class Growth(NamedTuple):
+class GrowingGraph(NamedTuple):
     """The graph that grows, with room for every node, and what its links mean."""
 
     graph: Graph
@@ -96,9 +96,9 @@ def insert_nodes(graph, neighbors0, rows, metric, *, ef_construction, seed, thre
     levels = draw_levels(seed, start, stop, M)
     neighbors0[start:] = -1
     whole = _with_room(graph, neighbors0, levels)
-    growth = Growth(whole, engine_view(rows), METRICS[metric])
+    growth = GrowingGraph(whole, engine_view(rows), METRICS[metric])
     while start < stop:
-        end = min(stop, start + max(1, min(start // GROWTH, BATCH)))
+        end = min(stop, start + max(1, min(start // BATCH_DIVISOR, BATCH)))
         batch_levels = levels[: end - start]
         levels = levels[end - start :]
         targets = _insert_batch(graph, growth, batch_levels, ef_construction, threads)

@@ -52,7 +52,7 @@ class Labels:
         entries = place if order is None else order[place]
         return np.where(ascending[place] == labels, entries, -1)
 
-    def known(self, labels):
+    def entries_of(self, labels):
         """int64 entries of the given labels (m,); KeyError names the first that is not here."""
         entries = self.find(labels)
         missing = labels[entries < 0]

@@ -210,7 +210,7 @@ def _visit(scratch, s, node):
 
 
 @njit(nogil=True, cache=True, _nrt=False)
-def _forget(scratch, s):
+def _clear_visited(scratch, s):
     """Clear the visited set."""
     touched = scratch.slots[s, TOUCH]
     if touched < TOUCHED:  # a full list may have been written over, at its beginning
@@ -383,7 +383,7 @@ def _next_step(graph, task, scratch, s):
     slots = scratch.slots
     while not _pick(scratch, s):
         _write_keys(task, scratch, s)
-        _forget(scratch, s)
+        _clear_visited(scratch, s)
         if slots[s, LAYER] == 0:
             task.counts[slots[s, QUERY], 0] = slots[s, HOPS]
             task.counts[slots[s, QUERY], 1] = slots[s, READ]

@@ -154,7 +154,7 @@ class DeviceIndex:
 
     # ---------------------------------------------------------------- searching it
 
-    def walk(self, batch: EncodedQueries, walk: launch_plan.Walk, k: int, allowed: Any) -> Any:
+    def walk(self, batch: EncodedQueries, walk: launch_plan.BeamShape, k: int, allowed: Any) -> Any:
         """Keys (q, k): search.cu, and where there are refine rows compare.cu on what it found."""
         cupy, count = self._cupy, len(batch.coarse)
         kernel, planned = self.planned(walk, count)
@@ -188,7 +188,7 @@ class DeviceIndex:
         keys.sort(axis=1)
         return _cut(keys, k)
 
-    def planned(self, walk: launch_plan.Walk, queries: int) -> tuple[Any, launch_plan.Plan]:
+    def planned(self, walk: launch_plan.BeamShape, queries: int) -> tuple[Any, launch_plan.Plan]:
         """The compiled search.cu for a batch, and how to launch it."""
         plan = functools.partial(
             launch_plan.plan, self._metric, self._dtype, self._dim, self._M, walk,
@@ -320,7 +320,7 @@ def mask_stride(allowed: Any) -> int:
     return 0 if allowed is None or allowed.ndim == 1 else int(allowed.shape[1])
 
 
-def keys_walked(walk: launch_plan.Walk, k: int, refine: str) -> int:
+def keys_walked(walk: launch_plan.BeamShape, k: int, refine: str) -> int:
     """Keys a query that `walk` holds at once: as found, and as compared again."""
     return walk.k + (keys_compared(walk.k, k) if refine else 0)
 

@@ -48,7 +48,7 @@ def on_gpu(device: str, cpu: CpuEngine, dim: int) -> "GpuEngine | None":
     return engine
 
 
-def missing() -> str:
+def unavailable_reason() -> str:
     """Reason GPU search is unavailable; empty if available."""
     try:
         GpuEngine("l2", "fp32", "", 1, 2)
@@ -112,7 +112,7 @@ class GpuEngine:
         self._rows = rows
         self._refine_rows = rows if refine_rows is None else refine_rows
 
-    def changing(self, count: int) -> np.ndarray:
+    def begin_change(self, count: int) -> np.ndarray:
         """bool (count,): where links on layer 0 change, to be set True before the next search."""
         before, self._relinked = self._relinked, np.zeros(count, bool)
         known = min(count, len(before))
@@ -148,7 +148,7 @@ class GpuEngine:
 
     def can_walk(self, k: int, keeps_allowed: bool) -> bool:
         """Does a beam of k keys fit shared memory, beside k allowed ones where those are kept?"""
-        plan = launch_plan.Walk(k, k, has_allowed_keys=keeps_allowed)
+        plan = launch_plan.BeamShape(k, k, has_allowed_keys=keeps_allowed)
         return k <= launch_plan.largest_ef(plan, self.node_count, self._index.limits)
 
     def walk(self, queries: Queries, walk: Walk, allowed: np.ndarray | None = None) -> np.ndarray:
@@ -203,10 +203,10 @@ class GpuEngine:
         self._batches.run(result, self._bytes_a_query(2), work)
         return result[:, 0]
 
-    def _planned(self, walk: Walk, keeps_allowed: bool) -> launch_plan.Walk:
+    def _planned(self, walk: Walk, keeps_allowed: bool) -> launch_plan.BeamShape:
         """The numbers that decide a launch."""
         walk = walk.within(self.node_count)
-        return launch_plan.Walk(
+        return launch_plan.BeamShape(
             ef=walk.capacity,
             k=walk.ef if self._refine else walk.k,
             ef_upper=min(walk.ef_upper, max(self.node_count, 1)),

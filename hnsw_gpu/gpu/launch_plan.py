@@ -74,7 +74,7 @@ def from_device(properties: Mapping[str, Any]) -> Limits:
     )
 
 
-class Walk(NamedTuple):
+class BeamShape(NamedTuple):
     """What decides the shared memory of a search: the numbers of `struct Task`."""
 
     ef: int  # beam capacity on layer 0; the beam holds max(ef, k)
@@ -102,7 +102,7 @@ def plan(
     dtype: str,
     dim: int,
     M: int,
-    walk: Walk,
+    walk: BeamShape,
     *,
     queries: int,
     nodes: int,
@@ -135,7 +135,7 @@ def plan(
     )
 
 
-def visited_cache(walk: Walk, nodes: int) -> tuple[int, int]:
+def visited_cache(walk: BeamShape, nodes: int) -> tuple[int, int]:
     """Buckets, a power of two, and bits of a tag (visited.cuh).
 
     16-bit tags are exact while there are few enough nodes for the buckets; twice the buckets hold
@@ -153,7 +153,7 @@ def _power_of_two(least: int) -> int:
     return 1 << max(least - 1, 0).bit_length()
 
 
-def group_bytes(walk: Walk, buckets: int, warps: int) -> int:
+def group_bytes(walk: BeamShape, buckets: int, warps: int) -> int:
     """Bytes of shared memory that the walk of one query takes; `divide` in search.cu."""
     slots = _even(max(walk.ef, walk.k, walk.ef_upper))
     slots += _even(walk.k) if walk.has_allowed_keys else 0
@@ -167,7 +167,7 @@ def _even(count: int) -> int:
 
 
 @functools.lru_cache(4096)
-def largest_ef(walk: Walk, nodes: int, limits: Limits) -> int:
+def largest_ef(walk: BeamShape, nodes: int, limits: Limits) -> int:
     """The largest beam capacity that fits a block; with an allowed list, beside min(k, it) keys."""
     least, above = 0, limits.shared_per_block // KEY_BYTES
     while above - least > 1:
@@ -179,7 +179,7 @@ def largest_ef(walk: Walk, nodes: int, limits: Limits) -> int:
     return least
 
 
-def _too_large(walk: Walk, largest: int, limits: Limits) -> str:
+def _too_large(walk: BeamShape, largest: int, limits: Limits) -> str:
     name, given = max(
         (("ef", walk.ef), ("k", walk.k), ("ef_upper", walk.ef_upper)), key=lambda pair: pair[1]
     )
@@ -189,7 +189,7 @@ def _too_large(walk: Walk, largest: int, limits: Limits) -> str:
     )
 
 
-def _warps(walk: Walk, buckets: int, row_bytes: int, queries: int, limits: Limits) -> int:
+def _warps(walk: BeamShape, buckets: int, row_bytes: int, queries: int, limits: Limits) -> int:
     """How many warps share a query: one while there are queries enough to fill the GPU."""
     if queries <= limits.sms:
         return 8

@@ -23,7 +23,7 @@ from hnsw_gpu import inputs
 from hnsw_gpu.engine import thread_count
 from hnsw_gpu.index import Index
 from hnsw_gpu.results import SearchResult
-from hnsw_gpu.serve.batch_queue import AnyFuture, BatchKey, BatchQueue, Part, Request
+from hnsw_gpu.serve.batch_forming import AnyFuture, BatchKey, BatchQueue, Part, QueuedSearch
 
 logger = logging.getLogger("hnsw_gpu")
 
@@ -151,7 +151,7 @@ class Batcher:
         allow: ArrayLike | None,
         timeout_s: float | None,
         future: AnyFuture,
-    ) -> Request:
+    ) -> QueuedSearch:
         k, ef = inputs.integer("k", k, 1, inputs.MOST_NODES), inputs.integer("ef", ef, 1)
         index = self._index
         given = index.checked_queries(queries)
@@ -160,7 +160,7 @@ class Batcher:
         if timeout_s is not None and not inputs.number("timeout_s", timeout_s) > 0:
             raise ValueError(f"timeout_s={timeout_s}: expected more than 0")
         mask = None if allow is None else inputs.array("allow", allow)
-        request = Request(BatchKey.of(index, k, ef, mask), given, k, mask, timeout_s, future)
+        request = QueuedSearch(BatchKey.of(index, k, ef, mask), given, k, mask, timeout_s, future)
         with self._lock:
             if self._is_closed:
                 raise RuntimeError("the batcher is closed")
@@ -178,7 +178,7 @@ class Batcher:
             self._wake.put(None)  # outside the lock, which the woken worker takes first
         return request
 
-    def _forget(self, request: Request) -> None:
+    def _forget(self, request: QueuedSearch) -> None:
         with self._lock:
             self._queue.remove(request)
 
@@ -240,7 +240,7 @@ class Batcher:
     def _work(self) -> None:
         while True:
             parts: list[Part] = []  # an idle worker keeps no queries alive
-            late: list[Request] = []
+            late: list[QueuedSearch] = []
             with self._lock:
                 is_waiting = self._queue.waiting_groups > 0
                 has_work = is_waiting and self._in_flight < self._most_in_flight
@@ -288,7 +288,7 @@ class Batcher:
         for part in parts:
             can_round = part.request.allow is None and not key.searched.has_deleted
             calls[key.rounded_k if can_round else part.request.k].append(part)
-        outcomes: list[tuple[Request, SearchResult | BaseException]] = []
+        outcomes: list[tuple[QueuedSearch, SearchResult | BaseException]] = []
         is_ok = True
         for k, members in calls.items():
             try:
@@ -321,7 +321,7 @@ class Batcher:
 
     def _divide(
         self, parts: list[Part], found: SearchResult
-    ) -> Iterator[tuple[Request, SearchResult]]:
+    ) -> Iterator[tuple[QueuedSearch, SearchResult]]:
         """The requests that this batch completes, and their answers."""
         first = 0
         for request, start, stop in parts:
@@ -338,7 +338,7 @@ class Batcher:
             yield request, mine
 
 
-def _settle(outcomes: Iterable[tuple[Request, SearchResult | BaseException]]) -> None:
+def _settle(outcomes: Iterable[tuple[QueuedSearch, SearchResult | BaseException]]) -> None:
     """Give callers their answers, those of one event loop in one call, which wakes it once."""
     by_loop = defaultdict(list)
     for request, outcome in outcomes:
@@ -351,6 +351,6 @@ def _settle(outcomes: Iterable[tuple[Request, SearchResult | BaseException]]) ->
             loop.call_soon_threadsafe(_settle_on_loop, members)
 
 
-def _settle_on_loop(outcomes: list[tuple[Request, SearchResult | BaseException]]) -> None:
+def _settle_on_loop(outcomes: list[tuple[QueuedSearch, SearchResult | BaseException]]) -> None:
     for request, outcome in outcomes:
         request.settle(outcome)

@@ -14,7 +14,7 @@ from test_in_memory import made
 from hnsw_gpu import Index, cli, dedup
 from hnsw_gpu.deduplication import checkpoints, in_files, report, report_page, tables
 from hnsw_gpu.deduplication.distinct_rows import digest
-from hnsw_gpu.deduplication.resumable_steps import ResumableSteps
+from hnsw_gpu.deduplication.shard_steps import ResumableSteps
 from hnsw_gpu.files import sources, storage
 
 pyarrow = pytest.importorskip("pyarrow")

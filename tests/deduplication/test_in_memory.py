@@ -11,6 +11,7 @@ from hnsw_gpu.deduplication import figures, near_pairs, sharded_join
 from hnsw_gpu.deduplication.decision import NearRows
 from hnsw_gpu.deduplication.distinct_rows import distinct_rows, rows_of
 from hnsw_gpu.deduplication.figures import wilson
+from hnsw_gpu.engine import build_graph
 
 LINKAGES = ("star", "components", "any-earlier")
 
@@ -418,16 +419,13 @@ def test_shards_change_nothing(monkeypatch, method, is_full, linkage) -> None:
         parts, own, place = [], [], 0
         for cut in cuts:
             encoded, about = distinct_rows("", rows[place:cut], "cosine")
-            graph = near_pairs.build_nodes(
-                encoded,
-                "cosine",
-                M=8,
-                ef_construction=50,
-                seed=0,
-                threads=2,
-                advance=lambda _: None,
-            )
-            parts.append(graph if method == "hnsw" else graph._replace(graph=None))
+            graph = None
+            if method == "hnsw":
+                graph = build_graph(
+                    encoded, "cosine", M=8, ef_construction=50, seed=0, threads=2,
+                    advance=lambda _: None,
+                )  # fmt: skip
+            parts.append(near_pairs.Nodes(encoded, graph, "cosine"))
             own.append(about.node_of)
             place = cut
         digests = [

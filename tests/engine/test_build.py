@@ -149,7 +149,7 @@ def test_adding_in_pieces(stops: tuple[int, ...]) -> None:
 
 
 def test_stopping_after_any_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "GROWTH", 2)  # batches of half of the graph: fewer stops
+    monkeypatch.setattr(build, "BATCH_DIVISOR", 2)  # batches of half of the graph: fewer stops
     vectors = integer_vectors(200, 8, "l2", "fp32", seed=26)
     rows = encode(vectors, "l2", "fp32")
     table = reference.node_table(vectors, "l2", "fp32")
@@ -172,7 +172,7 @@ def test_stopping_after_any_batch(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_batches_up_to_the_largest(monkeypatch: pytest.MonkeyPatch) -> None:
     # With the real limit this would take thousands of nodes.
     monkeypatch.setattr(build, "BATCH", 37)
-    monkeypatch.setattr(build, "GROWTH", 1)
+    monkeypatch.setattr(build, "BATCH_DIVISOR", 1)
     vectors = integer_vectors(300, 8, "l2", "fp32", seed=23)
     rows = encode(vectors, "l2", "fp32")
     wanted = twin(

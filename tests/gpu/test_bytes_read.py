@@ -76,7 +76,7 @@ def counted(index: hnsw_gpu.Index, ef: int, expand: int) -> tuple[float, float, 
     )
     graph, rows = index._state.graph, index._state.rows[:ROWS]
     buckets, tag_bits = launch_plan.visited_cache(
-        launch_plan.Walk(ef=ef, k=10, expand=expand), ROWS
+        launch_plan.BeamShape(ef=ef, k=10, expand=expand), ROWS
     )
     build = emulated.Build("l2", "fp32", DIM, 16, tag_bits=tag_bits, sanitizer="count")
     read: dict[str, int] = {}

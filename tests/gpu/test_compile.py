@@ -392,7 +392,7 @@ def plan_of(arguments: dict, ef: int, arch: int, registers: int) -> launch_plan.
     chosen = {name: arguments[name] for name in ("metric", "dtype", "dim", "M")}
     made = launch_plan.plan(
         **chosen,
-        walk=launch_plan.Walk(ef, K, has_allowed_keys=arguments["has_allowed_keys"]),
+        walk=launch_plan.BeamShape(ef, K, has_allowed_keys=arguments["has_allowed_keys"]),
         queries={8: limits.sms, 4: launch_plan.QUERIES_PER_BLOCK * limits.sms, 1: 10**6}[warps],
         nodes=NODES[arguments["tag_bits"]],
         limits=limits,

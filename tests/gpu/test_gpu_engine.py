@@ -783,15 +783,15 @@ def test_an_old_gpu_and_a_missing_compiler_are_named(
     machine: cupy_stand_in.Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine.arch = 61
-    assert "compute capability is 6.1" in gpu_engine.missing()
+    assert "compute capability is 6.1" in gpu_engine.unavailable_reason()
     machine.arch = 90
-    assert gpu_engine.missing() == ""
+    assert gpu_engine.unavailable_reason() == ""
 
     def no_headers(**given: Any) -> None:
         raise RuntimeError("Failed to find CUDA headers")
 
     monkeypatch.setattr(cupy_stand_in, "RawModule", no_headers)
-    assert "Failed to find CUDA headers" in gpu_engine.missing()
+    assert "Failed to find CUDA headers" in gpu_engine.unavailable_reason()
 
 
 def test_an_update_waits_for_searches_on_the_device(machine: cupy_stand_in.Machine) -> None:

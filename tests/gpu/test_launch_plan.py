@@ -16,18 +16,18 @@ from hypothesis import strategies as st
 
 from hnsw_gpu.engine import vectors
 from hnsw_gpu.gpu import kernel_source, launch_plan
-from hnsw_gpu.gpu.launch_plan import Walk
+from hnsw_gpu.gpu.launch_plan import BeamShape
 
 ARCHS = [75, 80, 86, 89, 90, 100, 120]
 
 
-def plan(walk: Walk, *, arch: int = 90, dtype="fp32", dim=128, **changes) -> launch_plan.Plan:
+def plan(walk: BeamShape, *, arch: int = 90, dtype="fp32", dim=128, **changes) -> launch_plan.Plan:
     sizes = {"queries": 100_000, "nodes": 10**6, "limits": launch_plan.of_arch(arch), **changes}
     return launch_plan.plan("l2", dtype, dim, 16, walk, **sizes)
 
 
 walks = st.builds(
-    Walk,
+    BeamShape,
     ef=st.integers(1, 40_000),
     k=st.integers(1, 40_000),
     ef_upper=st.integers(1, 3000),
@@ -71,27 +71,33 @@ def test_the_largest_ef_is_the_largest(arch, has_allowed_keys):
     limits = launch_plan.of_arch(arch)
     for k in (10, 10**6):
         largest = launch_plan.largest_ef(
-            Walk(1, k, has_allowed_keys=has_allowed_keys), 10**6, limits
+            BeamShape(1, k, has_allowed_keys=has_allowed_keys), 10**6, limits
         )
         for ef, fits in ((largest, True), (largest + 2, False)):
-            walk = Walk(ef, min(k, ef), has_allowed_keys=has_allowed_keys)
+            walk = BeamShape(ef, min(k, ef), has_allowed_keys=has_allowed_keys)
             buckets, _ = launch_plan.visited_cache(walk, 10**6)
             assert (launch_plan.group_bytes(walk, buckets, 4) <= limits.shared_per_block) == fits
-    assert launch_plan.largest_ef(Walk(1, 10), 10**6, limits) > 5000
+    assert launch_plan.largest_ef(BeamShape(1, 10), 10**6, limits) > 5000
 
 
-@pytest.mark.parametrize(("name", "walk"), [("ef", Walk(50_000, 10)), ("k", Walk(10, 50_000)),
-                                            ("ef_upper", Walk(10, 10, 50_000))])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "walk"),
+    [
+        ("ef", BeamShape(50_000, 10)),
+        ("k", BeamShape(10, 50_000)),
+        ("ef_upper", BeamShape(10, 10, 50_000)),
+    ],
+)
 def test_what_is_too_large_is_named(name, walk):
     with pytest.raises(ValueError, match=f"^{name}=50000: .*232,448 bytes; the largest that fits"):
         plan(walk)
     with pytest.raises(ValueError, match="expand=33: a GPU search expands at most 32"):
-        plan(Walk(10, 10, expand=33))
+        plan(BeamShape(10, 10, expand=33))
 
 
 def test_warps():
     """One while queries fill the GPU; more where they are few, or each of them is large."""
-    small, large = Walk(64, 10), Walk(1024, 10)
+    small, large = BeamShape(64, 10), BeamShape(1024, 10)
     warps = {
         (walk, queries): plan(walk, queries=queries).definitions["WARPS"]
         for walk in (small, large)
@@ -115,22 +121,23 @@ def test_visited_cache():
         (64, 65535 * 256 + 1, (256, 32)),
         (512, 65535 * 1024 + 1, (1024, 32)),
     ]:
-        assert launch_plan.visited_cache(Walk(ef, 1), nodes) == expected
+        assert launch_plan.visited_cache(BeamShape(ef, 1), nodes) == expected
         assert (
-            launch_plan.visited_cache(Walk(1, ef), nodes) == expected
+            launch_plan.visited_cache(BeamShape(1, ef), nodes) == expected
         )  # the beam holds max(ef, k)
 
 
 def test_memory_of_one_query():
     """`struct Shared` of search.cu, by hand: beam, found, stage, fresh, buckets, ids, state."""
     parts = 8 * 64 + 8 * 64 + 16 * 128 + 4 * (128 + 32) + 16
-    assert launch_plan.group_bytes(Walk(64, 10), 128, warps=1) == parts == 3728
-    assert launch_plan.group_bytes(Walk(63, 10), 128, warps=1) == parts
-    assert launch_plan.group_bytes(Walk(10, 10, ef_upper=64), 128, warps=1) == parts
+    assert launch_plan.group_bytes(BeamShape(64, 10), 128, warps=1) == parts == 3728
+    assert launch_plan.group_bytes(BeamShape(63, 10), 128, warps=1) == parts
+    assert launch_plan.group_bytes(BeamShape(10, 10, ef_upper=64), 128, warps=1) == parts
     assert (
-        launch_plan.group_bytes(Walk(64, 11, has_allowed_keys=True), 128, warps=1) == parts + 8 * 12
+        launch_plan.group_bytes(BeamShape(64, 11, has_allowed_keys=True), 128, warps=1)
+        == parts + 8 * 12
     )
-    assert launch_plan.group_bytes(Walk(64, 10), 128, warps=8) == parts + 8 * 128
+    assert launch_plan.group_bytes(BeamShape(64, 10), 128, warps=8) == parts + 8 * 128
 
 
 def test_smaller_blocks_where_shared_memory_is_short():
@@ -243,7 +250,7 @@ def test_occupancy_is_nvidias(tmp_path: Path):
 
 def test_registers_as_compiled_fill_the_gpu():
     """Kernels that take fewer registers than they may get a larger grid, and the same memory."""
-    cap, few = plan(Walk(64, 10)), plan(Walk(64, 10), registers=64)
+    cap, few = plan(BeamShape(64, 10)), plan(BeamShape(64, 10), registers=64)
     assert kernel_source.REGISTERS_CAP["search"] == 128
     assert (cap.resident, few.resident) == (4 * 132, 8 * 132)
     assert cap[:5] == few[:5]

@@ -31,7 +31,7 @@ class BatchKey(NamedTuple):
 
 
 @dataclass(eq=False)
-class Request:
+class QueuedSearch:
     """One caller's queries, and the future that takes the answer."""
 
     key: BatchKey
@@ -86,7 +86,7 @@ class Request:
 class Part(NamedTuple):
     """Rows start:stop of a request."""
 
-    request: Request
+    request: QueuedSearch
     start: int
     stop: int
 
@@ -98,7 +98,7 @@ class BatchQueue:
 
     def __init__(self) -> None:
         self.waiting_rows = 0
-        self._groups: dict[BatchKey, dict[Request, None]] = {}  # in the order of their turns
+        self._groups: dict[BatchKey, dict[QueuedSearch, None]] = {}  # in the order of their turns
 
     @property
     def waiting_groups(self) -> int:
@@ -108,11 +108,11 @@ class BatchQueue:
     def waiting_requests(self) -> int:
         return sum(map(len, self._groups.values()))
 
-    def add(self, request: Request) -> None:
+    def add(self, request: QueuedSearch) -> None:
         self._groups.setdefault(request.key, {})[request] = None
         self.waiting_rows += request.waiting_rows
 
-    def remove(self, request: Request) -> None:
+    def remove(self, request: QueuedSearch) -> None:
         """Take out what still waits of a request, if anything does."""
         group = self._groups.get(request.key, {})
         if request in group:
@@ -121,12 +121,14 @@ class BatchQueue:
             if not group:
                 del self._groups[request.key]
 
-    def next_batch(self, most_rows: Callable[[Index], int]) -> tuple[list[Part], list[Request]]:
+    def next_batch(
+        self, most_rows: Callable[[Index], int]
+    ) -> tuple[list[Part], list[QueuedSearch]]:
         """Take the next group's batch, and the requests before it that are past their deadline."""
         key, group = next(iter(self._groups.items()))
         room, now = most_rows(key.searched), time.perf_counter()
         parts: list[Part] = []
-        late: list[Request] = []
+        late: list[QueuedSearch] = []
         while group:
             request = next(iter(group))
             rows = request.waiting_rows

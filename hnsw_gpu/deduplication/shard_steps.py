@@ -20,11 +20,11 @@ from hnsw_gpu.deduplication.distinct_rows import (
     rows_of,
     without_copies,
 )
-from hnsw_gpu.deduplication.near_pairs import Nodes, build_nodes
+from hnsw_gpu.deduplication.near_pairs import Nodes
 from hnsw_gpu.deduplication.other_set import FindNearest, NearestOther
 from hnsw_gpu.deduplication.settings import Settings
 from hnsw_gpu.deduplication.sharded_join import Block, Pairs, Shards, numbers_of_nodes
-from hnsw_gpu.engine import Graph
+from hnsw_gpu.engine import Graph, build_graph
 from hnsw_gpu.files import Sources
 from hnsw_gpu.progress import bar
 
@@ -109,11 +109,10 @@ class ResumableSteps:
         arrays = {"rows": rows, "valid": valid, "node_of": node_of, "digests": digest(rows)}
         if self._is_exact:
             return arrays
-        graph = build_nodes(
+        graph = build_graph(
             rows, settings.engine_metric, M=settings.M, ef_construction=settings.ef_construction,
             seed=settings.seed, threads=self._threads, advance=advance,
-        ).graph  # fmt: skip
-        assert graph is not None
+        )  # fmt: skip
         return arrays | graph._asdict()
 
     def _open(self, name: str) -> Nodes:

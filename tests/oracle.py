@@ -57,7 +57,8 @@ def recall(found, truth, k, allowed=None) -> float:
     if allowed is not None:
         truth = np.where(allowed, truth, np.inf)
     goal = min(k, int(np.isfinite(truth).sum(axis=1).min()))
-    limit = np.sort(truth, axis=1)[:, goal - 1] * (1 + 1e-6) + 1e-6
+    limit = np.sort(truth, axis=1)[:, goal - 1]
+    limit += 1e-6 * np.abs(limit) + 1e-6
     hits = 0
     for row, worst, numbers in zip(truth, limit, found[:, :goal], strict=True):
         numbers = np.unique(numbers[numbers >= 0])

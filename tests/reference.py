@@ -395,10 +395,13 @@ def repair(graph: Graph, table: KeyTable, ef_construction: int) -> np.ndarray:
     """`neighbors0` with a way from the entry point to every node, and from every node to it.
 
     A node that cannot be reached, smallest id first, gets a link from the nearest reachable node
-    with room: an empty slot or a link that the tree of shortest paths does not use (the last such).
-    Then a node that leads to no entry point gets a link to the nearest that does; it is given by
-    that node, or by the first one, breadth first from it, that has room.
-    The nearest are looked for by a search of the graph, and only then among all.
+    that a search finds and that has an empty slot; else from the first, breadth first from the
+    nearest reachable one found, that has an empty slot, or at least a spare one: a link that the
+    tree of shortest paths does not use (the last such). Where the search finds no reachable node,
+    the nearest of all that has either gives it.
+    Then a node that leads to no entry point gets a link to the nearest that does, of those that a
+    search finds or else of all; the first, breadth first from that node, with an empty slot, or at
+    least a spare one, gives it.
     """
     layers = all_links(graph)
     links = {node: list(neighbors) for node, neighbors in layers[0].items()}
@@ -407,36 +410,49 @@ def repair(graph: Graph, table: KeyTable, ef_construction: int) -> np.ndarray:
     parents = {entry_point: entry_point}
     reach(links, parents, entry_point)
 
-    def nearest(node: int, layers: list[dict[int, list[int]]]) -> list[int]:
+    def found_near(node: int, layers: list[dict[int, list[int]]]) -> list[int]:
         found = search_query(
             layers, table[node], ef_construction, ef_construction, 1, 1, None, None
         )
-        return [node_of(key) for key in found.keys + sorted(table[node])]
+        return [node_of(key) for key in found.keys]
+
+    def near_of_all(node: int) -> list[int]:
+        return [node_of(key) for key in sorted(table[node])]
+
+    def is_empty(giver: int) -> bool:
+        return len(links[giver]) < width
 
     def spare(giver: int) -> list[int]:
         return [i for i, link in enumerate(links[giver]) if parents[link] != giver]
 
-    def has_room(giver: int) -> bool:
-        return giver in parents and (len(links[giver]) < width or bool(spare(giver)))
+    def first_with_room(start: int) -> int:
+        met = reached(links, start)
+        return next(filter(is_empty, met), next(filter(spare, met), -1))
 
     def give(giver: int, target: int) -> None:
-        if len(links[giver]) < width:
+        if is_empty(giver):
             links[giver].append(target)
         else:
             links[giver][spare(giver)[-1]] = target
 
     for node in [node for node in links if node not in parents]:
-        if node not in parents:  # else a node repaired before leads to it
-            giver = next(giver for giver in nearest(node, layers) if has_room(giver))
-            give(giver, node)
-            parents[node] = giver
-            reach(links, parents, node)
+        if node in parents:  # a node repaired before leads to it
+            continue
+        near = [other for other in found_near(node, layers) if other in parents]
+        givers = [other for other in near if is_empty(other)]
+        if not near:
+            reachable = [other for other in near_of_all(node) if other in parents]
+            givers = [other for other in reachable if is_empty(other) or spare(other)]
+        giver = givers[0] if givers else first_with_room(near[0])
+        give(giver, node)
+        parents[node] = giver
+        reach(links, parents, node)
     between = [{node: list(neighbors) for node, neighbors in links.items()}, *layers[1:]]
     for node in links:
         back = {other for other in links if entry_point in reached(links, other)}
         if node not in back:
-            target = next(target for target in nearest(node, between) if target in back)
-            give(next(giver for giver in reached(links, node) if has_room(giver)), target)
+            near = found_near(node, between) + near_of_all(node)
+            give(first_with_room(node), next(target for target in near if target in back))
     return graph_of([links], width // 2).neighbors0
 
 

@@ -1,10 +1,15 @@
 """Repair: layer 0 leads from every node to every other.
 
-First every node that cannot be reached from the entry point gets a link from the nearest node that
-can be and has room: an empty slot, or a link that no path found by the breadth-first search needs.
-Then every node from which the entry point cannot be reached gets a link to the nearest from which
-it can be; the node itself gives the link, or one that it leads to, where that has room.
-The nearest are looked for by a search of the graph, and only then among all nodes.
+First every node that cannot be reached from the entry point gets a link from one that can be: from
+the nearest with an empty slot. Then every node from which the entry point cannot be reached gives a
+link to the nearest from which it can be. The nearest are looked for by a search of the graph, and
+only where that finds none among all nodes.
+
+Where none that was found has an empty slot, the first that has one gives the link, breadth first
+from the nearest; only where there is none at all does a link make way, one that no path found by
+the breadth-first search needs. Under inner product, with uneven norms, most nodes are among the
+nearest of none: links to them in the places of links to hubs halve the recall (0.995 to 0.805 at
+ef 64, norms exp(N(0, 1)), 20,000 x 32); in empty slots they cost none.
 """
 
 from typing import NamedTuple
@@ -26,6 +31,13 @@ class Layer0(NamedTuple):
     neighbors0: np.ndarray  # (n, M0) int32, written in place
     parents: np.ndarray  # (n,) int32: the node before on the way from the entry point; -1: none
     relinked: np.ndarray  # (n,) bool: becomes True where links are new; (0,): nobody asks
+
+
+class Visits(NamedTuple):
+    """What many breadth-first searches, one after the other, work in."""
+
+    last: np.ndarray  # (n,) int32: number of the last search that came by
+    queue: np.ndarray  # (n,) int32
 
 
 class Nearest(NamedTuple):
@@ -73,21 +85,26 @@ def _lead_to(layer0, lost, near):
     """Give each lost node a link from a node that can be reached."""
     parents, width = layer0.parents, layer0.neighbors0.shape[1]
     starts = np.arange(0, layer0.neighbors0.size + 1, width)
+    visits = Visits(np.full(len(parents), -1, np.int32), np.empty(len(parents), np.int32))
     is_giver = np.zeros(len(parents), np.bool_)
     for i in range(len(lost)):
         node = lost[i]
         if parents[node] >= 0:  # a node repaired before leads to it
             continue
-        giver = np.int64(-1)
+        giver, nearest = np.int64(-1), np.int64(-1)
         for j in range(size(near.keys, i)):
             candidate = key_node(near.keys[i, j])
-            if parents[candidate] >= 0 and _free_slot(layer0, candidate) >= 0:
-                giver = candidate
-                break
-        if giver < 0:
+            if parents[candidate] >= 0:
+                nearest = candidate if nearest < 0 else nearest
+                if _has_empty_slot(layer0, candidate):
+                    giver = candidate
+                    break
+        if nearest < 0:
             for other in range(len(parents)):
                 is_giver[other] = parents[other] >= 0 and _free_slot(layer0, other) >= 0
             giver = _nearest_of_all(near, i, is_giver)
+        elif giver < 0:
+            giver = _first_with_room(layer0, nearest, visits, i)
         _link(layer0, giver, node)
         reach(layer0.neighbors0.ravel(), starts, parents, node)
         parents[node] = giver
@@ -97,6 +114,7 @@ def _lead_to(layer0, lost, near):
 def _lead_out(layer0, links_back, ways_back, trapped, near):
     """Give each trapped node, or one that it leads to, a link on the way to the entry point."""
     sources, starts = links_back
+    visits = Visits(np.full(len(ways_back), -1, np.int32), np.empty(len(ways_back), np.int32))
     for i in range(len(trapped)):
         node = np.int64(trapped[i])
         if ways_back[node] >= 0:  # it leads to a node repaired before
@@ -108,7 +126,7 @@ def _lead_out(layer0, links_back, ways_back, trapped, near):
                 break
         if target < 0:
             target = _nearest_of_all(near, i, ways_back >= 0)
-        giver = _first_with_room(layer0, node)
+        giver = _first_with_room(layer0, node, visits, i)
         _link(layer0, giver, target)
         reach(sources, starts, ways_back, giver)
 
@@ -121,39 +139,49 @@ def _link(layer0, giver, target):
 
 
 @njit(nogil=True, cache=True, _nrt=False)
+def _has_empty_slot(layer0, giver):
+    return layer0.neighbors0[giver, -1] < 0
+
+
+@njit(nogil=True, cache=True, _nrt=False)
 def _free_slot(layer0, giver):
     """The first empty slot of a node, else its last link that is no parent's, else -1."""
     neighbors0, width = layer0.neighbors0, layer0.neighbors0.shape[1]
-    for slot in range(width):
-        if neighbors0[giver, slot] < 0:
-            return np.int64(slot)
+    if _has_empty_slot(layer0, giver):
+        for slot in range(width):
+            if neighbors0[giver, slot] < 0:
+                return np.int64(slot)
     for slot in range(width - 1, -1, -1):
         if layer0.parents[neighbors0[giver, slot]] != giver:
             return np.int64(slot)
     return np.int64(-1)
 
 
-@njit(nogil=True, cache=True)
-def _first_with_room(layer0, start):
-    """The first node, breadth first from `start`, with a free slot: the tree's last ones have."""
-    neighbors0 = layer0.neighbors0
-    seen = np.full(neighbors0.shape[0], -1, np.int32)
-    queue = np.empty(neighbors0.shape[0], np.int32)
-    seen[start] = start
-    queue[0] = start
+@njit(nogil=True, cache=True, _nrt=False)
+def _first_with_room(layer0, start, visits, number):
+    """The first node, breadth first from `start`, with an empty slot, else with a free one.
+
+    There is one with a free slot: what `start` leads to holds nodes that are no parents.
+    """
+    neighbors0, width = layer0.neighbors0, layer0.neighbors0.shape[1]
+    with_free_slot = np.int64(-1)
+    visits.last[start] = number
+    visits.queue[0] = start
     count, head = 1, 0
     while head < count:
-        node = np.int64(queue[head])
+        node = np.int64(visits.queue[head])
         head += 1
-        if _free_slot(layer0, node) >= 0:
+        if _has_empty_slot(layer0, node):
             return node
-        for j in range(neighbors0.shape[1]):
+        if with_free_slot < 0 and _free_slot(layer0, node) >= 0:
+            with_free_slot = node
+        for j in range(width):
             link = neighbors0[node, j]
-            if link >= 0 and seen[link] < 0:
-                seen[link] = node
-                queue[count] = link
+            if visits.last[link] != number:
+                visits.last[link] = number
+                visits.queue[count] = link
                 count += 1
-    return np.int64(start)
+    return with_free_slot
 
 
 @njit(nogil=True, cache=True, _nrt=False)

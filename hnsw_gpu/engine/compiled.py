@@ -56,7 +56,7 @@ def jit(function: Any = None, *, allocates: bool = False) -> Any:
     """Decorator: compile at the first call with new types, without the GIL, and keep the code.
 
     A function may inline whatever lies in this room or in its own file. One that makes arrays says
-    `allocates=True`; the others do without counted references.
+    `allocates=True`; the others do without counted references. A closure is not kept.
     """
     if function is None:
         return functools.partial(jit, allocates=allocates)
@@ -64,7 +64,7 @@ def jit(function: Any = None, *, allocates: bool = False) -> Any:
     compiled = njit(nogil=True, **options)(function)
     if MISSING or not hasattr(compiled, "_cache"):
         _say_once(NOT_KEPT, MISSING or f"numba {numba.__version__} has no place for a cache")
-    else:
+    elif function.__closure__ is None:
         compiled._cache = DiskCache(function)
     return compiled
 

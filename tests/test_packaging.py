@@ -167,9 +167,10 @@ def test_an_upgrade_answers_with_its_own_code(tmp_path):
         shutil.copy(ROOT / name, source)
     environment = tmp_path / "environment"
     call(sys.executable, "-m", "venv", "--without-pip", environment, cwd=tmp_path)
-    (site,) = environment.glob("[lL]ib*/**/site-packages")
+    python = environment / ("Scripts" if os.name == "nt" else "bin") / "python"
+    where = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    site = Path(call(python, "-c", where, cwd=tmp_path).strip())
     (site / "needs.pth").write_text(sysconfig.get_path("purelib"))
-    python = next(environment.glob("[bS]*/python*"))
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", python]
     quiet = {"NUMBA_CACHE_DIR": "", "PYTHONPATH": ""}
     for version, factor in (("0.1.0", 1), ("0.1.1", 2), ("0.1.0", 1)):

@@ -40,15 +40,15 @@ np.savez(sys.argv[1], **found)
 
 HALVES = """
 import numpy as np
+from numba import njit
 from hnsw_gpu.engine.distance import L2, as_query, distance
-from hnsw_gpu.engine import jit
 
-@jit
+@njit
 def convert(rows, queries):
     for i in range(rows.shape[0]):
         as_query(rows, i, queries, i)
 
-@jit
+@njit
 def squares(rows, queries, out):
     for i in range(rows.shape[0]):
         out[i] = distance(L2, queries, 0, rows, i)

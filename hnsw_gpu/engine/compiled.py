@@ -165,20 +165,21 @@ def places(source: Path) -> Iterator[Path]:
 def source_stamp(source: Path) -> bytes:
     """Hash of all sources of this room, of `source` and of the compilers; empty without sources."""
     try:
-        files = sorted({*ENGINE.glob("*.py"), source})
-        hashes = [(file.name, _file_hash(file, _state(file.stat()))) for file in files]
+        names = [os.path.join(ENGINE, name) for name in os.listdir(ENGINE) if name.endswith(".py")]
+        hashes = [_file_hash(name, _state(name)) for name in sorted({*names, str(source)})]
     except OSError:
         return b""
     return _hash(repr((VERSIONS, hashes)).encode())
 
 
 @functools.lru_cache(256)
-def _file_hash(file: Path, state: tuple[int, ...]) -> bytes:
-    """Hash of a file, which is read again where its `state` is another."""
-    return _hash(file.read_bytes())
+def _file_hash(file: str, state: tuple[int, ...]) -> tuple[str, bytes]:
+    """Name and hash of a file, which is read again where its `state` is another."""
+    return os.path.basename(file), _hash(Path(file).read_bytes())
 
 
-def _state(facts: os.stat_result) -> tuple[int, ...]:
+def _state(file: str) -> tuple[int, ...]:
+    facts = os.stat(file)
     return facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns
 
 

@@ -35,6 +35,12 @@ for dtype in {dtypes}:
 FP32 = JOB.format(dtypes=["fp32"])
 
 
+def one_daily(cases):
+    """The first case, and the others marked slow."""
+    first, *others = cases
+    return [first, *(pytest.param(case, marks=pytest.mark.slow) for case in others)]
+
+
 class Copy:
     """The package in a folder of its own, run in processes of their own."""
 
@@ -98,7 +104,7 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", one_daily(PLACES))
 def test_an_edit_of_an_inlined_file_is_seen(copy, place):
     PLACES[place](copy)
     assert copy.run() == ("25", "")
@@ -129,6 +135,7 @@ def test_an_edit_after_the_import_is_seen_by_the_next_process(copy):
     assert copy.run() == ("50", "")
 
 
+@pytest.mark.slow
 def test_a_file_outside_the_room_is_in_its_own_stamp(copy):
     outside = copy.folder / "outside.py"
     outside.write_text(
@@ -141,6 +148,7 @@ def test_a_file_outside_the_room_is_in_its_own_stamp(copy):
     assert copy.run(job) == ("3", "")
 
 
+@pytest.mark.slow
 def test_versions_and_processors_have_their_own_code(copy):
     assert copy.run()[0] == "25"
     kept = copy.kept()
@@ -170,6 +178,7 @@ def test_no_place_to_write(copy):
     assert copy.kept() == {}
 
 
+@pytest.mark.slow
 def test_a_chosen_place_that_cannot_be_written(copy):
     copy.forbid_the_home()
     copy.environment["NUMBA_CACHE_DIR"] = str(copy.folder / "home")
@@ -191,10 +200,10 @@ def test_no_home(monkeypatch):
 
 
 DAMAGES = {
+    "truncated": lambda content, other: content[:-1],
     "empty": lambda content, other: b"",
     "half a header": lambda content, other: content[:40],
     "header only": lambda content, other: content[:64],
-    "truncated": lambda content, other: content[:-1],
     "another byte": lambda content, other: content[:-100] + b"x" + content[-99:],
     "longer": lambda content, other: content + b"x",
     "of another function": lambda content, other: other,
@@ -202,7 +211,7 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("damage", one_daily(DAMAGES))
 def test_a_damaged_file(copy, damage):
     """Said once, and mended. Text looks like code of other sources, which is not worth a word."""
     copy.run()
@@ -221,6 +230,7 @@ def test_a_damaged_file(copy, damage):
     assert sorted(copy.kept()) == kept
 
 
+@pytest.mark.slow
 def test_a_file_that_cannot_be_replaced(copy):
     """The next place takes the code, and gives it."""
     copy.run()
@@ -255,6 +265,7 @@ def test_a_full_disk(copy):
     assert copy.kept() == kept
 
 
+@pytest.mark.slow
 def test_several_processes_fill_the_cache(copy):
     """In different orders of types: numba numbers its files, and one would name another's code."""
     dtypes = ["fp32", "int8", "fp16"]
@@ -283,7 +294,7 @@ import hnsw_gpu.engine.compiled
 GIVEN_BACK = "{whole}.{part} = kept\n"
 
 
-@pytest.mark.parametrize("future", FUTURES)
+@pytest.mark.parametrize("future", one_daily(FUTURES))
 def test_a_numba_whose_insides_are_others(copy, future):
     whole, _, part = FUTURES[future].rpartition(".")
     job = WITHOUT.format(whole=whole, part=part)
@@ -304,6 +315,7 @@ def test_a_numba_without_a_place_for_a_cache(monkeypatch, caplog):
     assert len(caplog.messages) == 1
 
 
+@pytest.mark.slow
 def test_a_numba_that_cannot_load(copy):
     assert copy.run() == ("25", "")
     job = "from numba.core.compiler import CompileResult\ndel CompileResult._rebuild\n" + FP32
@@ -312,6 +324,7 @@ def test_a_numba_that_cannot_load(copy):
     only_warning(said, compiled.DAMAGED)
 
 
+@pytest.mark.slow
 def test_without_sources(copy):
     """Bytecode alone says nothing of what it was made from."""
     compileall.compile_dir(copy.folder / "hnsw_gpu", quiet=2, legacy=True)
@@ -323,6 +336,7 @@ def test_without_sources(copy):
     assert copy.kept() == {}
 
 
+@pytest.mark.slow
 def test_a_closure_is_not_kept(copy):
     """Its values are no part of the stamp."""
     job = """

@@ -2,8 +2,10 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
@@ -141,6 +143,58 @@ def test_the_wheel_works_and_compiles_once(installed, tmp_path):
     assert compiled
     assert call(*job, cwd=tmp_path, **paths) == "done\n"
     assert {path: path.stat().st_mtime_ns for path in cache.rglob("*.nb*")} == compiled
+
+
+UPGRADE_JOB = """
+import sys
+import numpy as np
+import hnsw_gpu
+assert hnsw_gpu.__file__.startswith(sys.argv[1]), hnsw_gpu.__file__
+found = hnsw_gpu.exact_search(np.float32([[0, 0]]), np.float32([[3, 4]]), 1, "l2")
+index = hnsw_gpu.Index(2, "l2")
+index.add(np.float32([[0, 0]]))
+print(hnsw_gpu.__version__, *found.distances[0], *index.search([[3, 4]], 1).distances[0])
+"""
+
+
+def test_an_upgrade_answers_with_its_own_code(tmp_path):
+    """pip leaves compiled code where it is: a later release must not run that of an earlier one."""
+    source = tmp_path / "source"
+    for name in ("hnsw_gpu", "kernels"):
+        no_builds = shutil.ignore_patterns("__pycache__", "*.nb[ic]")
+        shutil.copytree(ROOT / name, source / name, ignore=no_builds)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    environment = tmp_path / "environment"
+    call(sys.executable, "-m", "venv", "--without-pip", environment, cwd=tmp_path)
+    python = environment / ("Scripts" if os.name == "nt" else "bin") / "python"
+    where = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    site = Path(call(python, "-c", where, cwd=tmp_path).strip())
+    (site / "needs.pth").write_text(sysconfig.get_path("purelib"))
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", python]
+    quiet = {"NUMBA_CACHE_DIR": "", "PYTHONPATH": ""}
+    for version, factor in (("0.1.0", 1), ("0.1.1", 2), ("0.1.0", 1)):
+        edit(source / "hnsw_gpu/__init__.py", r'(?<=__version__ = )".*"', f'"{version}"')
+        edit(
+            source / "hnsw_gpu/engine/distance.py",
+            r"return .*_squares\(queries",
+            f"return np.float32({factor}) * _squares(queries",
+        )
+        dist = tmp_path / f"{version}-{factor}"
+        build = [sys.executable, "-m", "build", "--no-isolation", "--wheel", "-o", dist, source]
+        call(*build, cwd=tmp_path)
+        upgrade = ["install", "-U", "--force-reinstall", "--no-deps", "--no-index"]
+        call(*pip, *upgrade, only(dist.glob("*.whl")), cwd=tmp_path)
+        for _ in range(2):
+            said = call(python, "-c", UPGRADE_JOB, site, cwd=tmp_path, **quiet)
+            assert said.split() == [version, f"{25 * factor}.0", f"{25 * factor}.0"]
+    assert list(site.rglob("*.nbc"))
+
+
+def edit(path: Path, pattern: str, new: str) -> None:
+    text, count = re.subn(pattern, new, path.read_text())
+    assert count == 1
+    path.write_text(text)
 
 
 def test_the_installed_command_works(installed, tmp_path):

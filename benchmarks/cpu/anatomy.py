@@ -15,10 +15,10 @@ from concurrent.futures import ThreadPoolExecutor
 from statistics import median
 
 import numpy as np
-from numba import njit
 
 from benchmarks.cpu.counting import trace
 from hnsw_gpu.engine.beam import insert
+from hnsw_gpu.engine.compiled import jit
 from hnsw_gpu.engine.distance import distance, prefetch_row
 from hnsw_gpu.engine.keys import EXPANDED, make_key
 from hnsw_gpu.engine.search import SLOTS, search_graph
@@ -74,7 +74,7 @@ def shares(graph, rows, vectors: np.ndarray, dtype: str, ef: int, rounds: int) -
     }
 
 
-@njit(nogil=True, cache=True)
+@jit(allocates=True)
 def replay(parts, neighbors0, rows, queries, metric, ef, found):
     """Repeat the recorded walks, doing `parts` of the work; the sum keeps it from being skipped."""
     count = len(found.seeds)
@@ -137,7 +137,7 @@ def replay(parts, neighbors0, rows, queries, metric, ef, found):
     return total
 
 
-@njit(nogil=True, cache=True)
+@jit(allocates=True)
 def gather(parts, neighbors0, node, visited):
     """Read a node's links and, from VISITED on, mark the new ones."""
     total = np.int64(0)
@@ -155,7 +155,7 @@ def gather(parts, neighbors0, node, visited):
     return total
 
 
-@njit(nogil=True, cache=True)
+@jit(allocates=True)
 def forget(parts, found, q, visited):
     """Clear what query `q` marked."""
     if parts >= VISITED:
@@ -196,7 +196,7 @@ def limits(rows, vectors: np.ndarray, dtype: str, threads: int, rounds: int) -> 
     }
 
 
-@njit(nogil=True, cache=True)
+@jit(allocates=True)
 def read_in_order(array):
     total = np.int64(0)
     for value in array:
@@ -204,7 +204,7 @@ def read_in_order(array):
     return total
 
 
-@njit(nogil=True, cache=True)
+@jit(allocates=True)
 def distances_at(metric, queries, rows, order):
     total = np.float32(0)
     for i in range(len(order)):

@@ -7,9 +7,9 @@ the graph alone, so the counts of this walk are the engine's, whose hops must ag
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
 from hnsw_gpu.engine.beam import insert
+from hnsw_gpu.engine.compiled import jit
 from hnsw_gpu.engine.distance import distance
 from hnsw_gpu.engine.keys import EXPANDED, key_node, make_key
 
@@ -66,12 +66,12 @@ def trace(graph, rows, queries, metric: int, ef: int) -> Trace:
     )
 
 
-@njit(cache=True)
+@jit(allocates=True)
 def seed_key(metric, rows, queries, q, nodes, number):
     return make_key(distance(metric, queries, q, rows, np.int64(nodes[number])), number)
 
 
-@njit(cache=True)
+@jit(allocates=True)
 def walk(neighbors, nodes, rows, queries, q, metric, seed, capacity, visited):
     """R4-R6 on one layer: (expanded, fresh of each, nodes in order, their keys, nearest key).
 

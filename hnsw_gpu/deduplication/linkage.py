@@ -12,9 +12,8 @@ star and any-earlier complete those alone that would be kept.
 from collections.abc import Callable
 
 import numpy as np
-from numba import njit
 
-from hnsw_gpu.engine import key_nodes
+from hnsw_gpu.engine import jit, key_nodes
 
 LINKAGES = ("star", "components", "any-earlier")
 UNDECIDED, KEPT, REMOVED = 0, 1, 2
@@ -55,7 +54,7 @@ def star(order, offsets, neighbors, is_open, all_near: AllNear):
         place += 1
 
 
-@njit(nogil=True, cache=True, _nrt=False)
+@jit
 def _star(order, offsets, neighbors, is_open, state, place):
     """Decide order[place:]; stops at an open node that would be kept."""
     for p in range(place, len(order)):
@@ -92,7 +91,7 @@ def any_earlier(order, offsets, neighbors, is_open, all_near: AllNear):
     return state, completed
 
 
-@njit(nogil=True, cache=True, _nrt=False)
+@jit
 def _mark_later(position, offsets, neighbors, state):
     """Remove every node with a neighbor before it."""
     for node in range(len(position)):
@@ -122,7 +121,7 @@ def components(order, offsets, neighbors):
     return root
 
 
-@njit(nogil=True, cache=True, _nrt=False)
+@jit
 def _mark_components(order, offsets, neighbors, root, stack):
     for p in range(len(order)):
         if root[order[p]] >= 0:
@@ -149,7 +148,7 @@ def nearest_kept(offsets, neighbors, state):
     return root
 
 
-@njit(nogil=True, cache=True, _nrt=False)
+@jit
 def _nearest_kept(offsets, neighbors, state, root):
     for node in range(len(state)):
         root[node] = node if state[node] == KEPT else -1
@@ -168,7 +167,7 @@ def first_ancestor(order, offsets, neighbors):
     return root
 
 
-@njit(nogil=True, cache=True, _nrt=False)
+@jit
 def _first_ancestor(order, position, offsets, neighbors, root):
     for p in range(len(order)):
         node = order[p]

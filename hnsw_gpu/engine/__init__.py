@@ -1,5 +1,6 @@
 """Arrays in, arrays out: the graph, its search and its building on the CPU."""
 
+from hnsw_gpu.engine.compiled import jit
 from hnsw_gpu.engine.copies import NodeTable, move_together
 from hnsw_gpu.engine.cpu_engine import CpuEngine
 from hnsw_gpu.engine.exact import block_rows, exact_block, rerank
@@ -46,6 +47,7 @@ __all__ = [
     "exact_block",
     "from_arrays",
     "insert",
+    "jit",
     "key_distances",
     "key_nodes",
     "move_together",

@@ -2,10 +2,11 @@
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from hnsw_gpu.engine.compiled import jit
 from hnsw_gpu.engine.keys import KEY_NONE
 
 
@@ -26,7 +27,7 @@ def _move_up(typingctx, beam, row, position, count):
     return types.void(beam, types.int64, types.int64, types.int64), codegen
 
 
-@njit(cache=True, _nrt=False)
+@jit
 def insert(beam, row, size, capacity, key):
     """Insert `key` into the sorted `beam[row, :size]`; the largest falls out of a full one.
 
@@ -48,7 +49,7 @@ def insert(beam, row, size, capacity, key):
     return low
 
 
-@njit(cache=True, _nrt=False)
+@jit
 def size(beam, row):
     """How many keys the sorted `beam[row]` holds before its empty slots."""
     return np.int64(np.searchsorted(beam[row], KEY_NONE))

@@ -22,9 +22,9 @@ Afterwards `repair` sees to it that layer 0 leads from every node to every other
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
 from hnsw_gpu.engine.beam import insert, size
+from hnsw_gpu.engine.compiled import jit
 from hnsw_gpu.engine.distance import as_query, distance
 from hnsw_gpu.engine.graph import Graph
 from hnsw_gpu.engine.keys import KEY_NONE, key_node, make_key
@@ -164,7 +164,7 @@ def without_unfinished(graph):
     )
 
 
-@njit(nogil=True, cache=True, _nrt=False)
+@jit
 def _drop_links_from(neighbors, count):
     """Remove links to numbers `count` and above, in place; rows stay filled from the left."""
     for i in range(neighbors.shape[0]):
@@ -238,13 +238,13 @@ def _group(targets, sources):
     return targets, sources, np.concatenate([[0], changes, ends]).astype(np.int64)
 
 
-@njit(nogil=True, cache=True, _nrt=False)
+@jit
 def _node(graph, layer, number):
     """Id of a number on a layer."""
     return np.int64(graph.nodes[graph.layer_offsets[layer - 1] + number]) if layer else number
 
 
-@njit(nogil=True, cache=True, _nrt=False)
+@jit
 def _number(graph, layer, node):
     """Number on a layer of the first node that is not smaller than `node`."""
     if layer == 0:
@@ -253,7 +253,7 @@ def _number(graph, layer, node):
     return np.int64(np.searchsorted(graph.nodes[start:end], node))
 
 
-@njit(nogil=True, cache=True, _nrt=False)
+@jit
 def _link_points(growth, task, selection, first, start, stop, targets, sources):
     """Step 1 after the search, for points start..stop of the batch that begins at id `first`."""
     graph = growth.graph
@@ -277,7 +277,7 @@ def _link_points(growth, task, selection, first, start, stop, targets, sources):
                 sources[row, j] = key & BITS_OF_DISTANCE | np.uint64(own) << np.uint64(1)
 
 
-@njit(nogil=True, cache=True, _nrt=False)
+@jit
 def _add_batch_mates(growth, task, first, q, layer):
     """Merge the points of the batch before this one that are on the layer into the candidates."""
     keys, row = task.keys, task.keys_start[q] + layer
@@ -293,7 +293,7 @@ def _add_batch_mates(growth, task, first, q, layer):
         number += 1
 
 
-@njit(nogil=True, cache=True, _nrt=False)
+@jit
 def _select(growth, layer, keys, row, candidates, limit, selection):
     """Algorithm 4, strict: writes the kept keys, nearest first, at most `limit`; returns how many.
 
@@ -318,7 +318,7 @@ def _select(growth, layer, keys, row, candidates, limit, selection):
     return count
 
 
-@njit(nogil=True, cache=True, _nrt=False)
+@jit
 def _relink_targets(growth, selection, targets, sources, group_start):
     """Step 3 for a run of groups of pairs."""
     graph = growth.graph
@@ -334,7 +334,7 @@ def _relink_targets(growth, selection, targets, sources, group_start):
             _relink(growth, layer, graph.neighbors, row, new, selection)
 
 
-@njit(nogil=True, cache=True, _nrt=False)
+@jit
 def _relink(growth, layer, neighbors, row, sources, selection):
     """Give one target its new links: append them, or select among old and new."""
     graph, candidates = growth.graph, selection.candidates
@@ -363,7 +363,7 @@ def _relink(growth, layer, neighbors, row, sources, selection):
         neighbors[row, j] = key_node(selection.kept_keys[j]) if j < count else -1
 
 
-@njit(nogil=True, cache=True, _nrt=False)
+@jit
 def _has(neighbors, row, count, number):
     for j in range(count):
         if neighbors[row, j] == number:

@@ -1,7 +1,8 @@
 """Finding equal rows: they share one node."""
 
 import numpy as np
-from numba import njit
+
+from hnsw_gpu.engine.compiled import jit
 
 MOVED = 16384  # rows copied at a time
 
@@ -49,7 +50,7 @@ def move_together(rows, sources, first=0):
         rows[first + start : first + start + len(part)] = rows[part]
 
 
-@njit(nogil=True, cache=True, _nrt=False)
+@jit
 def _slot(slots, words, row):
     """Where the search for a row begins (multiply-and-shift hash of all of its words)."""
     h = np.uint64(0x9E3779B97F4A7C15)
@@ -59,7 +60,7 @@ def _slot(slots, words, row):
     return np.int64(h & np.uint64(len(slots) - 1))
 
 
-@njit(nogil=True, cache=True, _nrt=False)
+@jit
 def _fill(slots, words, count):
     """Enter nodes 0..count, all different."""
     for node in range(count):
@@ -69,7 +70,7 @@ def _fill(slots, words, count):
         slots[slot] = node
 
 
-@njit(nogil=True, cache=True, _nrt=False)
+@jit
 def _is_equal(words, a, b):
     for j in range(words.shape[1]):
         if words[a, j] != words[b, j]:
@@ -77,7 +78,7 @@ def _is_equal(words, a, b):
     return True
 
 
-@njit(nogil=True, cache=True, _nrt=False)
+@jit
 def _assign(slots, words, first, nodes, sources):
     """Nodes of rows first..; `sources[i]` is the row of new node first + i."""
     count = 0

@@ -15,6 +15,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
+from hnsw_gpu.engine.halves import half_to_float
+
 L2, IP, COSINE = 0, 1, 2
 
 F32, I8, I16, I32, I64 = (
@@ -24,7 +26,6 @@ F32, I8, I16, I32, I64 = (
     ir.IntType(32),
     ir.IntType(64),
 )
-HALF = ir.HalfType()
 CACHE_LINE = 64
 NO_REFCOUNT = {"_nrt": False}
 TAIL_BYTES = 12  # end of an int8 row: float32 scale, float32 norm, int32 sum of codes
@@ -76,7 +77,7 @@ def _accumulate(builder, is_l2, query, row, total):
     return _call(builder, name, row.type, [query, row, total])
 
 
-def _float_sum(builder, is_l2, query, row, row_bytes, is_half):
+def _float_sum(context, builder, is_l2, query, row, row_bytes, is_half):
     """Sum over a row of 32-byte blocks: pairs of 16-lane accumulators, then 8 or 16 lanes a block.
 
     `query` points at float32, `row` at float32 or float16, both zero padded to whole blocks.
@@ -89,8 +90,7 @@ def _float_sum(builder, is_l2, query, row, row_bytes, is_half):
     def row_vector(offset, lanes):
         if not is_half:
             return _load(builder, row, offset, F32, lanes)
-        half = _load(builder, row, offset, HALF, lanes)
-        return builder.fpext(half, ir.VectorType(F32, lanes))
+        return half_to_float(context, builder, _load(builder, row, offset, I16, lanes))
 
     def query_vector(offset, lanes):
         return _load(builder, query, builder.mul(offset, I64(4 // item)), F32, lanes)
@@ -172,7 +172,7 @@ def _float_intrinsic(is_l2):
         def codegen(context, builder, signature, arguments):
             query, _ = _row_pointer(context, builder, queries, *arguments[:2])
             row, row_bytes = _row_pointer(context, builder, rows, *arguments[2:])
-            return _float_sum(builder, is_l2, query, row, row_bytes, is_half)
+            return _float_sum(context, builder, is_l2, query, row, row_bytes, is_half)
 
         return types.float32(queries, types.int64, rows, types.int64), codegen
 
@@ -219,7 +219,7 @@ def prefetch_row(typingctx, rows, i):
 
 
 def _load_intrinsic(element, numba_type):
-    """Intrinsic (array, i, offset) -> the `element` at byte `offset` of row `i`."""
+    """Intrinsic (array, i, offset) -> the `element` at byte `offset` of row `i`; I16 is a half."""
 
     @intrinsic
     def load(typingctx, array, i, offset):
@@ -227,7 +227,7 @@ def _load_intrinsic(element, numba_type):
             pointer, _ = _row_pointer(context, builder, array, *arguments[:2])
             address = builder.gep(pointer, [arguments[2]])
             value = builder.load(builder.bitcast(address, element.as_pointer()), align=1)
-            return builder.fpext(value, F32) if element == HALF else value
+            return half_to_float(context, builder, value) if element == I16 else value
 
         return numba_type(array, types.int64, types.int64), codegen
 
@@ -236,7 +236,7 @@ def _load_intrinsic(element, numba_type):
 
 _float_at = _load_intrinsic(F32, types.float32)
 _int_at = _load_intrinsic(I32, types.int32)
-_half_at = _load_intrinsic(HALF, types.float32)
+_half_at = _load_intrinsic(I16, types.float32)
 
 
 def distance(metric, queries, q, rows, i):

@@ -5,9 +5,9 @@ its error; the distance that decides and is returned is always R1's (R11).
 """
 
 import numpy as np
-from numba import njit
 
 from hnsw_gpu.engine.beam import insert, size
+from hnsw_gpu.engine.compiled import jit
 from hnsw_gpu.engine.distance import distance, prefetch_row
 from hnsw_gpu.engine.keys import KEY_NONE, key_distance, key_node, make_key
 from hnsw_gpu.engine.vectors import METRICS, engine_view, rows_as_queries, squared_lengths
@@ -54,7 +54,7 @@ def exact_block(keys, rows, first, queries, metric, *, threads):
         run_chunks(merge, len(distances), CHUNK, threads)
 
 
-@njit(nogil=True, cache=True, _nrt=False)
+@jit
 def _merge_selected(keys, distances, margins, rows, first, queries, metric, begin, end):
     """Offer the rows that the matrix product cannot rule out to queries begin..end."""
     k = keys.shape[1]
@@ -69,7 +69,7 @@ def _merge_selected(keys, distances, margins, rows, first, queries, metric, begi
                 worst = _float_distance(keys[q, k - 1]) + margins[q]
 
 
-@njit(nogil=True, cache=True, _nrt=False)
+@jit
 def _float_distance(key):
     return np.float32(np.inf) if key == KEY_NONE else key_distance(key)
 
@@ -86,7 +86,7 @@ def exact_ids(rows, ids, queries, metric, *, k, threads):
     return keys
 
 
-@njit(nogil=True, cache=True, _nrt=False)
+@jit
 def _merge_ids(keys, rows, ids, queries, metric, begin, end):
     k = keys.shape[1]
     for j in range(len(ids)):
@@ -109,7 +109,7 @@ def rerank(keys, rows, queries, metric, *, k, threads):
     return result
 
 
-@njit(nogil=True, cache=True, _nrt=False)
+@jit
 def _rerank(result, keys, rows, queries, metric, begin, end):
     k = result.shape[1]
     for q in range(begin, end):
@@ -134,7 +134,7 @@ def own_keys(rows, nodes, metric):
     return keys
 
 
-@njit(nogil=True, cache=True, _nrt=False)
+@jit
 def _own_keys(keys, rows, nodes, queries, metric):
     for i in range(len(nodes)):
         keys[i] = make_key(distance(metric, queries, i, rows, nodes[i]), nodes[i])

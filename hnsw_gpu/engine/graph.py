@@ -3,7 +3,8 @@
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
+
+from hnsw_gpu.engine.compiled import jit
 
 
 class Graph(NamedTuple):
@@ -100,7 +101,7 @@ def _check_links(name, neighbors):
     return [f"{name}: node {row} has {defects[kind]}"] if kind else []
 
 
-@njit(nogil=True, cache=True)
+@jit(allocates=True)
 def _first_link_defect(neighbors):
     count, width = neighbors.shape
     for i in range(count):
@@ -131,7 +132,7 @@ def unreachable(graph):
     return np.flatnonzero(parents < 0)
 
 
-@njit(nogil=True, cache=True)
+@jit(allocates=True)
 def reach(links, starts, parents, start):
     """Breadth-first search from `start` through nodes whose parent is -1, writing their parents.
 

@@ -2,8 +2,10 @@
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
+
+from hnsw_gpu.engine.compiled import jit
 
 KEY_NONE = np.uint64(0xFFFFFFFFFFFFFFFF)  # an empty slot: larger than every key
 EXPANDED = np.uint64(1)
@@ -25,7 +27,7 @@ def _bits_float(typingctx, bits):
     return types.float32(types.uint32), codegen
 
 
-@njit(cache=True, _nrt=False)
+@jit
 def make_key(distance, node):
     """uint64 key of a float32 distance and an id, not expanded (R2)."""
     bits = np.uint64(_float_bits(distance))
@@ -33,13 +35,13 @@ def make_key(distance, node):
     return (bits ^ flip) << np.uint64(32) | np.uint64(node) << np.uint64(1)
 
 
-@njit(cache=True, _nrt=False)
+@jit
 def key_node(key):
     """The id in a key."""
     return np.int64((key & np.uint64(0xFFFFFFFF)) >> np.uint64(1))
 
 
-@njit(cache=True, _nrt=False)
+@jit
 def key_distance(key):
     """The float32 distance in a key."""
     ordered = np.uint32(key >> np.uint64(32))

@@ -3,8 +3,8 @@
 import functools
 
 import numpy as np
-from numba import njit
 
+from hnsw_gpu.engine.compiled import jit
 from hnsw_gpu.engine.keys import KEY_NONE, key_distance, key_node
 
 
@@ -151,7 +151,7 @@ class Labels:
         return labels, distances
 
 
-@njit(nogil=True, cache=True, _nrt=False)
+@jit
 def _keys_to_labels(keys, offsets, entry_labels, allowed, skipped, labels, distances):
     k = labels.shape[1]
     for q in range(keys.shape[0]):

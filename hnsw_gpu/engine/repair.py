@@ -15,9 +15,9 @@ ef 64, norms exp(N(0, 1)), 20,000 x 32); in empty slots they cost none.
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
 from hnsw_gpu.engine.beam import size
+from hnsw_gpu.engine.compiled import jit
 from hnsw_gpu.engine.distance import distance
 from hnsw_gpu.engine.graph import reach
 from hnsw_gpu.engine.keys import KEY_NONE, key_node, make_key
@@ -80,7 +80,7 @@ def repair(graph, rows, metric, *, ef_construction, threads, relinked=None):
     return len(lost)
 
 
-@njit(nogil=True, cache=True)
+@jit(allocates=True)
 def _lead_to(layer0, lost, near):
     """Give each lost node a link from a node that can be reached."""
     parents, width = layer0.parents, layer0.neighbors0.shape[1]
@@ -110,7 +110,7 @@ def _lead_to(layer0, lost, near):
         parents[node] = giver
 
 
-@njit(nogil=True, cache=True)
+@jit(allocates=True)
 def _lead_out(layer0, links_back, ways_back, trapped, near):
     """Give each trapped node, or one that it leads to, a link on the way to the entry point."""
     sources, starts = links_back
@@ -131,19 +131,19 @@ def _lead_out(layer0, links_back, ways_back, trapped, near):
         reach(sources, starts, ways_back, giver)
 
 
-@njit(nogil=True, cache=True, _nrt=False)
+@jit
 def _link(layer0, giver, target):
     layer0.neighbors0[giver, _free_slot(layer0, giver)] = target
     if len(layer0.relinked):
         layer0.relinked[giver] = True
 
 
-@njit(nogil=True, cache=True, _nrt=False)
+@jit
 def _has_empty_slot(layer0, giver):
     return layer0.neighbors0[giver, -1] < 0
 
 
-@njit(nogil=True, cache=True, _nrt=False)
+@jit
 def _free_slot(layer0, giver):
     """The first empty slot of a node, else its last link that is no parent's, else -1."""
     neighbors0, width = layer0.neighbors0, layer0.neighbors0.shape[1]
@@ -157,7 +157,7 @@ def _free_slot(layer0, giver):
     return np.int64(-1)
 
 
-@njit(nogil=True, cache=True, _nrt=False)
+@jit
 def _first_with_room(layer0, start, visits, number):
     """The first node, breadth first from `start`, with an empty slot, else with a free one.
 
@@ -184,7 +184,7 @@ def _first_with_room(layer0, start, visits, number):
     return with_free_slot
 
 
-@njit(nogil=True, cache=True, _nrt=False)
+@jit
 def _nearest_of_all(near, q, is_candidate):
     """The nearest of all candidate nodes to a query."""
     best = KEY_NONE
@@ -195,7 +195,7 @@ def _nearest_of_all(near, q, is_candidate):
     return key_node(best)
 
 
-@njit(nogil=True, cache=True)
+@jit(allocates=True)
 def _reversed_links(neighbors0):
     """The nodes that link to node i, (sources, starts): sources[starts[i]:starts[i + 1]]."""
     count, width = neighbors0.shape

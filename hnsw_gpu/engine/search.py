@@ -32,9 +32,9 @@ The slow version is `tests/reference.py`.
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
 from hnsw_gpu.engine.beam import insert
+from hnsw_gpu.engine.compiled import jit
 from hnsw_gpu.engine.distance import distance, prefetch_row
 from hnsw_gpu.engine.keys import EXPANDED, KEY_NONE, key_node, make_key
 from hnsw_gpu.engine.vectors import METRICS, engine_view
@@ -162,7 +162,7 @@ def _new_scratch(graph, task, expand, chunk):
     )
 
 
-@njit(nogil=True, cache=True, _nrt=False)
+@jit
 def _walk_chunk(graph, rows, task, scratch, start, stop):
     """Walk queries start..stop, some at a time, each in its slot."""
     # The paper's algorithm 2, SEARCH-LAYER: ep is the seed, W the beam, C its unexpanded keys,
@@ -193,13 +193,13 @@ def _walk_chunk(graph, rows, task, scratch, start, stop):
                 active -= 1
 
 
-@njit(nogil=True, cache=True, _nrt=False)
+@jit
 def _layer_start(graph, layer):
     """First row of a layer in `nodes`, `neighbors` and `below`."""
     return graph.layer_offsets[layer - 1]
 
 
-@njit(nogil=True, cache=True, _nrt=False)
+@jit
 def _visit(scratch, s, node):
     """Mark a node visited, known to be new."""
     word = node >> 5
@@ -209,7 +209,7 @@ def _visit(scratch, s, node):
     scratch.slots[s, TOUCH] = touched + 1
 
 
-@njit(nogil=True, cache=True, _nrt=False)
+@jit
 def _clear_visited(scratch, s):
     """Clear the visited set."""
     touched = scratch.slots[s, TOUCH]
@@ -221,7 +221,7 @@ def _clear_visited(scratch, s):
     scratch.slots[s, TOUCH] = 0
 
 
-@njit(nogil=True, cache=True, _nrt=False)
+@jit
 def _is_allowed(task, q, node):
     if len(task.own) and task.own[q] == node:
         return False
@@ -231,12 +231,12 @@ def _is_allowed(task, q, node):
     return task.allowed[row, node >> 5] >> np.uint32(node & 31) & np.uint32(1) != 0
 
 
-@njit(nogil=True, cache=True, _nrt=False)
+@jit
 def _has_allowed_keys(task):
     return len(task.own) > 0 or task.allowed.shape[0] > 0
 
 
-@njit(nogil=True, cache=True, _nrt=False)
+@jit
 def _offer(task, scratch, s, key):
     """Merge one key of layer 0 or above into the beam (R4) and the allowed list (R8)."""
     slots = scratch.slots
@@ -253,7 +253,7 @@ def _offer(task, scratch, s, key):
             slots[s, ALLOWED] = min(count + 1, k)
 
 
-@njit(nogil=True, cache=True, _nrt=False)
+@jit
 def _enter_layer(task, scratch, s, layer):
     """Start a layer with an empty beam."""
     slots = scratch.slots
@@ -266,7 +266,7 @@ def _enter_layer(task, scratch, s, layer):
     slots[s, CAPACITY] = task.ef if is_wanted else task.ef_upper
 
 
-@njit(nogil=True, cache=True, _nrt=False)
+@jit
 def _begin(graph, rows, task, scratch, s, q):
     """Seed a query with the entry point, or with its own node (R3, R10)."""
     slots = scratch.slots
@@ -288,7 +288,7 @@ def _begin(graph, rows, task, scratch, s, q):
     _offer(task, scratch, s, make_key(distance(task.metric, task.queries, q, rows, node), number))
 
 
-@njit(nogil=True, cache=True, _nrt=False)
+@jit
 def _list_unvisited(links, row, scratch, s, count):
     """Append the unvisited links of a row to the pending list, mark them; returns its length.
 
@@ -311,7 +311,7 @@ def _list_unvisited(links, row, scratch, s, count):
     return count
 
 
-@njit(nogil=True, cache=True, _nrt=False)
+@jit
 def _gather(graph, rows, scratch, s):
     """Second half of a step: list the unvisited neighbours and ask for their rows (R5, R7)."""
     slots, pending = scratch.slots, scratch.pending
@@ -332,7 +332,7 @@ def _gather(graph, rows, scratch, s):
     slots[s, PHASE] = COMPUTE
 
 
-@njit(nogil=True, cache=True, _nrt=False)
+@jit
 def _compute(graph, rows, task, scratch, s):
     """End of a step: the pending neighbours' keys, merged (R5)."""
     slots = scratch.slots
@@ -351,7 +351,7 @@ def _compute(graph, rows, task, scratch, s):
     slots[s, PENDING] = 0
 
 
-@njit(nogil=True, cache=True, _nrt=False)
+@jit
 def _worst(scratch, s):
     """The key that a new one must be smaller than to enter the beam."""
     size = scratch.slots[s, SIZE]
@@ -359,7 +359,7 @@ def _worst(scratch, s):
     return scratch.beam[s, size - 1] if is_full else KEY_NONE
 
 
-@njit(nogil=True, cache=True, _nrt=False)
+@jit
 def _pick(scratch, s):
     """Mark the `expand` smallest unexpanded keys (R5); False if there is none (R6)."""
     slots = scratch.slots
@@ -377,7 +377,7 @@ def _pick(scratch, s):
     return picked > 0
 
 
-@njit(nogil=True, cache=True, _nrt=False)
+@jit
 def _next_step(graph, task, scratch, s):
     """First half of a step: pick, on this layer or one below; False when the query has ended."""
     slots = scratch.slots
@@ -399,7 +399,7 @@ def _next_step(graph, task, scratch, s):
     return True
 
 
-@njit(nogil=True, cache=True, _nrt=False)
+@jit
 def _descend(graph, task, scratch, s):
     """Make the beam the seed of the layer below (R3)."""
     slots = scratch.slots
@@ -413,7 +413,7 @@ def _descend(graph, task, scratch, s):
         _offer(task, scratch, s, distance_bits | np.uint64(number) << np.uint64(1))
 
 
-@njit(nogil=True, cache=True, _nrt=False)
+@jit
 def _write_keys(task, scratch, s):
     """Hand over a wanted layer's beam, or the allowed list in its place (R8, R9)."""
     slots = scratch.slots

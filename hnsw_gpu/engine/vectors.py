@@ -8,8 +8,8 @@ Under cosine every row and query is scaled to unit length first.
 """
 
 import numpy as np
-from numba import njit
 
+from hnsw_gpu.engine.compiled import jit
 from hnsw_gpu.engine.distance import COSINE, IP, L2, TAIL_BYTES, as_query
 
 METRICS = {"l2": L2, "ip": IP, "cosine": COSINE}
@@ -36,7 +36,7 @@ def _aligned(shape, dtype):
     return memory[start : start + size].view(dtype).reshape(shape)
 
 
-@njit(nogil=True, cache=True)
+@jit(allocates=True)
 def squared_lengths(vectors):
     """float64 (n,) sums of squares of float32 rows (n, dim); not finite where a value is not."""
     result = np.empty(vectors.shape[0], np.float64)
@@ -112,7 +112,7 @@ def rows_as_queries(rows):
     return queries
 
 
-@njit(nogil=True, cache=True)
+@jit(allocates=True)
 def _rows_as_queries(rows, queries):
     for i in range(rows.shape[0]):
         as_query(rows, i, queries, i)

@@ -1,0 +1,193 @@
+"""The one place that compiles: `jit`, and its cache of machine code on disk, which is never stale.
+
+Compiled functions are inlined into each other across files, so the code of one is fresh only while
+every source of this room is unchanged. numba's own cache looks at a function's own file.
+
+A file of the cache holds one function for one signature and one processor, in its name:
+
+    stamp    32 bytes, of the sources and of the versions of what compiles them
+    digest   32 bytes, of name, stamp and code
+    code     as numba pickles it
+
+Another stamp means stale, another digest damaged; either is compiled anew and replaced. A file is
+written beside and moved into place, so processes that fill the cache at once do not meet. Where
+nothing can be read or written, code is compiled in memory, and a warning says so once.
+"""
+
+import contextlib
+import functools
+import hashlib
+import logging
+import os
+import pickle
+import secrets
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import llvmlite
+import numba
+import numpy as np
+from numba import njit
+
+try:  # all that is used of numba's insides, beside `_cache` of a compiled function
+    from numba.core.caching import NullCache
+    from numba.core.compiler import CompileResult
+    from numba.core.serialize import dumps
+except ImportError as error:
+    NullCache, CompileResult, dumps = object, None, None
+    MISSING = str(error)
+else:
+    MISSING = ""
+
+ENGINE = Path(__file__).parent
+VERSIONS = (numba.__version__, llvmlite.__version__, np.__version__)
+PYTHON = (sys.implementation.cache_tag, getattr(sys, "abiflags", ""))
+HASH_BYTES = 32
+NOT_KEPT = "compiled code is not kept on disk, so every process compiles again: %s"
+DAMAGED = "compiled code on disk cannot be used and is compiled again: %s"
+SAID: set[str] = set()  # warnings that this process has given
+
+logger = logging.getLogger("hnsw_gpu")
+
+
+def jit(function: Any = None, *, allocates: bool = False) -> Any:
+    """Decorator: compile at the first call with new types, without the GIL, and keep the code.
+
+    A function may inline whatever lies in this room or in its own file. One that makes arrays says
+    `allocates=True`; the others do without counted references. A closure is not kept.
+    """
+    if function is None:
+        return functools.partial(jit, allocates=allocates)
+    options = {} if allocates else {"_nrt": False}
+    compiled = njit(nogil=True, **options)(function)
+    if MISSING or not hasattr(compiled, "_cache"):
+        _say_once(NOT_KEPT, MISSING or f"numba {numba.__version__} has no place for a cache")
+    elif function.__closure__ is None:
+        compiled._cache = DiskCache(function)
+    return compiled
+
+
+class DiskCache(NullCache):  # type: ignore[misc]
+    """What numba asks for a function's code before it compiles, and gives the code to after."""
+
+    def __init__(self, function: Any) -> None:
+        self._source = Path(function.__code__.co_filename)
+        self._function = f"{self._source.stem}.{function.__qualname__}".replace("<locals>", "")
+        self._stamp = source_stamp(self._source)  # now: of the sources that are being imported
+
+    @property
+    def cache_path(self) -> str:
+        return str(next(places(self._source), ""))
+
+    def load_overload(self, signature: Any, target: Any) -> Any:
+        """The code of a signature, or None."""
+        try:
+            target.refresh()
+            name = self._file_name(signature, target.codegen())
+            for place in places(self._source) if self._stamp else ():
+                code = self._read(place / name)
+                if code is not None:
+                    return CompileResult._rebuild(target, *code)
+        except Exception as error:  # whatever it is, the function can be compiled
+            _say_once(DAMAGED, repr(error))
+        return None
+
+    def save_overload(self, signature: Any, result: Any) -> None:
+        """Keep compiled code in the first place that takes it."""
+        try:
+            if result.library.has_dynamic_globals or result.lifted:
+                return  # it holds addresses of this process
+            if self._stamp != source_stamp(self._source):
+                return  # the sources have changed since they were imported
+            if not self._stamp:
+                raise FileNotFoundError(f"no sources in {ENGINE}")
+            name = self._file_name(signature, result.codegen)
+            code = dumps(result._reduce())
+            self._write(name, self._stamp + self._digest(name, code) + code)
+        except Exception as error:  # the code itself is sound, and in memory
+            _say_once(NOT_KEPT, error if isinstance(error, OSError) else repr(error))
+
+    def _file_name(self, signature: Any, codegen: Any) -> str:
+        """Of the function, the types, the processor and the settings that change the code."""
+        settings = [str(getattr(numba.config, name, "")) for name in ("OPT", "BOUNDSCHECK")]
+        key = repr((signature, codegen.magic_tuple(), PYTHON, settings))
+        return f"{self._function}-{_hash(key.encode()).hex()[:24]}.nbc"
+
+    def _digest(self, name: str, code: bytes) -> bytes:
+        return _hash(name.encode() + self._stamp + code)
+
+    def _read(self, path: Path) -> Any:
+        """What numba pickled into a file that is fresh and sound, or None."""
+        try:
+            content = path.read_bytes()
+        except OSError:
+            return None
+        stamp, digest = content[:HASH_BYTES], content[HASH_BYTES : 2 * HASH_BYTES]
+        code = content[2 * HASH_BYTES :]
+        if digest != self._digest(path.name, code):
+            if stamp == self._stamp or len(content) < 2 * HASH_BYTES:
+                _say_once(DAMAGED, path)
+            return None
+        return pickle.loads(code)
+
+    def _write(self, name: str, content: bytes) -> None:
+        troubles = []
+        for place in places(self._source):
+            beside = place / f"{name}.{secrets.token_hex(8)}"
+            try:
+                place.mkdir(parents=True, exist_ok=True)
+                try:
+                    beside.write_bytes(content)
+                    beside.replace(place / name)
+                    return
+                finally:
+                    with contextlib.suppress(OSError):
+                        beside.unlink(missing_ok=True)
+            except OSError as error:
+                troubles.append(str(error))
+        raise OSError("; ".join(troubles) or "there is no place for it")
+
+
+def places(source: Path) -> Iterator[Path]:
+    """Folders for the code of one source file: $NUMBA_CACHE_DIR, or beside it, or the user's."""
+    folder = f"{source.parent.name}_{_hash(str(source.parent).encode()).hex()[:24]}"
+    if numba.config.CACHE_DIR:
+        yield Path(numba.config.CACHE_DIR) / folder
+        return
+    yield source.parent / "__pycache__"
+    with contextlib.suppress(RuntimeError):  # there is no home
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        yield caches / "hnsw_gpu" / folder
+
+
+def source_stamp(source: Path) -> bytes:
+    """Hash of all sources of this room, of `source` and of the compilers; empty without sources."""
+    try:
+        names = [os.path.join(ENGINE, name) for name in os.listdir(ENGINE) if name.endswith(".py")]
+        hashes = [_file_hash(name, _state(name)) for name in sorted({*names, str(source)})]
+    except OSError:
+        return b""
+    return _hash(repr((VERSIONS, hashes)).encode())
+
+
+@functools.lru_cache(256)
+def _file_hash(file: str, state: tuple[int, ...]) -> tuple[str, bytes]:
+    """Name and hash of a file, which is read again where its `state` is another."""
+    return os.path.basename(file), _hash(Path(file).read_bytes())
+
+
+def _state(file: str) -> tuple[int, ...]:
+    facts = os.stat(file)
+    return facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns
+
+
+def _hash(content: bytes) -> bytes:
+    return hashlib.sha256(content).digest()
+
+
+def _say_once(message: str, what: object) -> None:
+    if message not in SAID:
+        SAID.add(message)
+        logger.warning(message, what)

@@ -1,0 +1,113 @@
+"""Every storage dtype compiles and runs for every x86-64 level, and says the same."""
+
+import os
+import platform
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        platform.machine().lower() not in ("x86_64", "amd64"), reason="no x86-64 processor"
+    ),
+]
+
+LEVELS = ("generic", "x86-64", "x86-64-v2", "x86-64-v3")  # beside the processor that is there
+
+JOB = """
+import sys
+import numpy as np
+import hnsw_gpu
+random = np.random.default_rng(0)
+whole = random.integers(-8, 9, size=(500, 40)).astype(np.float32)
+real = random.standard_normal((500, 40)).astype(np.float32)
+found = {}
+for dtype in ("fp32", "fp16", "int8"):
+    for metric in ("l2", "ip", "cosine"):
+        for name, rows in (("whole", whole), ("real", real)):
+            index = hnsw_gpu.Index(40, metric, dtype)
+            index.add(rows[:450])
+            labels, distances = index.search(rows, 10)
+            near = index.neighbor_graph(5)
+            parts = (labels, distances, near.labels, near.distances, *index._state.graph)
+            for i, part in enumerate(parts):
+                found[f"{name} {dtype} {metric} {i}"] = part
+np.savez(sys.argv[1], **found)
+"""
+
+HALVES = """
+import numpy as np
+from numba import njit
+from hnsw_gpu.engine.distance import L2, as_query, distance
+
+@njit
+def convert(rows, queries):
+    for i in range(rows.shape[0]):
+        as_query(rows, i, queries, i)
+
+@njit
+def squares(rows, queries, out):
+    for i in range(rows.shape[0]):
+        out[i] = distance(L2, queries, 0, rows, i)
+
+halves = np.arange(1 << 16).astype(np.uint16)
+numbers = halves.view(np.float16).astype(np.float32)
+is_number = ~np.isnan(numbers)
+converted = np.empty((len(halves) // 16, 16), np.float32)
+convert(halves.reshape(-1, 16), converted)
+converted = converted.ravel()
+assert converted[is_number].tobytes() == numbers[is_number].tobytes()
+assert np.isnan(converted[~is_number]).all()
+for columns, at in ((16, 3), (32, 3), (32, 30), (48, 40)):
+    rows = np.zeros((len(halves), columns), np.uint16)
+    rows[:, at] = halves
+    out = np.empty(len(halves), np.float32)
+    squares(rows, np.zeros((1, columns), np.float32), out)
+    assert out[is_number].tobytes() == np.square(numbers[is_number]).tobytes(), columns
+print("done")
+"""
+
+
+def run(cpu, cache, *command):
+    """A job in a process that compiles for `cpu`, or for the processor that is there."""
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(cache)}
+    if cpu != "host":
+        environment |= {"NUMBA_CPU_NAME": cpu, "NUMBA_CPU_FEATURES": ""}
+    command = [sys.executable, "-c", *map(str, command)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("answers")
+    made = {}
+
+    def ask(cpu):
+        if cpu not in made:
+            run(cpu, folder / cpu, JOB, folder / f"{cpu}.npz")
+            made[cpu] = np.load(folder / f"{cpu}.npz")
+        return made[cpu]
+
+    return ask
+
+
+@pytest.mark.parametrize("cpu", LEVELS)
+def test_answers_and_graphs_are_those_of_this_processor(answers, cpu):
+    mine, other = answers("host"), answers(cpu)
+    assert mine.files == other.files
+    different = {name.rpartition(" ")[0] for name in mine if not same(mine[name], other[name])}
+    assert different == set()
+
+
+def same(a, b):
+    return (a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, b.tobytes())
+
+
+@pytest.mark.parametrize("cpu", ("host", *LEVELS))
+def test_every_half_is_converted_exactly(cpu, tmp_path):
+    assert run(cpu, tmp_path, HALVES) == "done"

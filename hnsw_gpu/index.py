@@ -455,12 +455,17 @@ class Index:
             raise ValueError("; ".join(problems))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write one .safetensors file. The old file stays whole until the new one is complete."""
+        """Write one .safetensors file. The old file stays whole until the new one is complete.
+
+        ValueError, before anything is written, if `load` would refuse what it would hold.
+        """
         with self._lock.exclusive():
             self._repair(inputs.threads(None))
             about = {name: getattr(self, name) for name in PARAMETERS}
             about["next_label"] = self._state.next_label
-            write_arrays(path, self._state.arrays(), about)
+            arrays = self._state.arrays()
+            _restored(about, arrays)  # what `load` would refuse is not written
+            write_arrays(path, arrays, about)
 
 
 def load(path: str | os.PathLike[str], *, mmap: bool = False, device: str = "auto") -> Index:
@@ -472,14 +477,20 @@ def load(path: str | os.PathLike[str], *, mmap: bool = False, device: str = "aut
     mapped = ("vectors", "refine_vectors") if mmap else ()
     arrays, about = read_arrays(path, mapped)
     try:
-        index = Index(**{name: about[name] for name in PARAMETERS})
-        next_label = inputs.integer("next_label", about["next_label"], 0)
-        index._state = from_arrays(index._state.parameters, arrays, next_label)
+        index = _restored(about, arrays)
     except KeyError as error:
         raise CorruptIndexError(f"{path}: {error} is missing") from None
     except (TypeError, ValueError) as error:
         raise CorruptIndexError(f"{path}: {error}") from None
     return index.to(device)
+
+
+def _restored(about: dict[str, Any], arrays: dict[str, np.ndarray]) -> Index:
+    """The Index of what is in a file; KeyError, TypeError, ValueError say what is wrong."""
+    index = Index(**{name: about[name] for name in PARAMETERS})
+    next_label = inputs.integer("next_label", about["next_label"], 0, inputs.LARGEST_LABEL + 1)
+    index._state = from_arrays(index._state.parameters, arrays, next_label)
+    return index
 
 
 def _row_of(entries: np.ndarray | None, i: int) -> np.ndarray | None:

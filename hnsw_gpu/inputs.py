@@ -18,6 +18,7 @@ ALIASES = {
     "angular": "cosine",
 }
 MOST_NODES = 2**31 - 1
+LARGEST_LABEL = 2**63 - 1
 REFINE = {False: "", "": "", True: "fp32", "fp32": "fp32", "fp16": "fp16"}
 CUDA_MEMORY = (2, 13)  # device types of DLPack: plain, managed
 LONGEST_SQUARED = float(np.finfo(np.float32).max) / 4  # then no distance overflows float32
@@ -26,8 +27,10 @@ LONGEST_SQUARED = float(np.finfo(np.float32).max) / 4  # then no distance overfl
 class RowsError(ValueError):
     """Some rows are refused: the text names the first of them."""
 
-    what: str  # is wrong with them
-    rows: np.ndarray  # int64 (m,): all of them, ascending
+    def __init__(self, text: str, what: str, rows: np.ndarray) -> None:
+        super().__init__(text)
+        self.what = what  # is wrong with them
+        self.rows = rows  # int64 (m,): all of them, ascending
 
 
 def one_of(name: str, value: Any, known: Iterable[str]) -> str:
@@ -159,14 +162,17 @@ def are_valid(part: np.ndarray, metric: str) -> np.ndarray:
 
 
 def refuse(name: str, is_bad: np.ndarray, what: str, first: int = 0) -> None:
-    """RowsError that names the first rows where `is_bad`, counted from `first`."""
+    """RowsError that names the first rows where `is_bad`, counted from `first`.
+
+    No variable holds it here: with its traceback it would keep all that its callers hold.
+    """
     if is_bad.any():
         rows = first + np.flatnonzero(is_bad)
         listed = ", ".join(map(str, rows[:5].tolist()))
         more = f" and {len(rows) - 5} more" if len(rows) > 5 else ""
-        error = RowsError(f"{name}: {what} in row{'s' * (len(rows) > 1)} {listed}{more}")
-        error.what, error.rows = what, rows
-        raise error
+        raise RowsError(
+            f"{name}: {what} in row{'s' * (len(rows) > 1)} {listed}{more}", what, rows
+        )
 
 
 def labels(name: str, value: ArrayLike) -> np.ndarray:
@@ -204,7 +210,13 @@ def new_labels(value: ArrayLike | None, count: int, state: State) -> np.ndarray:
             f"vectors: {state.node_count + count} in all, and an index holds at most {MOST_NODES}"
         )
     if value is None:
-        return np.arange(state.next_label, state.next_label + count, dtype=np.int64)
+        first = state.next_label
+        if count and first + count - 1 > LARGEST_LABEL:
+            raise ValueError(
+                f"labels=None: {count} labels from {first} on would pass the largest, "
+                f"{LARGEST_LABEL}; give labels"
+            )
+        return first + np.arange(count) if count else np.empty(0, np.int64)
     given = unique_labels("labels", value)
     if len(given) != count:
         raise ValueError(f"labels: {len(given)} for {count} vectors")

@@ -444,7 +444,7 @@ class Index:
     # ---------------------------------------------------------------- keeping it
 
     def check(self) -> None:
-        """Raise ValueError naming what is wrong with the graph or the labels.
+        """Raise ValueError naming what is wrong with the graph, the labels or the vectors.
 
         First links the nodes of the last small `add`s that are not reachable yet, as `save` does.
         """
@@ -464,7 +464,7 @@ class Index:
             about = {name: getattr(self, name) for name in PARAMETERS}
             about["next_label"] = self._state.next_label
             arrays = self._state.arrays()
-            _restored(about, arrays)  # what `load` would refuse is not written
+            _restored(about, arrays, reads_rows=False)  # what `load` would refuse is not written
             write_arrays(path, arrays, about)
 
 
@@ -477,7 +477,7 @@ def load(path: str | os.PathLike[str], *, mmap: bool = False, device: str = "aut
     mapped = ("vectors", "refine_vectors") if mmap else ()
     arrays, about = read_arrays(path, mapped)
     try:
-        index = _restored(about, arrays)
+        index = _restored(about, arrays, reads_rows=not mmap)
     except KeyError as error:
         raise CorruptIndexError(f"{path}: {error} is missing") from None
     except (TypeError, ValueError) as error:
@@ -485,11 +485,12 @@ def load(path: str | os.PathLike[str], *, mmap: bool = False, device: str = "aut
     return index.to(device)
 
 
-def _restored(about: dict[str, Any], arrays: dict[str, np.ndarray]) -> Index:
+def _restored(about: dict[str, Any], arrays: dict[str, np.ndarray], *, reads_rows: bool) -> Index:
     """The Index of what is in a file; KeyError, TypeError, ValueError say what is wrong."""
     index = Index(**{name: about[name] for name in PARAMETERS})
     next_label = inputs.integer("next_label", about["next_label"], 0, inputs.LARGEST_LABEL + 1)
-    index._state = from_arrays(index._state.parameters, arrays, next_label)
+    kept = index._state.parameters
+    index._state = from_arrays(kept, arrays, next_label, reads_rows=reads_rows)
     return index
 
 

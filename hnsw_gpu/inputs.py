@@ -170,9 +170,7 @@ def refuse(name: str, is_bad: np.ndarray, what: str, first: int = 0) -> None:
         rows = first + np.flatnonzero(is_bad)
         listed = ", ".join(map(str, rows[:5].tolist()))
         more = f" and {len(rows) - 5} more" if len(rows) > 5 else ""
-        raise RowsError(
-            f"{name}: {what} in row{'s' * (len(rows) > 1)} {listed}{more}", what, rows
-        )
+        raise RowsError(f"{name}: {what} in row{'s' * (len(rows) > 1)} {listed}{more}", what, rows)
 
 
 def labels(name: str, value: ArrayLike) -> np.ndarray:

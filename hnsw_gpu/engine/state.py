@@ -9,6 +9,7 @@ from hnsw_gpu.engine.copies import NodeTable
 from hnsw_gpu.engine.cpu_engine import CpuEngine
 from hnsw_gpu.engine.graph import Graph, check_graph
 from hnsw_gpu.engine.labels import Labels
+from hnsw_gpu.engine.row_check import row_problems
 from hnsw_gpu.engine.vectors import decode, empty_rows
 
 
@@ -64,10 +65,17 @@ class State(NamedTuple):
         kept = self.parameters
         return decode(self.cpu.finest[nodes], kept.dim, kept.refine or kept.dtype)
 
-    def problems(self) -> list[str]:
-        """What is wrong with the graph or the labels, in sentences."""
+    def problems(self, *, reads_rows: bool = True) -> list[str]:
+        """What is wrong with the graph, the labels or the rows, in sentences."""
         found: list[str] = check_graph(self.graph)
-        return found + self.labels.problems(self.node_count, self.next_label)
+        found += self.labels.problems(self.node_count, self.next_label)
+        if reads_rows:
+            cpu, kept = self.cpu, self.parameters
+            found += row_problems("vectors", cpu.rows, kept.dim, kept.metric, kept.dtype)
+            if cpu.refine_rows is not None:
+                fine = cpu.refine_rows
+                found += row_problems("refine_vectors", fine, kept.dim, kept.metric, kept.refine)
+        return found
 
     def arrays(self) -> dict[str, np.ndarray]:
         """What `from_arrays` takes, by name."""
@@ -95,7 +103,9 @@ def empty_state(parameters: Parameters) -> State:
     )
 
 
-def from_arrays(parameters: Parameters, arrays: dict[str, Any], next_label: int) -> State:
+def from_arrays(
+    parameters: Parameters, arrays: dict[str, Any], next_label: int, *, reads_rows: bool
+) -> State:
     """The state that gave `arrays`. KeyError names what is missing, ValueError what is wrong."""
     empty = empty_state(parameters)
     graph = Graph(*(arrays[name] for name in Graph._fields))
@@ -116,7 +126,7 @@ def from_arrays(parameters: Parameters, arrays: dict[str, Any], next_label: int)
         next_label=next_label,
     )
     state.table.clear()
-    problems = state.problems()
+    problems = state.problems(reads_rows=reads_rows)
     if problems:
         raise ValueError("; ".join(problems))
     return state

@@ -1,6 +1,6 @@
 """What an index holds, and as what arrays it is saved."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -25,6 +25,13 @@ class Parameters(NamedTuple):
     seed: int
 
 
+class Source(Protocol):
+    """Where mapped rows lie."""
+
+    def require_unchanged(self) -> None:
+        """Raise an error if they are no longer what they were."""
+
+
 class State(NamedTuple):
     """Nodes, links and labels. An index replaces it whole (growth.py), and never in the middle.
 
@@ -40,6 +47,7 @@ class State(NamedTuple):
     table: NodeTable  # of the finest rows, by which copies are found
     next_label: int
     unrepaired: int  # nodes that were added since layer 0 was last repaired
+    source: Source | None = None  # None: all is in memory
 
     @property
     def node_count(self) -> int:
@@ -47,7 +55,17 @@ class State(NamedTuple):
 
     @property
     def cpu(self) -> CpuEngine:
-        """The CPU engine over the nodes."""
+        """The CPU engine over the nodes; an error where they were mapped and have changed."""
+        self.require_unchanged()
+        return self._cpu
+
+    def require_unchanged(self) -> None:
+        """An error where rows are mapped and have changed, as may what was made of them."""
+        if self.source is not None:
+            self.source.require_unchanged()
+
+    @property
+    def _cpu(self) -> CpuEngine:
         count, kept = self.node_count, self.parameters
         fine = None if self.refine_rows is None else self.refine_rows[:count]
         rows = self.rows[:count]
@@ -56,7 +74,7 @@ class State(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Bytes of nodes, links and labels, without room for nodes to come."""
-        cpu = self.cpu
+        cpu = self._cpu
         held = [*self.graph, cpu.rows] + ([] if cpu.refine_rows is None else [cpu.refine_rows])
         return sum(array.nbytes for array in held) + self.labels.nbytes + self.table.nbytes
 

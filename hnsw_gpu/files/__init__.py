@@ -7,6 +7,7 @@ from hnsw_gpu.files.storage import (
     CorruptIndexError,
     arrays_checksum,
     atomic_file,
+    open_arrays,
     read_arrays,
     write_arrays,
 )
@@ -19,6 +20,7 @@ __all__ = [
     "arrays_checksum",
     "atomic_file",
     "file_checksum",
+    "open_arrays",
     "open_sources",
     "read_arrays",
     "read_page",

@@ -21,6 +21,7 @@ MOST_NODES = 2**31 - 1
 LARGEST_LABEL = 2**63 - 1
 REFINE = {False: "", "": "", True: "fp32", "fp32": "fp32", "fp16": "fp16"}
 CUDA_MEMORY = (2, 13)  # device types of DLPack: plain, managed
+MASKED = "masked values"
 LONGEST_SQUARED = float(np.finfo(np.float32).max) / 4  # then no distance overflows float32
 
 
@@ -105,12 +106,16 @@ def is_on_gpu(value: Any) -> bool:
 
 
 def array(name: str, value: Any) -> np.ndarray:
-    """Any array-like as a numpy array, without copying where that is possible."""
+    """Any array-like as a numpy array, without copying where that is possible.
+
+    RowsError where values are missing.
+    """
     if is_on_gpu(value):
         raise TypeError(
             f"{name}: on a GPU, expected an array in host memory (only the queries of `search` on "
             "an index that is on that GPU may lie there)"
         )
+    _refuse_missing(name, value)
     if not isinstance(value, np.ndarray) and not hasattr(value, "__array__"):
         if hasattr(value, "__dlpack__"):
             return np.from_dlpack(value)
@@ -121,8 +126,31 @@ def array(name: str, value: Any) -> np.ndarray:
     return np.asarray(value)
 
 
+def _refuse_missing(name: str, value: Any) -> None:
+    """RowsError where numpy would forget that values are masked, or read a null as NaN."""
+    if isinstance(value, np.ma.MaskedArray):
+        mask = np.ma.getmaskarray(value)
+        refuse(name, mask.reshape(mask.shape[0] if mask.ndim else 1, -1).any(axis=1), MASKED)
+    elif isinstance(value, (list, tuple)):
+        if any(isinstance(row, np.ma.MaskedArray) for row in value):
+            refuse(name, np.array([np.ma.is_masked(row) for row in value]), MASKED)
+    else:
+        for column in _columns(value):
+            refuse(name, np.asarray(column.is_null()), "null")
+
+
+def _columns(value: Any) -> Iterable[Any]:
+    """The columns of an Arrow or polars table, or the one that it is; none of anything else."""
+    if hasattr(value, "is_null"):
+        return (value,)
+    columns: Any = getattr(value, "get_columns", None) or getattr(value, "itercolumns", None)
+    return columns() if columns is not None else ()
+
+
 def vectors(name: str, value: ArrayLike, dim: int | None = None) -> np.ndarray:
     """Vectors (n, dim) of real numbers, not yet converted; one vector (dim,) gives (1, dim)."""
+    if isinstance(value, np.ma.MaskedArray) and value.ndim == 1 and dim is not None:
+        value = value[None]  # one vector: what is masked is in row 0
     result = array(name, value)
     if result.dtype.kind not in "fiub":
         raise TypeError(f"{name}: dtype {result.dtype}, expected real numbers")

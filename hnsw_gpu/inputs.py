@@ -130,7 +130,8 @@ def _refuse_missing(name: str, value: Any) -> None:
     """RowsError where numpy would forget that values are masked, or read a null as NaN."""
     if isinstance(value, np.ma.MaskedArray):
         mask = np.ma.getmaskarray(value)
-        refuse(name, mask.reshape(mask.shape[0] if mask.ndim else 1, -1).any(axis=1), MASKED)
+        by_row = mask.reshape(mask.shape[0] if mask.ndim else 1, -1)
+        refuse(name, np.asarray(by_row.any(axis=1)), MASKED)
     elif isinstance(value, (list, tuple)):
         if any(isinstance(row, np.ma.MaskedArray) for row in value):
             refuse(name, np.array([np.ma.is_masked(row) for row in value]), MASKED)

@@ -130,7 +130,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     short_name = os.fsdecode(os.fsencode(name)[:200])  # with the rest below the usual 255 bytes
     _remove_abandoned(folder, short_name)
     file, temporary = _locked_file(folder, short_name)
-    lock = os.dup(file.fileno())  # held until the file has its name
+    lock = -1 if fcntl is None else os.dup(file.fileno())  # held until the file has its name
     try:
         with file:
             if os.path.exists(target):
@@ -144,7 +144,8 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
             os.unlink(temporary)
         raise
     finally:
-        os.close(lock)
+        if lock >= 0:
+            os.close(lock)
     if os.name == "posix":
         _sync_folder(folder)
 

@@ -471,7 +471,7 @@ class Index:
             about["next_label"] = self._state.next_label
             arrays = self._state.arrays()
             _restored(about, arrays, reads_rows=False)  # what `load` would refuse is not written
-            write_arrays(path, arrays, about)
+            write_arrays(path, arrays, about, self._state.require_unchanged)
 
 
 def load(path: str | os.PathLike[str], *, mmap: bool = False, device: str = "auto") -> Index:

@@ -38,7 +38,7 @@ import stat
 import struct
 import weakref
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from io import FileIO
@@ -215,12 +215,18 @@ def _is_special(path: Path) -> bool:
     return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
 
 
-def write_arrays(path: Path, arrays: dict[str, np.ndarray], about: dict[str, Any]) -> None:
+def write_arrays(
+    path: Path,
+    arrays: dict[str, np.ndarray],
+    about: dict[str, Any],
+    before_replacing: Callable[[], None] = lambda: None,
+) -> None:
     """Save `arrays` and the JSON-able facts `about` as one file, atomically (see `atomic_file`).
 
     Any strides and byte order; dtypes bool, (u)int8-64, float16-64. Nothing is copied but strided
     and big-endian arrays. Names are Python identifiers. TypeError or ValueError on other input,
-    OSError of the system; `path` is then as before.
+    OSError of the system; `path` is then as before. So it is if `before_replacing` raises, which is
+    called when all is written: the arrays are read twice, and must be the same.
     """
     stored: dict[str, np.ndarray] = {}
     for name, array in arrays.items():
@@ -247,6 +253,7 @@ def write_arrays(path: Path, arrays: dict[str, np.ndarray], about: dict[str, Any
         file.write(struct.pack("<Q", len(header)) + header)
         for array in stored.values():
             file.write(_bytes(array))
+        before_replacing()
 
 
 def read_arrays(

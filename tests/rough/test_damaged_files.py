@@ -202,6 +202,25 @@ def test_a_change_during_a_search_is_not_served(tmp_path, use, monkeypatch) -> N
     assert calls == [1]
 
 
+def test_a_change_during_a_save_is_not_saved(tmp_path, monkeypatch) -> None:
+    path, copy = tmp_path / "x.hnsw", tmp_path / "y.hnsw"
+    saved(path)
+    saved(copy, metric="l2")
+    before = copy.read_bytes()
+    index = load(path, mmap=True)
+    header = storage._header
+
+    def late(*given):  # the checksums are made, and nothing is written
+        overwrite(path)
+        later(path)
+        return header(*given)
+
+    monkeypatch.setattr(storage, "_header", late)
+    with pytest.raises(CorruptIndexError, match="changed in place"):
+        index.save(copy)
+    assert copy.read_bytes() == before and temporary(tmp_path) == []
+
+
 @pytest.mark.parametrize("use", USES)
 def test_a_mapped_file_may_be_replaced_or_removed(tmp_path, use) -> None:
     path = tmp_path / "x.hnsw"

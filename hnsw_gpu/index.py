@@ -30,7 +30,7 @@ from hnsw_gpu.engine import (
     with_vectors,
     within,
 )
-from hnsw_gpu.files import CorruptIndexError, read_arrays, write_arrays
+from hnsw_gpu.files import CorruptIndexError, open_arrays, write_arrays
 from hnsw_gpu.gpu import GpuEngine, bytes_a_query, index_bytes, on_gpu
 from hnsw_gpu.progress import bar
 from hnsw_gpu.results import RadiusResult, SearchResult, into
@@ -136,7 +136,9 @@ class Index:
         given = inputs.labels("labels", labels)
         with self._lock.shared():
             held = self._state.labels
-            return self._state.vectors(held.nodes(held.entries_of(given)))
+            found = self._state.vectors(held.nodes(held.entries_of(given)))
+            self._state.require_unchanged()
+        return found
 
     @property
     def device(self) -> str:
@@ -315,6 +317,7 @@ class Index:
             entries, nodes = self._filter(allow, len(queries))
             keys = nearest(self._engine, Queries(queries), walk, nodes)
             labels, distances = self._state.labels.keys_to_labels(keys, walk.k, entries)
+            self._state.require_unchanged()
         return SearchResult(labels, self._as_asked(distances))
 
     @property
@@ -371,6 +374,7 @@ class Index:
             live = np.flatnonzero(held.live_nodes())
             keys = self._state.cpu.compare(Queries(given), live, min(k, len(live)), threads)
             labels, distances = held.keys_to_labels(keys, k)
+            self._state.require_unchanged()
         return SearchResult(labels, self._as_asked(distances))
 
     def search_radius(
@@ -401,6 +405,7 @@ class Index:
                 held.keys_to_labels(row[None], held.count(key_nodes(row)), _row_of(entries, i))
                 for i, row in enumerate(keys)
             ]
+            self._state.require_unchanged()
         none = [(np.empty((1, 0), np.int64), np.empty((1, 0), np.float32))]
         labels, distances = (np.concatenate(p, 1)[0] for p in zip(*none, *found, strict=True))
         is_in = labels >= 0
@@ -430,6 +435,7 @@ class Index:
                         keys, walk.k, skipped=part
                     )
                     shown.update(len(part))
+            self._state.require_unchanged()
         return SearchResult(labels, self._as_asked(distances))
 
     def _keys_of_others(self, ids: np.ndarray, walk: Walk) -> np.ndarray:
@@ -444,7 +450,7 @@ class Index:
     # ---------------------------------------------------------------- keeping it
 
     def check(self) -> None:
-        """Raise ValueError naming what is wrong with the graph or the labels.
+        """Raise ValueError naming what is wrong with the graph, the labels or the vectors.
 
         First links the nodes of the last small `add`s that are not reachable yet, as `save` does.
         """
@@ -455,31 +461,50 @@ class Index:
             raise ValueError("; ".join(problems))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write one .safetensors file. The old file stays whole until the new one is complete."""
+        """Write one .safetensors file. The old file stays whole until the new one is complete.
+
+        ValueError, before anything is written, if `load` would refuse what it would hold.
+        """
         with self._lock.exclusive():
             self._repair(inputs.threads(None))
             about = {name: getattr(self, name) for name in PARAMETERS}
             about["next_label"] = self._state.next_label
-            write_arrays(path, self._state.arrays(), about)
+            arrays = self._state.arrays()
+            _restored(about, arrays, reads_rows=False)  # what `load` would refuse is not written
+            write_arrays(path, arrays, about, self._state.require_unchanged)
 
 
 def load(path: str | os.PathLike[str], *, mmap: bool = False, device: str = "auto") -> Index:
     """The Index saved at `path`. CorruptIndexError if the file is damaged or not an index.
 
-    mmap: map the vectors instead of reading them; their checksum is not read then.
+    mmap: map the vectors instead of reading them; neither their checksum nor their values are
+        looked at then (`check` looks at the values). Leave the file as it is meanwhile; to replace
+        it, write another one and rename it over the old one, as `save` does. Before and after each
+        search the size and the time of the file are compared: CorruptIndexError if it was written
+        to or cut in place. A file that is cut during a search ends the process (SIGBUS), and a
+        change that keeps size and time goes unnoticed.
     """
     inputs.one_of("device", device, ("cpu", "auto", "cuda"))
     mapped = ("vectors", "refine_vectors") if mmap else ()
-    arrays, about = read_arrays(path, mapped)
+    arrays, about, file = open_arrays(path, mapped)
     try:
-        index = Index(**{name: about[name] for name in PARAMETERS})
-        next_label = inputs.integer("next_label", about["next_label"], 0)
-        index._state = from_arrays(index._state.parameters, arrays, next_label)
+        index = _restored(about, arrays, reads_rows=not mmap)
     except KeyError as error:
         raise CorruptIndexError(f"{path}: {error} is missing") from None
     except (TypeError, ValueError) as error:
         raise CorruptIndexError(f"{path}: {error}") from None
+    if mmap:
+        index._state = index._state._replace(source=file)
     return index.to(device)
+
+
+def _restored(about: dict[str, Any], arrays: dict[str, np.ndarray], *, reads_rows: bool) -> Index:
+    """The Index of what is in a file; KeyError, TypeError, ValueError say what is wrong."""
+    index = Index(**{name: about[name] for name in PARAMETERS})
+    next_label = inputs.integer("next_label", about["next_label"], 0, inputs.LARGEST_LABEL + 1)
+    kept = index._state.parameters
+    index._state = from_arrays(kept, arrays, next_label, reads_rows=reads_rows)
+    return index
 
 
 def _row_of(entries: np.ndarray | None, i: int) -> np.ndarray | None:

@@ -18,16 +18,20 @@ ALIASES = {
     "angular": "cosine",
 }
 MOST_NODES = 2**31 - 1
+LARGEST_LABEL = 2**63 - 1
 REFINE = {False: "", "": "", True: "fp32", "fp32": "fp32", "fp16": "fp16"}
 CUDA_MEMORY = (2, 13)  # device types of DLPack: plain, managed
+MASKED = "masked values"
 LONGEST_SQUARED = float(np.finfo(np.float32).max) / 4  # then no distance overflows float32
 
 
 class RowsError(ValueError):
     """Some rows are refused: the text names the first of them."""
 
-    what: str  # is wrong with them
-    rows: np.ndarray  # int64 (m,): all of them, ascending
+    def __init__(self, text: str, what: str, rows: np.ndarray) -> None:
+        super().__init__(text)
+        self.what = what  # is wrong with them
+        self.rows = rows  # int64 (m,): all of them, ascending
 
 
 def one_of(name: str, value: Any, known: Iterable[str]) -> str:
@@ -102,12 +106,16 @@ def is_on_gpu(value: Any) -> bool:
 
 
 def array(name: str, value: Any) -> np.ndarray:
-    """Any array-like as a numpy array, without copying where that is possible."""
+    """Any array-like as a numpy array, without copying where that is possible.
+
+    RowsError where values are missing.
+    """
     if is_on_gpu(value):
         raise TypeError(
             f"{name}: on a GPU, expected an array in host memory (only the queries of `search` on "
             "an index that is on that GPU may lie there)"
         )
+    _refuse_missing(name, value)
     if not isinstance(value, np.ndarray) and not hasattr(value, "__array__"):
         if hasattr(value, "__dlpack__"):
             return np.from_dlpack(value)
@@ -118,8 +126,32 @@ def array(name: str, value: Any) -> np.ndarray:
     return np.asarray(value)
 
 
+def _refuse_missing(name: str, value: Any) -> None:
+    """RowsError where numpy would forget that values are masked, or read a null as NaN."""
+    if isinstance(value, np.ma.MaskedArray):
+        mask = np.ma.getmaskarray(value)
+        by_row = mask.reshape(mask.shape[0] if mask.ndim else 1, -1)
+        refuse(name, np.asarray(by_row.any(axis=1)), MASKED)
+    elif isinstance(value, (list, tuple)):
+        if any(isinstance(row, np.ma.MaskedArray) for row in value):
+            refuse(name, np.array([np.ma.is_masked(row) for row in value]), MASKED)
+    else:
+        for column in _columns(value):
+            refuse(name, np.asarray(column.is_null()), "null")
+
+
+def _columns(value: Any) -> Iterable[Any]:
+    """The columns of an Arrow or polars table, or the one that it is; none of anything else."""
+    if hasattr(value, "is_null"):
+        return (value,)
+    columns: Any = getattr(value, "get_columns", None) or getattr(value, "itercolumns", None)
+    return columns() if columns is not None else ()
+
+
 def vectors(name: str, value: ArrayLike, dim: int | None = None) -> np.ndarray:
     """Vectors (n, dim) of real numbers, not yet converted; one vector (dim,) gives (1, dim)."""
+    if isinstance(value, np.ma.MaskedArray) and value.ndim == 1 and dim is not None:
+        value = value[None]  # one vector: what is masked is in row 0
     result = array(name, value)
     if result.dtype.kind not in "fiub":
         raise TypeError(f"{name}: dtype {result.dtype}, expected real numbers")
@@ -159,14 +191,15 @@ def are_valid(part: np.ndarray, metric: str) -> np.ndarray:
 
 
 def refuse(name: str, is_bad: np.ndarray, what: str, first: int = 0) -> None:
-    """RowsError that names the first rows where `is_bad`, counted from `first`."""
+    """RowsError that names the first rows where `is_bad`, counted from `first`.
+
+    No variable holds it here: with its traceback it would keep all that its callers hold.
+    """
     if is_bad.any():
         rows = first + np.flatnonzero(is_bad)
         listed = ", ".join(map(str, rows[:5].tolist()))
         more = f" and {len(rows) - 5} more" if len(rows) > 5 else ""
-        error = RowsError(f"{name}: {what} in row{'s' * (len(rows) > 1)} {listed}{more}")
-        error.what, error.rows = what, rows
-        raise error
+        raise RowsError(f"{name}: {what} in row{'s' * (len(rows) > 1)} {listed}{more}", what, rows)
 
 
 def labels(name: str, value: ArrayLike) -> np.ndarray:
@@ -204,7 +237,13 @@ def new_labels(value: ArrayLike | None, count: int, state: State) -> np.ndarray:
             f"vectors: {state.node_count + count} in all, and an index holds at most {MOST_NODES}"
         )
     if value is None:
-        return np.arange(state.next_label, state.next_label + count, dtype=np.int64)
+        first = state.next_label
+        if count and first + count - 1 > LARGEST_LABEL:
+            raise ValueError(
+                f"labels=None: {count} labels from {first} on would pass the largest, "
+                f"{LARGEST_LABEL}; give labels"
+            )
+        return first + np.arange(count) if count else np.empty(0, np.int64)
     given = unique_labels("labels", value)
     if len(given) != count:
         raise ValueError(f"labels: {len(given)} for {count} vectors")

@@ -1,8 +1,8 @@
 """Near-duplicates of vectors in files: more than memory holds, and resumable.
 
-Rows are read in shards, and each step on the way leaves a file in OUT/work, from where the same
-command goes on (`shard_steps.py`). At the end the tables and the report are written, and
-OUT/work is removed.
+Rows are read in shards, and each step on the way leaves a file in a folder of our own in OUT, from
+where the same command goes on (`checkpoints.py`). At the end the tables and the report are written,
+and that folder is removed. Files in OUT that are not ours are neither overwritten nor removed.
 
 In memory at a time: one shard with its graph, the pairs, and per row some 100 bytes and the id.
 """
@@ -16,7 +16,7 @@ import numpy as np
 import hnsw_gpu
 from hnsw_gpu import inputs
 from hnsw_gpu.deduplication import report as reports
-from hnsw_gpu.deduplication.checkpoints import Checkpoints
+from hnsw_gpu.deduplication.checkpoints import MADE_BY, WORK, Checkpoints
 from hnsw_gpu.deduplication.conclusion import conclude
 from hnsw_gpu.deduplication.decision import NearRows
 from hnsw_gpu.deduplication.keep_order import KEEP
@@ -27,7 +27,7 @@ from hnsw_gpu.deduplication.sharded_join import no_pairs
 from hnsw_gpu.deduplication.stage_clock import StageClock
 from hnsw_gpu.deduplication.tables import write_tables
 from hnsw_gpu.engine import thread_count
-from hnsw_gpu.files import Sources, file_checksum, open_sources
+from hnsw_gpu.files import FORMAT_VERSION, Sources, file_checksum, open_sources
 
 
 def dedup_files(
@@ -49,8 +49,9 @@ def dedup_files(
     """Do the job, write into folder `out`; returns the report.
 
     memory_limit: bytes of the whole process, by which `shard_rows` is chosen where it is not given;
-    None: half of the machine's memory. ValueError where OUT/work belongs to other input or
-    parameters, and where the limit is too small.
+    None: half of the machine's memory. ValueError where `out` holds a run of other input or
+    parameters, or foreign files where ours would be, where an input would be overwritten or changes
+    meanwhile, and where the limit is too small.
     """
     settings.check()
     clock = StageClock()
@@ -65,9 +66,23 @@ def dedup_files(
         memory_limit, len(sources), sources.dim, settings.M
     )
     other = _open_other(against, column)
+    checkpoints = Checkpoints(out / WORK)
+    others = other.paths if isinstance(other, Sources) else [other] if other else []
+    reports.require_ours(out, [*sources.paths, *others], is_begun=checkpoints.is_begun())
+    plan = {
+        "version": hnsw_gpu.__version__,
+        "format": FORMAT_VERSION,
+        "settings": settings._asdict(),
+        "column": column,
+        "id_column": id_column,
+        "text_column": text_column,
+        "write_kept": write_kept,
+        "shard_rows": rows_a_shard,
+        "itself": itself,
+        "files": sources.fingerprints(),
+        "against": _fingerprints(other),
+    }
     out.mkdir(parents=True, exist_ok=True)
-    checkpoints = Checkpoints(out / "work")
-    plan = _plan(settings, rows_a_shard, itself, sources, other)
     checkpoints.begin(plan)
     steps = ResumableSteps(
         checkpoints, settings, shard_rows=rows_a_shard,
@@ -78,13 +93,20 @@ def dedup_files(
     near = _near_rows(steps, settings, sources, other, itself, clock)
     result = conclude(near, settings._replace(keep=keep), ids, itself, clock)
     result.report["parameters"] |= _parameters(settings)
-    report = result.report | {
-        "curve": reports.curve(result),
-        "largest_groups": reports.largest_groups(result, sources, text_column),
-        "sources": plan["files"],
-        "shards": {"count": len(near.shards.numbers), "rows": rows_a_shard},
-        "version": hnsw_gpu.__version__,
-    }
+    report = (
+        {"made_by": MADE_BY}
+        | result.report
+        | {
+            "curve": reports.curve(result),
+            "largest_groups": reports.largest_groups(result, sources, text_column),
+            "sources": plan["files"],
+            "shards": {"count": len(near.shards.numbers), "rows": rows_a_shard},
+            "version": hnsw_gpu.__version__,
+        }
+    )
+    sources.require_unchanged()
+    if isinstance(other, Sources):
+        other.require_unchanged()
     write_tables(out, result, sources, write_kept)
     clock.ends("write")
     report["seconds"] = {stage: round(value, 3) for stage, value in clock.seconds.items()}
@@ -143,24 +165,10 @@ def _open_other(against: Sequence[Path], column: str) -> Sources | Path | None:
     return saved[0] if saved else open_sources(against, column=column)
 
 
-def _plan(
-    settings: Settings,
-    shard_rows: int,
-    itself: bool,
-    sources: Sources,
-    other: Sources | Path | None,
-) -> dict[str, Any]:
-    """All that the files in OUT/work depend on."""
-    against: list[dict[str, Any]] = []
+def _fingerprints(other: Sources | Path | None) -> list[dict[str, Any]]:
+    """Path and checksum of each file of the other set."""
+    if other is None:
+        return []
     if isinstance(other, Sources):
-        against = other.fingerprints()
-    elif other is not None:
-        against = [{"path": str(other), "checksum": file_checksum(other)}]
-    return {
-        "version": hnsw_gpu.__version__,
-        "settings": settings._asdict(),
-        "shard_rows": shard_rows,
-        "itself": itself,
-        "files": sources.fingerprints(),
-        "against": against,
-    }
+        return other.fingerprints()
+    return [{"path": str(other), "checksum": file_checksum(other)}]

@@ -35,12 +35,16 @@ def row_order(keep: Any, rows: Rows, offsets: np.ndarray, neighbors: np.ndarray)
 def _by_values(keep: Any, rows: Rows) -> np.ndarray:
     which, values = keep
     inputs.one_of("keep", which, ("max", "min"))
-    values = np.asarray(values)
+    values = inputs.array("keep", values)
     if values.shape != (rows.total,) or values.dtype.kind not in "fiub":
         raise ValueError(f"keep: {values.dtype} {values.shape}, expected ({rows.total},) numbers")
-    values = values[rows.valid].astype(np.float64)
-    inputs.refuse("keep", np.isnan(values), "NaN")
-    return np.argsort(-values if which == "max" else values, kind="stable")
+    is_valid = np.zeros(rows.total, bool)
+    is_valid[rows.valid] = True
+    inputs.refuse("keep", np.isnan(values) & is_valid, "NaN")
+    values = values[rows.valid]
+    if which == "min":
+        return np.argsort(values, kind="stable")
+    return len(values) - 1 - np.argsort(values[::-1], kind="stable")[::-1]
 
 
 def node_order(places: np.ndarray, rows: Rows) -> tuple[np.ndarray, np.ndarray]:

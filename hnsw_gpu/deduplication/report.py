@@ -1,15 +1,19 @@
 """The report of a deduplication of files: what it adds to a result's, and its two forms."""
 
 import json
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from hnsw_gpu.deduplication.checkpoints import MADE_BY
 from hnsw_gpu.deduplication.report_page import write_page
 from hnsw_gpu.deduplication.result import DedupResult
 from hnsw_gpu.files import Sources, atomic_file
 
+RESULTS = ("duplicates.parquet", "pairs.parquet", "kept.parquet", "report.json", "report.html")
 POINTS = 40  # of the curve
 GROUPS, MEMBERS = 50, 20  # the largest groups that the report shows, and rows of each
 
@@ -72,6 +76,30 @@ def _largest(result: DedupResult) -> list[tuple[int, int, np.ndarray]]:
         nearest = members[np.argsort(result.distance[members], kind="stable")][:MEMBERS]
         groups.append((int(heads[g]), int(sizes[g]) + 1, nearest))
     return groups
+
+
+def require_ours(out: Path, read: Sequence[Path], *, is_begun: bool) -> None:
+    """ValueError where a result would replace a file that is read, or that is not provably ours.
+
+    Ours are the results in OUT beside a report of ours, or beside a run that is begun there.
+    """
+    there = [out / name for name in RESULTS if os.path.lexists(out / name)]
+    for path in there:
+        if any(path.exists() and path.samefile(given) for given in read):
+            raise ValueError(f"{path} is an input: it would be overwritten")
+    if there and not is_begun and not _is_ours(out / "report.json"):
+        raise ValueError(
+            f"{there[0]} is there, and no report.json of {MADE_BY} beside it: it would be "
+            "overwritten; move it away, or choose another output folder"
+        )
+
+
+def _is_ours(report: Path) -> bool:
+    try:
+        found = json.loads(report.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return False
+    return isinstance(found, dict) and found.get("made_by") == MADE_BY
 
 
 def write_report(out: Path, report: dict[str, Any]) -> None:

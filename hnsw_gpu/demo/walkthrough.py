@@ -22,6 +22,7 @@ from hnsw_gpu import Index, SearchResult, __version__, exact_search, load
 from hnsw_gpu import recall as measure
 from hnsw_gpu.demo.verses import PACKAGES, TRANSLATIONS, Verses, load_verses, require
 from hnsw_gpu.engine import thread_count
+from hnsw_gpu.files import atomic_file
 
 K = 10
 EFS = (16, 32, 64, 128, 256)
@@ -29,6 +30,7 @@ EF = 128  # for everything but the sweep over EFS
 GRAPH_K = 16  # neighbours of an indexed verse: room for its copies before the first other wording
 EXAMPLES = (20016018, 58011001, 1001003)  # Proverbs 16:18, Hebrews 11:1, Genesis 1:3
 EXAMPLE_K = 6
+MADE_BY = "hnsw-gpu demo"
 FILES = {"index": "verses.hnsw", "plot": "recall.png", "figures": "figures.json"}
 
 
@@ -62,11 +64,14 @@ def run_demo(
     """Run the six steps, write into `folder`, and return what figures.json holds.
 
     verses: default `load_verses()`; labels in the index are row numbers of the indexed verses.
-    Raises ImportError, saying what to install, if a package of the extra `demo` is missing.
+    Raises ImportError, saying what to install, if a package of the extra `demo` is missing;
+    ValueError if a file there that is not ours would be overwritten.
     """
     require((*PACKAGES, "matplotlib"))
-    folder.mkdir(parents=True, exist_ok=True)
     paths = {what: folder / name for what, name in FILES.items()}
+    require_ours(paths)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_figures(paths["figures"], {})  # marks the folder as ours
     run = Run(thread_count(threads), progress)
     with run.timed("total"):
         verses = read_verses(run, verses)
@@ -90,11 +95,30 @@ def run_demo(
         "same_verse": same_verse,
         "examples": examples,
     }
-    paths["figures"].write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    write_figures(paths["figures"], figures)
     click.echo(f"\nDone in {run.seconds['total']:.0f} s.")
     for what, path in paths.items():
         _print_line(f"{what:<8} {path}")
     return figures
+
+
+def require_ours(paths: dict[str, Path]) -> None:
+    """ValueError where a file is there, and no figures of ours beside it."""
+    there = [path for path in paths.values() if path.exists()]
+    try:
+        found = json.loads(paths["figures"].read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        found = None
+    if there and not (isinstance(found, dict) and found.get("made_by") == MADE_BY):
+        raise ValueError(
+            f"{there[0]} is there, and not from {MADE_BY}: it would be overwritten; choose another "
+            "folder (--out)"
+        )
+
+
+def write_figures(path: Path, figures: dict[str, Any]) -> None:
+    with atomic_file(path) as file:
+        file.write((json.dumps({"made_by": MADE_BY} | figures, indent=2) + "\n").encode())
 
 
 def read_verses(run: Run, verses: Verses | None) -> Verses:

@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from hnsw_gpu.engine.alignment import copy_aligned
 from hnsw_gpu.engine.beam import insert, size
 from hnsw_gpu.engine.compiled import jit
 from hnsw_gpu.engine.distance import as_query, distance
@@ -128,7 +129,7 @@ def _with_room(graph, neighbors0, levels):
         neighbors0=neighbors0,
         layer_offsets=np.cumsum([0] + [len(part) for part in nodes], dtype=np.int64),
         nodes=np.concatenate(nodes),
-        neighbors=np.concatenate(neighbors),
+        neighbors=copy_aligned(np.concatenate(neighbors)),
         below=np.concatenate(below).astype(np.int32),
     )
 
@@ -159,7 +160,7 @@ def without_unfinished(graph):
         neighbors0=graph.neighbors0,
         layer_offsets=np.cumsum([0] + [is_in[layer].sum() for layer in layers], dtype=np.int64),
         nodes=graph.nodes[is_in],
-        neighbors=graph.neighbors[is_in],
+        neighbors=copy_aligned(graph.neighbors[is_in]),
         below=graph.below[is_in],
     )
 

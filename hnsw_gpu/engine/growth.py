@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from hnsw_gpu.engine import copies
+from hnsw_gpu.engine.alignment import copy_aligned, empty_aligned, taken_aligned
 from hnsw_gpu.engine.build import empty_graph, insert_nodes, without_unfinished
 from hnsw_gpu.engine.graph import Graph
 from hnsw_gpu.engine.repair import repair
@@ -92,12 +93,12 @@ def _labelled(state: State, graph: Graph, nodes: np.ndarray, labels: np.ndarray)
     if len(state.rows) <= 2 * count:
         return state
     cpu = state.cpu  # most of the vectors were copies
-    neighbors0 = graph.neighbors0.copy()
+    neighbors0 = copy_aligned(graph.neighbors0)
     return state._replace(
         graph=graph._replace(neighbors0=neighbors0),
         neighbors0=neighbors0,
-        rows=cpu.rows.copy(),
-        refine_rows=None if cpu.refine_rows is None else cpu.refine_rows.copy(),
+        rows=copy_aligned(cpu.rows),
+        refine_rows=None if cpu.refine_rows is None else copy_aligned(cpu.refine_rows),
     )
 
 
@@ -117,9 +118,13 @@ def repaired(
 
 def compacted(state: State, *, threads: int, advance: Callable[[int], object]) -> State:
     """A new state of the nodes that carry labels."""
+    state.require_unchanged()
     kept = state.parameters
     live = np.flatnonzero(state.labels.live_nodes())
-    rows = state.rows[live]
+    rows, refine_rows = taken_aligned(state.rows, live), state.refine_rows
+    if refine_rows is not None:
+        refine_rows = taken_aligned(refine_rows, live)
+    state.require_unchanged()
     graph = build_graph(
         rows, kept.metric, M=kept.M, ef_construction=kept.ef_construction, seed=kept.seed,
         threads=threads, advance=advance,
@@ -130,7 +135,7 @@ def compacted(state: State, *, threads: int, advance: Callable[[int], object]) -
         graph=graph,
         neighbors0=graph.neighbors0,
         rows=rows,
-        refine_rows=None if state.refine_rows is None else state.refine_rows[live],
+        refine_rows=refine_rows,
         labels=state.labels.of_nodes(live),
         next_label=state.next_label,
     )
@@ -149,7 +154,7 @@ def build_graph(
     """The graph of distinct encoded rows (n, row). `advance` is told how many nodes were linked."""
     graph = empty_graph(M)
     insertion = insert_nodes(
-        graph, np.empty((len(rows), 2 * M), np.int32), rows, metric,
+        graph, empty_aligned((len(rows), 2 * M), np.int32), rows, metric,
         ef_construction=ef_construction, seed=seed, threads=threads,
     )  # fmt: skip
     for grown in insertion:
@@ -161,19 +166,22 @@ def build_graph(
 
 def _with_room(state: State, count: int) -> State:
     """The state with room for `count` nodes."""
+    state.require_unchanged()
     used, kept = state.node_count, state.parameters
     rows = _with_rows(state.rows, used, count, kept.dim, kept.dtype)
     refine_rows, neighbors0 = state.refine_rows, state.neighbors0
     if refine_rows is not None:
         refine_rows = _with_rows(refine_rows, used, count, kept.dim, kept.refine)
     if len(neighbors0) < count:
-        neighbors0 = np.empty((len(rows), 2 * kept.M), np.int32)
+        neighbors0 = empty_aligned((len(rows), 2 * kept.M), np.int32)
         neighbors0[:used] = state.graph.neighbors0
+    state.require_unchanged()
     return state._replace(
         graph=state.graph._replace(neighbors0=neighbors0[:used]),
         neighbors0=neighbors0,
         rows=rows,
         refine_rows=refine_rows,
+        source=state.source if rows is state.rows else None,
     )
 
 

@@ -1,6 +1,6 @@
 """What an index holds, and as what arrays it is saved."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -9,6 +9,7 @@ from hnsw_gpu.engine.copies import NodeTable
 from hnsw_gpu.engine.cpu_engine import CpuEngine
 from hnsw_gpu.engine.graph import Graph, check_graph
 from hnsw_gpu.engine.labels import Labels
+from hnsw_gpu.engine.row_check import row_problems
 from hnsw_gpu.engine.vectors import decode, empty_rows
 
 
@@ -22,6 +23,13 @@ class Parameters(NamedTuple):
     M: int
     ef_construction: int
     seed: int
+
+
+class Source(Protocol):
+    """Where mapped rows lie."""
+
+    def require_unchanged(self) -> None:
+        """Raise an error if they are no longer what they were."""
 
 
 class State(NamedTuple):
@@ -39,6 +47,7 @@ class State(NamedTuple):
     table: NodeTable  # of the finest rows, by which copies are found
     next_label: int
     unrepaired: int  # nodes that were added since layer 0 was last repaired
+    source: Source | None = None  # None: all is in memory
 
     @property
     def node_count(self) -> int:
@@ -46,7 +55,17 @@ class State(NamedTuple):
 
     @property
     def cpu(self) -> CpuEngine:
-        """The CPU engine over the nodes."""
+        """The CPU engine over the nodes; an error where they were mapped and have changed."""
+        self.require_unchanged()
+        return self._cpu
+
+    def require_unchanged(self) -> None:
+        """An error where rows are mapped and have changed, as may what was made of them."""
+        if self.source is not None:
+            self.source.require_unchanged()
+
+    @property
+    def _cpu(self) -> CpuEngine:
         count, kept = self.node_count, self.parameters
         fine = None if self.refine_rows is None else self.refine_rows[:count]
         rows = self.rows[:count]
@@ -55,7 +74,7 @@ class State(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Bytes of nodes, links and labels, without room for nodes to come."""
-        cpu = self.cpu
+        cpu = self._cpu
         held = [*self.graph, cpu.rows] + ([] if cpu.refine_rows is None else [cpu.refine_rows])
         return sum(array.nbytes for array in held) + self.labels.nbytes + self.table.nbytes
 
@@ -64,10 +83,17 @@ class State(NamedTuple):
         kept = self.parameters
         return decode(self.cpu.finest[nodes], kept.dim, kept.refine or kept.dtype)
 
-    def problems(self) -> list[str]:
-        """What is wrong with the graph or the labels, in sentences."""
+    def problems(self, *, reads_rows: bool = True) -> list[str]:
+        """What is wrong with the graph, the labels or the rows, in sentences."""
         found: list[str] = check_graph(self.graph)
-        return found + self.labels.problems(self.node_count, self.next_label)
+        found += self.labels.problems(self.node_count, self.next_label)
+        if reads_rows:
+            cpu, kept = self.cpu, self.parameters
+            found += row_problems("vectors", cpu.rows, kept.dim, kept.metric, kept.dtype)
+            if cpu.refine_rows is not None:
+                fine = cpu.refine_rows
+                found += row_problems("refine_vectors", fine, kept.dim, kept.metric, kept.refine)
+        return found
 
     def arrays(self) -> dict[str, np.ndarray]:
         """What `from_arrays` takes, by name."""
@@ -95,7 +121,9 @@ def empty_state(parameters: Parameters) -> State:
     )
 
 
-def from_arrays(parameters: Parameters, arrays: dict[str, Any], next_label: int) -> State:
+def from_arrays(
+    parameters: Parameters, arrays: dict[str, Any], next_label: int, *, reads_rows: bool
+) -> State:
     """The state that gave `arrays`. KeyError names what is missing, ValueError what is wrong."""
     empty = empty_state(parameters)
     graph = Graph(*(arrays[name] for name in Graph._fields))
@@ -116,7 +144,7 @@ def from_arrays(parameters: Parameters, arrays: dict[str, Any], next_label: int)
         next_label=next_label,
     )
     state.table.clear()
-    problems = state.problems()
+    problems = state.problems(reads_rows=reads_rows)
     if problems:
         raise ValueError("; ".join(problems))
     return state

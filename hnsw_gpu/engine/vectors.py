@@ -9,6 +9,7 @@ Under cosine every row and query is scaled to unit length first.
 
 import numpy as np
 
+from hnsw_gpu.engine.alignment import empty_aligned
 from hnsw_gpu.engine.compiled import jit
 from hnsw_gpu.engine.distance import COSINE, IP, L2, TAIL_BYTES, as_query
 
@@ -26,14 +27,7 @@ def row_length(dim, dtype):
 
 def empty_rows(count, dim, dtype):
     """Uninitialised rows (count, row_length), aligned to a cache line."""
-    return _aligned((count, row_length(dim, dtype)), STORAGE[dtype])
-
-
-def _aligned(shape, dtype):
-    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    memory = np.empty(size + 64, np.uint8)
-    start = -memory.ctypes.data % 64
-    return memory[start : start + size].view(dtype).reshape(shape)
+    return empty_aligned((count, row_length(dim, dtype)), STORAGE[dtype])
 
 
 @jit(allocates=True)
@@ -92,7 +86,7 @@ def encode_queries(vectors, metric, dtype):
         return rows_as_queries(encode(vectors, metric, dtype))
     if metric == "cosine":
         vectors = _unit(vectors)
-    queries = _aligned((len(vectors), row_length(vectors.shape[1], dtype)), np.float32)
+    queries = empty_aligned((len(vectors), row_length(vectors.shape[1], dtype)), np.float32)
     queries[:, : vectors.shape[1]] = vectors
     queries[:, vectors.shape[1] :] = 0
     return queries
@@ -101,8 +95,8 @@ def encode_queries(vectors, metric, dtype):
 def empty_queries(count, rows):
     """Uninitialised encoded queries (count, ...) for searching `rows`."""
     if rows.dtype == np.int8:
-        return _aligned((count, rows.shape[1] + BLOCK_BYTES), np.uint8)
-    return _aligned((count, rows.shape[1]), np.float32)
+        return empty_aligned((count, rows.shape[1] + BLOCK_BYTES), np.uint8)
+    return empty_aligned((count, rows.shape[1]), np.float32)
 
 
 def rows_as_queries(rows):

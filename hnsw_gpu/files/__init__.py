@@ -3,20 +3,24 @@
 from hnsw_gpu.files.page import read_page
 from hnsw_gpu.files.sources import Sources, file_checksum, open_sources
 from hnsw_gpu.files.storage import (
+    FORMAT_VERSION,
     CorruptIndexError,
     arrays_checksum,
     atomic_file,
+    open_arrays,
     read_arrays,
     write_arrays,
 )
 from hnsw_gpu.files.vector_files import read_vectors, write_result
 
 __all__ = [
+    "FORMAT_VERSION",
     "CorruptIndexError",
     "Sources",
     "arrays_checksum",
     "atomic_file",
     "file_checksum",
+    "open_arrays",
     "open_sources",
     "read_arrays",
     "read_page",

@@ -64,11 +64,26 @@ class Sources:
                     f"{file.path}: vectors of {file.dim} numbers, and {files[0].path} has "
                     f"{self.dim}"
                 )
+        self._identities = {file.path: _identity(file.path) for file in files}
         self._starts = np.cumsum([0] + [file.rows for file in files])
         self._count = max(1, min(BATCH_ROWS, BATCH_BYTES // (4 * self.dim)))
 
     def __len__(self) -> int:
         return int(self._starts[-1])
+
+    @property
+    def paths(self) -> list[Path]:
+        """Of the files on disk."""
+        return [_data_path(file.path) for file in self.files]
+
+    def require_unchanged(self) -> None:
+        """ValueError where a file is not as it was when it was opened."""
+        for path in self._identities:
+            self._require_unchanged(path)
+
+    def _require_unchanged(self, path: Path) -> None:
+        if _identity(path) != self._identities[path]:
+            raise ValueError(f"{path} was changed while it was read: run the command again")
 
     def _spans(self, start: int, stop: int) -> Iterator[tuple[Any, int, int]]:
         """Files with rows of start..stop, and which of theirs."""
@@ -78,9 +93,12 @@ class Sources:
                 yield file, begin, end
 
     def vectors(self, start: int, stop: int) -> Iterator[np.ndarray]:
-        """Rows start..stop in blocks (m, dim), as stored."""
+        """Rows start..stop in blocks (m, dim), as stored; ValueError where a file was changed."""
         for file, begin, end in self._spans(start, stop):
-            yield from file.blocks(begin, end, self._count)
+            self._require_unchanged(file.path)
+            for block in file.blocks(begin, end, self._count):
+                yield block
+                self._require_unchanged(file.path)
 
     def column(self, name: str) -> "pyarrow.ChunkedArray":
         """A column of all rows; ValueError where a value is null or a file lacks it."""
@@ -140,10 +158,10 @@ class Sources:
             {
                 "path": str(file.path),
                 "rows": file.rows,
-                "size": _data_path(file.path).stat().st_size,
-                "checksum": file_checksum(_data_path(file.path)),
+                "size": path.stat().st_size,
+                "checksum": file_checksum(path),
             }
-            for file in self.files
+            for file, path in zip(self.files, self.paths, strict=True)
         ]
 
 
@@ -162,6 +180,15 @@ def file_checksum(path: Path) -> str:
         while part := file.read(READ_BYTES):
             total = zlib.crc32(part, total)
     return f"{total:08x}"
+
+
+def _identity(path: Path) -> tuple[int, ...] | None:
+    """What changes when a file is replaced or written to; None where there is none."""
+    try:
+        found = _data_path(path).stat()
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _data_path(path: Path) -> Path:

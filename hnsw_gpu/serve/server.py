@@ -19,7 +19,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from hnsw_gpu.files import read_page
+from hnsw_gpu.files import CorruptIndexError, read_page
 from hnsw_gpu.results import SearchResult
 from hnsw_gpu.serve import formats, openapi, problem
 from hnsw_gpu.serve.batcher import Batcher, QueueFullError
@@ -147,6 +147,9 @@ class Server:
             )
         except TimeoutError:
             raise Problem(504, f"no answer within {asked.timeout_s:g} s") from None
+        except CorruptIndexError as error:  # it is mapped, and the file was changed
+            logger.error("%s", error)
+            raise Problem(503, "the file of the index was changed: swap it") from None
         except (ValueError, TypeError, LookupError) as error:
             raise Problem(422, message_of(error)) from None
         except QueueFullError as error:

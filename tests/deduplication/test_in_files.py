@@ -13,6 +13,7 @@ from test_in_memory import made
 
 from hnsw_gpu import Index, cli, dedup
 from hnsw_gpu.deduplication import checkpoints, in_files, report, report_page, tables
+from hnsw_gpu.deduplication.checkpoints import WORK
 from hnsw_gpu.deduplication.distinct_rows import digest
 from hnsw_gpu.deduplication.shard_steps import ResumableSteps
 from hnsw_gpu.files import sources, storage
@@ -82,7 +83,7 @@ def test_as_in_memory(tmp_path, paths, method, shard_rows, linkage) -> None:
         assert point == {"threshold": point["threshold"]} | {
             name: again[name] for name in point if name != "threshold"
         }
-    assert not (out / "work").exists()
+    assert not (out / WORK).exists()
 
 
 def test_ids_texts_and_who_is_kept(tmp_path, paths) -> None:
@@ -168,7 +169,7 @@ def test_ended_anywhere_it_goes_on(tmp_path, paths, monkeypatch, step) -> None:
                 in_files.dedup_files(*command, shard_rows=300)
         else:
             in_files.dedup_files(*command, shard_rows=300)
-    done = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "work").glob("[sb]*")}
+    done = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / WORK).glob("[sb]*")}
     assert len(done) == (min(max(step - 1, 0), 9) if step < 15 else 0)
     opened = []
     monkeypatch.setattr(
@@ -179,7 +180,7 @@ def test_ended_anywhere_it_goes_on(tmp_path, paths, monkeypatch, step) -> None:
     in_files.dedup_files(*command, shard_rows=300)
     assert not set(opened) & set(done)
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
-    assert not (tmp_path / "out" / "work").exists()
+    assert not (tmp_path / "out" / WORK).exists()
 
 
 @pytest.mark.slow
@@ -201,7 +202,7 @@ main(sys.argv[1:])
     command = [sys.executable, "-c", program, "dedup", *arguments, "-o", str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert len(list((tmp_path / "out" / "work").glob("shard-*"))) == 2
+    assert len(list((tmp_path / "out" / WORK).glob("shard-*"))) == 2
     run(*arguments, "-o", tmp_path / "out")
     run(*arguments, "-o", tmp_path / "whole")
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
@@ -243,7 +244,7 @@ def test_a_damaged_shard_is_named(tmp_path, paths, monkeypatch) -> None:
     with monkeypatch.context() as patched:
         patched.setattr(ResumableSteps, "pairs", stop)
         fails(*paths, "-o", out, "--shard-rows", 300)
-    path = out / "work" / "shard-0001.safetensors"
+    path = out / WORK / "shard-0001.safetensors"
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)

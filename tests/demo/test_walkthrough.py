@@ -174,7 +174,8 @@ def test_what_is_printed_is_what_is_returned(part, tmp_path, capsys):
         assert f"{share:.1%}" in printed
     for name in ("verses.hnsw", "recall.png", "figures.json"):
         assert str(tmp_path / name) in printed
-    assert json.loads((tmp_path / "figures.json").read_text()) == figures
+    saved = json.loads((tmp_path / "figures.json").read_text())
+    assert saved == {"made_by": "hnsw-gpu demo"} | figures
     assert figures["queries"] == 50
     assert figures["threads"] == 1
 

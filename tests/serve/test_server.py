@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import io
 import json
+import os
 import socket
 import sys
 import threading
@@ -339,6 +340,33 @@ def test_a_link_does_not_lead_out_of_the_root(folder, tmp_path):
             fresh.call.as_json({"path": "link.hnsw"}, "/v1/index:swap").refused(404, "link.hnsw")
     finally:
         link.unlink()
+
+
+@pytest.mark.parametrize("change", ["in place", "cut"])
+def test_a_mapped_file_that_is_changed_is_not_served(tmp_path, change, caplog):
+    """And neither another file in its place, nor a swap, is kept from being served."""
+    path = served.saved(tmp_path)
+    with running(path, mmap=True) as fresh:
+        expected = load(path).search(QUERIES, 10).labels
+        held = path.rename(tmp_path / "held")
+        served.saved(tmp_path, vectors=-VECTORS)  # another file of its name
+        reply = fresh.call.search(QUERIES)
+        np.testing.assert_array_equal(formats.read_result(reply.body)[0], expected)
+        with held.open("r+b") as file:
+            if change == "cut":
+                file.truncate(held.stat().st_size // 2)
+            else:
+                file.seek(held.stat().st_size // 2)
+                file.write(b"\0" * 1000)
+        os.utime(held, ns=(1, 1))  # whatever the clock of the file system
+        for _ in range(2):
+            fresh.call.search(QUERIES).refused(503, "the file of the index was changed: swap it")
+        fresh.call.as_json({"labels": [1]}).refused(503, "the file of the index was changed")
+        assert "was changed in place while it is mapped" in caplog.text
+        assert fresh.call.as_json({"path": path.name}, "/v1/index:swap").status == 200
+        expected = load(path).search(QUERIES, 10).labels
+        reply = fresh.call.search(QUERIES)
+        np.testing.assert_array_equal(formats.read_result(reply.body)[0], expected)
 
 
 def test_one_swap_at_a_time_and_only_where_memory_holds_both(folder, monkeypatch):

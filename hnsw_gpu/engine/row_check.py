@@ -1,0 +1,98 @@
+"""What is wrong with encoded rows (`vectors.py`) that did not come from `encode`, as in a file."""
+
+import numpy as np
+
+from hnsw_gpu.engine.compiled import jit
+from hnsw_gpu.engine.distance import TAIL_BYTES
+from hnsw_gpu.engine.workers import run_chunks, thread_count
+
+CHUNK = 4096  # rows that a thread takes at a time
+UNIT_ERROR = 1e-3  # of a squared length; an encoder errs by 1e-6
+NORM_ERROR = 1e-5  # relative; an encoder rounds twice
+TINY = 1e-37  # a norm below loses bits
+HALF_EXPONENT = np.uint16(0x7C00)  # all of these bits: NaN or infinite
+DEFECTS = (
+    "",
+    "NaN, infinite or too large values",
+    "a scale that is negative or not finite",
+    "a sum of codes that is not that of its codes",
+    "a norm that is not that of its codes",
+    "values in the padding",
+    "a length other than 1, which cosine needs",
+)
+
+
+def row_problems(name, rows, dim, metric, dtype):
+    """What is wrong, in sentences that name the first row, with rows (n, row) of vectors (dim)."""
+    kinds = np.zeros(-(-len(rows) // CHUNK), np.int64)
+    firsts = np.zeros(len(kinds), np.int64)
+
+    def look(start, stop):
+        if dtype == "int8":
+            found = _int8_defect(rows, dim, start, stop)
+        elif dtype == "fp16":
+            found = _fp16_defect(rows.view(np.uint16), dim, start, stop)
+        else:
+            found = _fp32_defect(rows, dim, metric == "cosine", start, stop)
+        kinds[start // CHUNK], firsts[start // CHUNK] = found
+
+    run_chunks(look, len(rows), CHUNK, thread_count(None))
+    bad = np.flatnonzero(kinds)
+    return [f"{name}: row {firsts[i]} has {DEFECTS[kinds[i]]}" for i in bad[:1]]
+
+
+@njit(nogil=True, cache=True, _nrt=False, fastmath={"reassoc", "contract"})
+def _fp32_defect(rows, dim, is_unit, start, stop):
+    """Place in DEFECTS and number of the first bad row of start..stop; (0, -1) if there is none."""
+    for i in range(start, stop):
+        total = np.float32(0)
+        for j in range(dim):
+            total += rows[i, j] * rows[i, j]
+        if not total <= np.float32(3e38):  # NaN is not
+            return 1, i
+        if is_unit and abs(total - np.float32(1)) > np.float32(UNIT_ERROR):
+            return 6, i
+        for j in range(dim, rows.shape[1]):
+            if rows[i, j] != 0:
+                return 5, i
+    return 0, -1
+
+
+@jit
+def _fp16_defect(bits, dim, start, stop):
+    """As `_fp32_defect`, of float16 as uint16, which no sum of squares makes too large."""
+    for i in range(start, stop):
+        largest = np.uint16(0)
+        for j in range(dim):
+            largest = max(largest, bits[i, j] & HALF_EXPONENT)
+        if largest == HALF_EXPONENT:
+            return 1, i
+        for j in range(dim, bits.shape[1]):
+            if bits[i, j] != 0:
+                return 5, i
+    return 0, -1
+
+
+@jit
+def _int8_defect(rows, dim, start, stop):
+    """As `_fp32_defect`, of codes with their tail."""
+    end = rows.shape[1] - TAIL_BYTES
+    for i in range(start, stop):
+        tail = rows[i, end:]
+        scale, norm = tail[:4].view(np.float32)[0], tail[4:8].view(np.float32)[0]
+        total, squares = np.int32(0), np.int32(0)
+        for j in range(dim):  # numba adds int32 as int64, which halves the lanes
+            code = np.int32(rows[i, j])
+            total = np.int32(total + code)
+            squares = np.int32(squares + np.int32(code * code))
+        for j in range(dim, end):
+            if rows[i, j] != 0:
+                return 5, i
+        if not 0 <= scale < np.inf:
+            return 2, i
+        if tail[8:12].view(np.int32)[0] != total:
+            return 3, i
+        expected = np.float64(scale) * np.float64(scale) * squares
+        if not abs(norm - expected) <= NORM_ERROR * expected + TINY:
+            return 4, i
+    return 0, -1

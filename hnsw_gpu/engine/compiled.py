@@ -52,15 +52,16 @@ SAID: set[str] = set()  # warnings that this process has given
 logger = logging.getLogger("hnsw_gpu")
 
 
-def jit(function: Any = None, *, allocates: bool = False) -> Any:
+def jit(function: Any = None, *, allocates: bool = False, fastmath: Any = False) -> Any:
     """Decorator: compile at the first call with new types, without the GIL, and keep the code.
 
     A function may inline whatever lies in this room or in its own file. One that makes arrays says
-    `allocates=True`; the others do without counted references. A closure is not kept.
+    `allocates=True`; the others do without counted references. A closure is not kept. fastmath: as
+    in numba; where the order of a sum may differ from machine to machine (so of no distance).
     """
     if function is None:
-        return functools.partial(jit, allocates=allocates)
-    options = {} if allocates else {"_nrt": False}
+        return functools.partial(jit, allocates=allocates, fastmath=fastmath)
+    options = {"fastmath": fastmath} if allocates else {"fastmath": fastmath, "_nrt": False}
     compiled = njit(nogil=True, **options)(function)
     if MISSING or not hasattr(compiled, "_cache"):
         _say_once(NOT_KEPT, MISSING or f"numba {numba.__version__} has no place for a cache")

@@ -41,7 +41,7 @@ def row_problems(name, rows, dim, metric, dtype):
     return [f"{name}: row {firsts[i]} has {DEFECTS[kinds[i]]}" for i in bad[:1]]
 
 
-@njit(nogil=True, cache=True, _nrt=False, fastmath={"reassoc", "contract"})
+@jit(fastmath={"reassoc", "contract"})
 def _fp32_defect(rows, dim, is_unit, start, stop):
     """Place in DEFECTS and number of the first bad row of start..stop; (0, -1) if there is none."""
     for i in range(start, stop):

@@ -14,7 +14,7 @@ from hnsw_gpu.engine import (
     key_nodes,
 )
 from hnsw_gpu.progress import bar
-from hnsw_gpu.results import SearchResult
+from hnsw_gpu.results import SearchResult, reported
 
 
 def exact_search(
@@ -51,4 +51,4 @@ def exact_search(
     distances = np.full((len(asked), k), np.inf, np.float32)
     labels[:, : keys.shape[1]] = key_nodes(keys)
     distances[:, : keys.shape[1]] = key_distances(keys)
-    return SearchResult(labels, np.sqrt(distances) if metric == "euclidean" else distances)
+    return SearchResult(labels, reported(distances, metric))

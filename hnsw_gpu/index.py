@@ -33,7 +33,7 @@ from hnsw_gpu.engine import (
 from hnsw_gpu.files import CorruptIndexError, read_arrays, write_arrays
 from hnsw_gpu.gpu import GpuEngine, bytes_a_query, index_bytes, on_gpu
 from hnsw_gpu.progress import bar
-from hnsw_gpu.results import RadiusResult, SearchResult, into
+from hnsw_gpu.results import RadiusResult, SearchResult, into, reported
 
 ENCODE_ROWS = 16384  # vectors checked and encoded at a time
 SELF_ROWS = 16384  # nodes of a neighbour graph searched at a time
@@ -315,7 +315,7 @@ class Index:
             entries, nodes = self._filter(allow, len(queries))
             keys = nearest(self._engine, Queries(queries), walk, nodes)
             labels, distances = self._state.labels.keys_to_labels(keys, walk.k, entries)
-        return SearchResult(labels, self._as_asked(distances))
+        return SearchResult(labels, reported(distances, self.metric))
 
     @property
     def _engine(self) -> CpuEngine | GpuEngine:
@@ -331,10 +331,6 @@ class Index:
             mask = inputs.entry_mask(allow, held.labels, queries)
             return np.atleast_2d(pack_bits(mask)), held.any_of_node(mask)
         return None, None if held.are_all_live else held.live_nodes()
-
-    def _as_asked(self, distances: np.ndarray) -> np.ndarray:
-        """An engine's distances as the metric means them."""
-        return np.sqrt(distances) if self.metric == "euclidean" else distances
 
     def _search_on_gpu(
         self,
@@ -371,7 +367,7 @@ class Index:
             live = np.flatnonzero(held.live_nodes())
             keys = self._state.cpu.compare(Queries(given), live, min(k, len(live)), threads)
             labels, distances = held.keys_to_labels(keys, k)
-        return SearchResult(labels, self._as_asked(distances))
+        return SearchResult(labels, reported(distances, self.metric))
 
     def search_radius(
         self,
@@ -391,7 +387,10 @@ class Index:
         walk = inputs.walk(1, ef, threads, self._expand(ef))
 
         def is_near(distances: np.ndarray) -> np.ndarray:
-            return self._as_asked(distances).astype(np.float64) <= limit
+            is_within: np.ndarray = reported(distances, self.metric).astype(np.float64) <= limit
+            if self.metric == "ip":  # also where 1 - dot is rounded
+                is_within |= distances.astype(np.float64) <= limit - 1
+            return is_within
 
         with self._lock.shared():
             entries, nodes = self._filter(allow, len(given))
@@ -406,7 +405,7 @@ class Index:
         is_in = labels >= 0
         ends = np.cumsum([0] + [part.shape[1] for part, _ in found])
         offsets = np.concatenate([[0], np.cumsum(is_in)])[ends].astype(np.int64)
-        return RadiusResult(offsets, labels[is_in], self._as_asked(distances[is_in]))
+        return RadiusResult(offsets, labels[is_in], reported(distances[is_in], self.metric))
 
     def neighbor_graph(
         self, k: int = 15, *, ef: int = 64, threads: int | None = None, progress: bool = False
@@ -430,7 +429,7 @@ class Index:
                         keys, walk.k, skipped=part
                     )
                     shown.update(len(part))
-        return SearchResult(labels, self._as_asked(distances))
+        return SearchResult(labels, reported(distances, self.metric))
 
     def _keys_of_others(self, ids: np.ndarray, walk: Walk) -> np.ndarray:
         """Keys of the nodes nearest to nodes (m,), and of the node itself where it has copies."""

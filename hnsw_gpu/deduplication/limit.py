@@ -1,8 +1,12 @@
-"""The limit within which rows are near-duplicates: from the caller's words, and back to them."""
+"""The limit within which rows are near-duplicates: from the caller's words, and back to them.
+
+Engines' distances (R1) decide. Under ip they are 0 - dot, where callers say dot or 1 - dot.
+"""
 
 import numpy as np
 
 from hnsw_gpu import inputs
+from hnsw_gpu.results import reported
 
 
 def limit_of(metric: str, threshold: float | None, max_distance: float | None) -> float:
@@ -11,6 +15,8 @@ def limit_of(metric: str, threshold: float | None, max_distance: float | None) -
         if threshold is not None:
             raise ValueError("threshold and max_distance: say one of them")
         limit = np.float32(inputs.number("max_distance", max_distance))
+        if metric == "ip":
+            return _limit_of_products(float(max_distance), limit)
         if metric != "euclidean":
             return float(limit)
         squared = limit * abs(limit)
@@ -22,6 +28,8 @@ def limit_of(metric: str, threshold: float | None, max_distance: float | None) -
     least = np.float32(inputs.number("threshold", 0.95 if threshold is None else threshold))
     if metric == "cosine" and not -1 <= least <= 1:
         raise ValueError(f"threshold={threshold}: expected a cosine similarity, -1 to 1")
+    if metric == "ip":
+        return float(0 - least)
     # 1 - distance is rounded: to `least` and more from the middle between it and the float before
     middle = (float(least) + float(np.nextafter(least, np.float32(-np.inf)))) / 2
     largest = np.float32(1 - middle)
@@ -30,10 +38,34 @@ def limit_of(metric: str, threshold: float | None, max_distance: float | None) -
     return float(largest)
 
 
+def _limit_of_products(given: float, limit: np.float32) -> float:
+    """The largest float32 of 0 - dot whose 1 - dot is within what was given, or rounds to it."""
+    if not np.isfinite(limit):
+        return float(limit)
+    exact = np.float32(given - 1)
+    if exact > given - 1:
+        exact = np.nextafter(exact, np.float32(-np.inf))
+    middle = (float(limit) + float(np.nextafter(limit, np.float32(np.inf)))) / 2
+    rounded = np.float32(middle - 1)
+    while np.float32(1) + rounded > limit:
+        rounded = np.nextafter(rounded, np.float32(-np.inf))
+    return float(max(exact, rounded))
+
+
+def distance_of_copies(metric: str) -> np.float32:
+    """The engines' distance that callers are told as 0: that of copies, also under ip."""
+    return np.float32(-1 if metric == "ip" else 0)
+
+
 def limit_as_given(metric: str, limit: float) -> dict[str, float]:
     """threshold and max_distance as the caller knows them: 0.9, not the float32 next to it."""
     if metric in ("l2", "euclidean"):
         return {"max_distance": _shortest(limit if metric == "l2" else limit**0.5)}
+    if metric == "ip":
+        return {
+            "threshold": _shortest(0 - limit),
+            "max_distance": _shortest(float(reported(np.float32(limit), metric))),
+        }
     return {
         "threshold": _shortest(float(np.float32(1) - np.float32(limit))),
         "max_distance": _shortest(limit),

@@ -38,7 +38,7 @@ def exact_search(
     given = inputs.vectors("vectors", vectors)
     asked = inputs.vectors("queries", queries, given.shape[1])
     k, threads = inputs.integer("k", k, 1, inputs.MOST_NODES), inputs.threads(threads)
-    encoded = encode_queries(inputs.float_vectors("queries", asked, name), name, "fp32")
+    encoded = encode_queries(inputs.float_vectors("queries", asked, name, ""), name, "fp32")
     keys = np.full((len(asked), min(k, len(given))), KEY_NONE, np.uint64)
     with bar(progress, len(given), "exact search", "vectors") as shown:
         block = block_rows(given.shape[1])

@@ -1,5 +1,6 @@
 """The index: vectors, graph and labels behind one object, and the choice of engine."""
 
+import logging
 import os
 import threading
 from collections.abc import Iterator
@@ -11,10 +12,12 @@ from numpy.typing import ArrayLike
 from hnsw_gpu import inputs
 from hnsw_gpu.engine import (
     KEY_NONE,
+    LOST_SHARE,
     STORAGE,
     CpuEngine,
     Parameters,
     Queries,
+    Rounded,
     SharedLock,
     State,
     Walk,
@@ -34,6 +37,8 @@ from hnsw_gpu.files import CorruptIndexError, read_arrays, write_arrays
 from hnsw_gpu.gpu import GpuEngine, bytes_a_query, index_bytes, on_gpu
 from hnsw_gpu.progress import bar
 from hnsw_gpu.results import RadiusResult, SearchResult, into, reported
+
+logger = logging.getLogger("hnsw_gpu")
 
 ENCODE_ROWS = 16384  # vectors checked and encoded at a time
 SELF_ROWS = 16384  # nodes of a neighbour graph searched at a time
@@ -193,7 +198,9 @@ class Index:
         with self._lock.exclusive():
             new_labels = inputs.new_labels(labels, len(given), self._state)
             first = self._state.node_count
-            state, nodes = with_vectors(self._state, len(given), self._checked_parts(given))
+            parts = self._checked_parts(given)
+            state, nodes, rounded = with_vectors(self._state, len(given), parts)
+            self._tell(rounded, len(given))
             count = max(int(nodes.max(initial=-1)) + 1, first)
             relinked = self._relinked(count)
 
@@ -210,6 +217,22 @@ class Index:
 
             run_to_a_stop(work)
         return new_labels
+
+    def _tell(self, rounded: Rounded, count: int) -> None:
+        """Say on the logger what the dtype took from vectors that are being added."""
+        dtype = f"{self.dtype}, refine={self.refine!r}" if self.refine else self.dtype
+        if rounded.worn:
+            logger.warning(
+                "%s: rounding takes over %.0f %% of what tells them apart from %s of %s vectors; a "
+                "finer dtype finds more, or vectors without their mean and outliers",
+                dtype, 100 * LOST_SHARE, f"{rounded.worn:,}", f"{count:,}",
+            )  # fmt: skip
+        if rounded.merged:
+            logger.warning(
+                "%s: %s of %s vectors become equal to others that differ, and come back as their "
+                "copies; a finer dtype, or refine=True, keeps them apart",
+                dtype, f"{rounded.merged:,}", f"{count:,}",
+            )  # fmt: skip
 
     def _checked_parts(self, given: np.ndarray) -> Iterator[np.ndarray]:
         """The vectors (m, dim) as float32, a block at a time."""
@@ -301,7 +324,7 @@ class Index:
     def checked_queries(self, queries: ArrayLike) -> np.ndarray:
         """float32 (q, dim) of the queries of a search; what `search` raises where they are bad."""
         given = inputs.vectors("queries", queries, self.dim)
-        return inputs.float_vectors("queries", given, self._metric, "fp32")
+        return inputs.float_vectors("queries", given, self._metric, "")
 
     def _expand(self, ef: int) -> int:
         """Nodes expanded in one step, where the caller leaves it to the device."""
@@ -387,10 +410,10 @@ class Index:
         walk = inputs.walk(1, ef, threads, self._expand(ef))
 
         def is_near(distances: np.ndarray) -> np.ndarray:
-            is_within: np.ndarray = reported(distances, self.metric).astype(np.float64) <= limit
-            if self.metric == "ip":  # also where 1 - dot is rounded
-                is_within |= distances.astype(np.float64) <= limit - 1
-            return is_within
+            told = reported(distances, self.metric).astype(np.float64)
+            if self.metric == "ip":  # 1 - dot was rounded; what is told is itself a radius
+                return (distances.astype(np.float64) <= limit - 1) | (told == limit)
+            return told <= limit
 
         with self._lock.shared():
             entries, nodes = self._filter(allow, len(given))

@@ -6,7 +6,8 @@ Engines' distances (R1) decide. Under ip they are 0 - dot, where callers say dot
 import numpy as np
 
 from hnsw_gpu import inputs
-from hnsw_gpu.results import reported
+
+INFINITY = np.float32(np.inf)
 
 
 def limit_of(metric: str, threshold: float | None, max_distance: float | None) -> float:
@@ -14,14 +15,15 @@ def limit_of(metric: str, threshold: float | None, max_distance: float | None) -
     if max_distance is not None:
         if threshold is not None:
             raise ValueError("threshold and max_distance: say one of them")
-        limit = np.float32(inputs.number("max_distance", max_distance))
+        given = inputs.number("max_distance", max_distance)
         if metric == "ip":
-            return _limit_of_products(float(max_distance), limit)
+            return _limit_of_products(given)
+        limit = np.float32(given)
         if metric != "euclidean":
             return float(limit)
         squared = limit * abs(limit)
-        while squared < np.inf and np.sqrt(np.nextafter(squared, np.float32(np.inf))) <= limit:
-            squared = np.nextafter(squared, np.float32(np.inf))  # the root is rounded
+        while squared < np.inf and np.sqrt(np.nextafter(squared, INFINITY)) <= limit:
+            squared = np.nextafter(squared, INFINITY)  # the root is rounded
         return float(squared)
     if metric in ("l2", "euclidean"):
         raise ValueError(f"metric {metric!r}: say max_distance, there is no similarity")
@@ -31,25 +33,25 @@ def limit_of(metric: str, threshold: float | None, max_distance: float | None) -
     if metric == "ip":
         return float(0 - least)
     # 1 - distance is rounded: to `least` and more from the middle between it and the float before
-    middle = (float(least) + float(np.nextafter(least, np.float32(-np.inf)))) / 2
+    middle = (float(least) + float(np.nextafter(least, -INFINITY))) / 2
     largest = np.float32(1 - middle)
     while np.float32(1) - largest < least:
-        largest = np.nextafter(largest, np.float32(-np.inf))
+        largest = np.nextafter(largest, -INFINITY)
     return float(largest)
 
 
-def _limit_of_products(given: float, limit: np.float32) -> float:
-    """The largest float32 of 0 - dot whose 1 - dot is within what was given, or rounds to it."""
-    if not np.isfinite(limit):
-        return float(limit)
-    exact = np.float32(given - 1)
-    if exact > given - 1:
-        exact = np.nextafter(exact, np.float32(-np.inf))
-    middle = (float(limit) + float(np.nextafter(limit, np.float32(np.inf)))) / 2
-    rounded = np.float32(middle - 1)
-    while np.float32(1) + rounded > limit:
-        rounded = np.nextafter(rounded, np.float32(-np.inf))
-    return float(max(exact, rounded))
+def _limit_of_products(max_distance: float) -> float:
+    """The largest float32 of 0 - dot whose 1 - dot is within, or is told as this very distance."""
+    limit, exact = np.float32(max_distance), np.float32(max_distance - 1)
+    if float(limit) != max_distance or not np.isfinite(limit):
+        is_within = float(exact) <= max_distance - 1
+        return float(exact if is_within else np.nextafter(exact, -INFINITY))
+    # 1 - dot is rounded: to `limit` and less up to the middle between it and the next float
+    middle = (float(limit) + float(np.nextafter(limit, INFINITY))) / 2
+    largest = np.float32(middle - 1)
+    while np.float32(1) + largest > limit:
+        largest = np.nextafter(largest, -INFINITY)
+    return float(largest)
 
 
 def distance_of_copies(metric: str) -> np.float32:
@@ -64,7 +66,7 @@ def limit_as_given(metric: str, limit: float) -> dict[str, float]:
     if metric == "ip":
         return {
             "threshold": _shortest(0 - limit),
-            "max_distance": _shortest(float(reported(np.float32(limit), metric))),
+            "max_distance": _shortest(float(np.float32(1) + np.float32(limit))),
         }
     return {
         "threshold": _shortest(float(np.float32(1) - np.float32(limit))),

@@ -60,7 +60,12 @@ class Index:
         or "auto" (a GPU if there is one; the logger says which). Graphs are built on the CPU.
 
     Equal vectors (equal as the finest rows that are kept) share a node, so copies cost no more
-    than a label. Searches may run from many threads; `add`, `delete`, `compact`, `check` and `save`
+    than a label; the logger "hnsw_gpu" warns where rounding made them equal, or took over a quarter
+    of what tells vectors apart. Distances are float32: cosine ones are right to 2e-7, so that nearer
+    copies come in any order; under l2 and ip, lengths must be 0, or from 1e-14 to 9e18, and orders
+    are right where differences are seven digits or fewer below the lengths (ip) or numbers (l2).
+
+    Searches may run from many threads; `add`, `delete`, `compact`, `check` and `save`
     wait for them and hold others back meanwhile.
     """
 
@@ -300,7 +305,8 @@ class Index:
 
         Queries (q, dim) in the memory of the index's GPU (CuPy, torch, whatever offers DLPack or
         `__cuda_array_interface__`) give CuPy arrays, and the host waits for nothing, unless there
-        is a filter or something was deleted. They are not checked: one with NaN finds nothing.
+        is a filter or something was deleted. They are not checked: one with NaN finds nothing, as
+        does any that would be refused.
         """
         walk = inputs.walk(k, ef, threads, self._expand(ef) if expand is None else expand, ef_upper)
         if inputs.is_on_gpu(queries) and self._gpu is not None:
@@ -402,6 +408,8 @@ class Index:
         threads: int | None = None,
     ) -> RadiusResult:
         """All labels within `radius` of each query (q, dim) that the graph leads to: RadiusResult.
+
+        Under ip those of dot >= 1 - radius, in float64, and those returned with this very distance.
 
         A query whose beam was full of hits is searched again with twice the ef, until it is not.
         """

@@ -61,9 +61,8 @@ class Index:
 
     Equal vectors (equal as the finest rows that are kept) share a node, so copies cost no more
     than a label; the logger "hnsw_gpu" warns where rounding made them equal, or took over a quarter
-    of what tells vectors apart. Distances are float32: cosine ones are right to 2e-7, so that nearer
-    copies come in any order; under l2 and ip, lengths must be 0, or from 1e-14 to 9e18, and orders
-    are right where differences are seven digits or fewer below the lengths (ip) or numbers (l2).
+    of what tells vectors apart. Distances are float32: cosine ones are right to 2e-7, and copies
+    nearer than that come in any order. Under l2 and ip a vector's length is 0, or 1e-14 to 9e18.
 
     Searches may run from many threads; `add`, `delete`, `compact`, `check` and `save`
     wait for them and hold others back meanwhile.

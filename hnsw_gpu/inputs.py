@@ -24,6 +24,7 @@ LONGEST_SQUARED = float(np.finfo(np.float32).max) / 4  # then no distance overfl
 SHORTEST_SQUARED = 1e-28  # then what underflows float32 is less than it rounds
 FP16_LOSS = 0.01  # most of a vector's length that rounding to fp16 may take; normal is 0.0005
 SCALE_THEM = "multiply all vectors by one factor"  # the remedy: no order changes
+OR_ZERO = f"{SCALE_THEM}, or make these zero"
 
 
 class RowsError(ValueError):
@@ -153,14 +154,14 @@ def float_vectors(
     what = "values too {} for float32 distances"
     refuse(name, squared > LONGEST_SQUARED, what.format("large"), first, SCALE_THEM)
     if dtype or metric == "ip":
-        refuse(name, _are_too_short(part, squared), what.format("small"), first, SCALE_THEM)
+        refuse(name, _are_too_short(part, squared), what.format("small"), first, OR_ZERO)
     if dtype == "fp16":
         largest = np.abs(result).max(axis=1, initial=0)
         too_large = largest > np.finfo(np.float16).max
         refuse(name, too_large, "values too large for fp16", first, SCALE_THEM)
         lost = squared_lengths(result - result.astype(np.float16))
         too_small = lost > FP16_LOSS**2 * squared
-        refuse(name, too_small, "values too small for fp16", first, SCALE_THEM)
+        refuse(name, too_small, "values too small for fp16", first, OR_ZERO)
     return result
 
 

@@ -239,37 +239,6 @@ def test_recall_knows_no_scale(metric, scale):
     assert recall(vectors, queries, metric, order[:, K : 2 * K], order[:, :K]) == 0
 
 
-@pytest.mark.parametrize("method", ("exact", "hnsw"))
-@pytest.mark.parametrize("scale", (1e-5, 1.0))
-def test_dedup_of_small_products(method, scale):
-    vectors, _ = drawn(scale, rows=200)
-    vectors[50] = vectors[3]
-    products = -truth(vectors, vectors, "ip")
-    a, b = np.triu_indices(200, 1)
-    far = np.sort(products[a, b])
-    least = np.float32((far[-40] + far[-41]) / 2)
-    near = {(i, j) for i, j in zip(a, b, strict=True) if products[i, j] >= least}
-    ways = [{"threshold": least}, {"max_distance": 1 - np.float64(least)}]
-    for way in ways:
-        found = hnsw_gpu.dedup(
-            vectors, metric="ip", method=method, ef=200, linkage="components", **way
-        )
-        i, j, _ = found.row_pairs()
-        is_copy = np.array([50 in pair for pair in zip(i, j, strict=True)])
-        wanted = {pair for pair in near if 50 not in pair}
-        assert set(zip(i[~is_copy].tolist(), j[~is_copy].tolist(), strict=True)) == wanted
-        dropped = np.flatnonzero(~found.keep)
-        of_copy = dropped == 50
-        expected = products[dropped, found.duplicate_of[dropped]]
-        told = found.similarity[dropped]
-        np.testing.assert_allclose(told[~of_copy], expected[~of_copy], rtol=1e-4)
-        np.testing.assert_array_equal(found.distance[dropped][found.similarity[dropped] == 1], 0)
-        parameters = found.report["parameters"]
-        assert parameters["threshold"] == pytest.approx(float(least), rel=1e-5)
-        again = found.regroup(parameters["threshold"])
-        np.testing.assert_array_equal(again.keep, found.keep)
-
-
 # ---------------------------------------------------------------- what float32 can resolve
 
 
@@ -337,6 +306,23 @@ def test_outliers_are_told(metric, warned):
     labels, _ = refined.search(queries, N, ef=N)
     assert (np.sort(labels, axis=1) == np.arange(N)).all()
     refined.check()
+
+
+@pytest.mark.parametrize("refine", (False, True))
+def test_a_thousand_rows_of_one_code(refine):
+    """Scales that differ keep the nodes apart: all are reached, though their distances tie."""
+    vectors, queries = drawn(rows=1000)
+    vectors[:, 0] += 1000
+    queries[:, 0] += 1000
+    index = built(vectors, "l2", "int8", refine)
+    index.check()
+    assert index._state.node_count >= 980
+    labels, distances = index.search(queries, 1000, ef=1000)
+    assert (np.sort(labels, axis=1) == np.arange(1000)).all()
+    exact = index.exact_search(queries, 1000)
+    np.testing.assert_array_equal(distances, exact.distances)
+    if refine:
+        assert share_found(labels[:, :K], truth(vectors, queries, "l2")) >= 0.999
 
 
 def test_some_rows_with_an_outlier(warned):

@@ -14,7 +14,7 @@ from hnsw_gpu.engine import (
     key_nodes,
 )
 from hnsw_gpu.progress import bar
-from hnsw_gpu.results import SearchResult
+from hnsw_gpu.results import SearchResult, reported
 
 
 def exact_search(
@@ -38,7 +38,7 @@ def exact_search(
     given = inputs.vectors("vectors", vectors)
     asked = inputs.vectors("queries", queries, given.shape[1])
     k, threads = inputs.integer("k", k, 1, inputs.MOST_NODES), inputs.threads(threads)
-    encoded = encode_queries(inputs.float_vectors("queries", asked, name), name, "fp32")
+    encoded = encode_queries(inputs.float_vectors("queries", asked, name, ""), name, "fp32")
     keys = np.full((len(asked), min(k, len(given))), KEY_NONE, np.uint64)
     with bar(progress, len(given), "exact search", "vectors") as shown:
         block = block_rows(given.shape[1])
@@ -51,4 +51,4 @@ def exact_search(
     distances = np.full((len(asked), k), np.inf, np.float32)
     labels[:, : keys.shape[1]] = key_nodes(keys)
     distances[:, : keys.shape[1]] = key_distances(keys)
-    return SearchResult(labels, np.sqrt(distances) if metric == "euclidean" else distances)
+    return SearchResult(labels, reported(distances, metric))

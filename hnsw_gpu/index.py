@@ -1,5 +1,6 @@
 """The index: vectors, graph and labels behind one object, and the choice of engine."""
 
+import logging
 import os
 import threading
 from collections.abc import Iterator
@@ -11,10 +12,12 @@ from numpy.typing import ArrayLike
 from hnsw_gpu import inputs
 from hnsw_gpu.engine import (
     KEY_NONE,
+    LOST_SHARE,
     STORAGE,
     CpuEngine,
     Parameters,
     Queries,
+    Rounded,
     SharedLock,
     State,
     Walk,
@@ -33,7 +36,9 @@ from hnsw_gpu.engine import (
 from hnsw_gpu.files import CorruptIndexError, open_arrays, write_arrays
 from hnsw_gpu.gpu import GpuEngine, bytes_a_query, index_bytes, on_gpu
 from hnsw_gpu.progress import bar
-from hnsw_gpu.results import RadiusResult, SearchResult, into
+from hnsw_gpu.results import RadiusResult, SearchResult, into, reported
+
+logger = logging.getLogger("hnsw_gpu")
 
 ENCODE_ROWS = 16384  # vectors checked and encoded at a time
 SELF_ROWS = 16384  # nodes of a neighbour graph searched at a time
@@ -55,7 +60,11 @@ class Index:
         or "auto" (a GPU if there is one; the logger says which). Graphs are built on the CPU.
 
     Equal vectors (equal as the finest rows that are kept) share a node, so copies cost no more
-    than a label. Searches may run from many threads; `add`, `delete`, `compact`, `check` and `save`
+    than a label; the logger "hnsw_gpu" warns where rounding made them equal, or took over a quarter
+    of what tells vectors apart. Distances are float32: cosine ones are right to 2e-7, and copies
+    nearer than that come in any order. Under l2 and ip a vector's length is 0, or 1e-14 to 9e18.
+
+    Searches may run from many threads; `add`, `delete`, `compact`, `check` and `save`
     wait for them and hold others back meanwhile.
     """
 
@@ -195,7 +204,9 @@ class Index:
         with self._lock.exclusive():
             new_labels = inputs.new_labels(labels, len(given), self._state)
             first = self._state.node_count
-            state, nodes = with_vectors(self._state, len(given), self._checked_parts(given))
+            parts = self._checked_parts(given)
+            state, nodes, rounded = with_vectors(self._state, len(given), parts)
+            self._tell(rounded, len(given))
             count = max(int(nodes.max(initial=-1)) + 1, first)
             relinked = self._relinked(count)
 
@@ -212,6 +223,22 @@ class Index:
 
             run_to_a_stop(work)
         return new_labels
+
+    def _tell(self, rounded: Rounded, count: int) -> None:
+        """Say on the logger what the dtype took from vectors that are being added."""
+        dtype = f"{self.dtype}, refine={self.refine!r}" if self.refine else self.dtype
+        if rounded.worn:
+            logger.warning(
+                "%s: rounding takes over %.0f %% of what tells them apart from %s of %s vectors; a "
+                "finer dtype finds more, or vectors without their mean and outliers",
+                dtype, 100 * LOST_SHARE, f"{rounded.worn:,}", f"{count:,}",
+            )  # fmt: skip
+        if rounded.merged:
+            logger.warning(
+                "%s: %s of %s vectors become equal to others that differ, and come back as their "
+                "copies; a finer dtype, or refine=True, keeps them apart",
+                dtype, f"{rounded.merged:,}", f"{count:,}",
+            )  # fmt: skip
 
     def _checked_parts(self, given: np.ndarray) -> Iterator[np.ndarray]:
         """The vectors (m, dim) as float32, a block at a time."""
@@ -279,7 +306,8 @@ class Index:
 
         Queries (q, dim) in the memory of the index's GPU (CuPy, torch, whatever offers DLPack or
         `__cuda_array_interface__`) give CuPy arrays, and the host waits for nothing, unless there
-        is a filter or something was deleted. They are not checked: one with NaN finds nothing.
+        is a filter or something was deleted. They are not checked: one with NaN finds nothing, as
+        does any that would be refused.
         """
         walk = inputs.walk(k, ef, threads, self._expand(ef) if expand is None else expand, ef_upper)
         if inputs.is_on_gpu(queries) and self._gpu is not None:
@@ -303,7 +331,7 @@ class Index:
     def checked_queries(self, queries: ArrayLike) -> np.ndarray:
         """float32 (q, dim) of the queries of a search; what `search` raises where they are bad."""
         given = inputs.vectors("queries", queries, self.dim)
-        return inputs.float_vectors("queries", given, self._metric, "fp32")
+        return inputs.float_vectors("queries", given, self._metric, "")
 
     def _expand(self, ef: int) -> int:
         """Nodes expanded in one step, where the caller leaves it to the device."""
@@ -318,7 +346,7 @@ class Index:
             keys = nearest(self._engine, Queries(queries), walk, nodes)
             labels, distances = self._state.labels.keys_to_labels(keys, walk.k, entries)
             self._state.require_unchanged()
-        return SearchResult(labels, self._as_asked(distances))
+        return SearchResult(labels, reported(distances, self.metric))
 
     @property
     def _engine(self) -> CpuEngine | GpuEngine:
@@ -334,10 +362,6 @@ class Index:
             mask = inputs.entry_mask(allow, held.labels, queries)
             return np.atleast_2d(pack_bits(mask)), held.any_of_node(mask)
         return None, None if held.are_all_live else held.live_nodes()
-
-    def _as_asked(self, distances: np.ndarray) -> np.ndarray:
-        """An engine's distances as the metric means them."""
-        return np.sqrt(distances) if self.metric == "euclidean" else distances
 
     def _search_on_gpu(
         self,
@@ -375,7 +399,7 @@ class Index:
             keys = self._state.cpu.compare(Queries(given), live, min(k, len(live)), threads)
             labels, distances = held.keys_to_labels(keys, k)
             self._state.require_unchanged()
-        return SearchResult(labels, self._as_asked(distances))
+        return SearchResult(labels, reported(distances, self.metric))
 
     def search_radius(
         self,
@@ -388,6 +412,8 @@ class Index:
     ) -> RadiusResult:
         """All labels within `radius` of each query (q, dim) that the graph leads to: RadiusResult.
 
+        Under ip those of dot >= 1 - radius, in float64, and those returned with this very distance.
+
         A query whose beam was full of hits is searched again with twice the ef, until it is not.
         """
         given = self.checked_queries(queries)
@@ -395,7 +421,10 @@ class Index:
         walk = inputs.walk(1, ef, threads, self._expand(ef))
 
         def is_near(distances: np.ndarray) -> np.ndarray:
-            return self._as_asked(distances).astype(np.float64) <= limit
+            told = reported(distances, self.metric).astype(np.float64)
+            if self.metric == "ip":  # 1 - dot was rounded; what is told is itself a radius
+                return (distances.astype(np.float64) <= limit - 1) | (told == limit)
+            return told <= limit
 
         with self._lock.shared():
             entries, nodes = self._filter(allow, len(given))
@@ -411,7 +440,7 @@ class Index:
         is_in = labels >= 0
         ends = np.cumsum([0] + [part.shape[1] for part, _ in found])
         offsets = np.concatenate([[0], np.cumsum(is_in)])[ends].astype(np.int64)
-        return RadiusResult(offsets, labels[is_in], self._as_asked(distances[is_in]))
+        return RadiusResult(offsets, labels[is_in], reported(distances[is_in], self.metric))
 
     def neighbor_graph(
         self, k: int = 15, *, ef: int = 64, threads: int | None = None, progress: bool = False
@@ -436,7 +465,7 @@ class Index:
                     )
                     shown.update(len(part))
             self._state.require_unchanged()
-        return SearchResult(labels, self._as_asked(distances))
+        return SearchResult(labels, reported(distances, self.metric))
 
     def _keys_of_others(self, ids: np.ndarray, walk: Walk) -> np.ndarray:
         """Keys of the nodes nearest to nodes (m,), and of the node itself where it has copies."""

@@ -23,6 +23,10 @@ REFINE = {False: "", "": "", True: "fp32", "fp32": "fp32", "fp16": "fp16"}
 CUDA_MEMORY = (2, 13)  # device types of DLPack: plain, managed
 MASKED = "masked values"
 LONGEST_SQUARED = float(np.finfo(np.float32).max) / 4  # then no distance overflows float32
+SHORTEST_SQUARED = 1e-28  # then what underflows float32 is less than it rounds
+FP16_LOSS = 0.01  # most of a vector's length that rounding to fp16 may take; normal is 0.0005
+SCALE_THEM = "multiply all vectors by one factor"  # the remedy: no order changes
+OR_ZERO = f"{SCALE_THEM}, or make these zero"
 
 
 class RowsError(ValueError):
@@ -168,30 +172,50 @@ def vectors(name: str, value: ArrayLike, dim: int | None = None) -> np.ndarray:
 def float_vectors(
     name: str, part: np.ndarray, metric: str, dtype: str = "fp32", first: int = 0
 ) -> np.ndarray:
-    """float32 copy, C order, of a part of `vectors` that begins at row `first`, values checked."""
+    """float32 copy, C order, of a part of `vectors` that begins at row `first`, values checked.
+
+    dtype: in which they are to be stored; "" for queries.
+    """
     with np.errstate(over="ignore"):  # a float64 too large becomes inf and is refused below
         result = np.ascontiguousarray(part, np.float32)
     squared = squared_lengths(result)
     refuse(name, ~np.isfinite(squared), "NaN or infinite values", first)
-    refuse(name, squared > LONGEST_SQUARED, "values too large for float32 distances", first)
     if metric == "cosine":
         refuse(name, squared == 0, "zero vectors, which have no cosine distance", first)
-    elif dtype == "fp16":
+        return result
+    what = "values too {} for float32 distances"
+    refuse(name, squared > LONGEST_SQUARED, what.format("large"), first, SCALE_THEM)
+    if dtype or metric == "ip":
+        refuse(name, _are_too_short(part, squared), what.format("small"), first, OR_ZERO)
+    if dtype == "fp16":
         largest = np.abs(result).max(axis=1, initial=0)
-        refuse(name, largest > np.finfo(np.float16).max, "values too large for fp16", first)
+        too_large = largest > np.finfo(np.float16).max
+        refuse(name, too_large, "values too large for fp16", first, SCALE_THEM)
+        lost = squared_lengths(result - result.astype(np.float16))
+        too_small = lost > FP16_LOSS**2 * squared
+        refuse(name, too_small, "values too small for fp16", first, OR_ZERO)
     return result
+
+
+def _are_too_short(part: np.ndarray, squared: np.ndarray) -> np.ndarray:
+    """bool (m,): which vectors, of these squared lengths in float32, are all but zero."""
+    too_short: np.ndarray = (squared > 0) & (squared < SHORTEST_SQUARED)
+    zeros = np.flatnonzero(squared == 0)
+    too_short[zeros] = (part[zeros] != 0).any(axis=1)  # float64 below float32's least
+    return too_short
 
 
 def are_valid(part: np.ndarray, metric: str) -> np.ndarray:
     """bool (m,): which of these vectors `float_vectors` would not refuse, stored as fp32."""
     with np.errstate(over="ignore"):
         squared = squared_lengths(np.ascontiguousarray(part, np.float32))
-    is_valid = squared <= LONGEST_SQUARED  # NaN is not
-    return is_valid & (squared > 0) if metric == "cosine" else is_valid
+    if metric == "cosine":
+        return np.isfinite(squared) & (squared > 0)
+    return (squared <= LONGEST_SQUARED) & ~_are_too_short(part, squared)  # NaN is neither
 
 
-def refuse(name: str, is_bad: np.ndarray, what: str, first: int = 0) -> None:
-    """RowsError that names the first rows where `is_bad`, counted from `first`.
+def refuse(name: str, is_bad: np.ndarray, what: str, first: int = 0, remedy: str = "") -> None:
+    """RowsError that names the first rows where `is_bad`, counted from `first`, and a remedy.
 
     No variable holds it here: with its traceback it would keep all that its callers hold.
     """
@@ -199,7 +223,9 @@ def refuse(name: str, is_bad: np.ndarray, what: str, first: int = 0) -> None:
         rows = first + np.flatnonzero(is_bad)
         listed = ", ".join(map(str, rows[:5].tolist()))
         more = f" and {len(rows) - 5} more" if len(rows) > 5 else ""
-        raise RowsError(f"{name}: {what} in row{'s' * (len(rows) > 1)} {listed}{more}", what, rows)
+        remedy = f": {remedy}" if remedy else ""
+        said = f"{name}: {what} in row{'s' * (len(rows) > 1)} {listed}{more}{remedy}"
+        raise RowsError(said, what, rows)
 
 
 def labels(name: str, value: ArrayLike) -> np.ndarray:

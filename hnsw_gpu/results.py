@@ -20,6 +20,13 @@ class RadiusResult(NamedTuple):
     distances: np.ndarray  # (results,) float32
 
 
+def reported(distances: np.ndarray, metric: str) -> np.ndarray:
+    """An engine's float32 distances (R1) as a metric, by the caller's name, means them."""
+    if metric == "euclidean":
+        return np.sqrt(distances)
+    return np.float32(1) + distances if metric == "ip" else distances
+
+
 def into(out: tuple[Any, Any] | None, result: SearchResult) -> SearchResult:
     """The result, in the caller's arrays if there are some."""
     if out is None:

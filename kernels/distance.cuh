@@ -7,8 +7,9 @@
 #include "warp.cuh"
 #include <cuda_fp16.h>
 
-constexpr int L2 = 0;
+constexpr int L2 = 0, IP = 1;
 constexpr int FP16 = 1, INT8 = 2;
+constexpr float ORTHOGONAL = METRIC == IP ? 0.0f : 1.0f;  // distance where the dot product is 0
 
 constexpr int CHUNKS = ROW_BYTES / 16;
 constexpr int TEAM = CHUNKS <= 16 ? 4 : CHUNKS <= 32 ? 8 : CHUNKS <= 64 ? 16 : 32;
@@ -120,14 +121,14 @@ __device__ __forceinline__ float finish(const Sums& sums, const Query& query) {
     if (DTYPE != INT8) {
         const float own = __fadd_rn(__fadd_rn(sums.x, sums.y), __fadd_rn(sums.z, sums.w));
         const float sum = team_sum<TEAM>(own);
-        return METRIC == L2 ? sum : __fsub_rn(1.0f, sum);
+        return METRIC == L2 ? sum : __fsub_rn(ORTHOGONAL, sum);
     }
     constexpr int LAST = (CHUNKS - 1) % TEAM;
     const float row_scale = from_member<TEAM>(sums.scale, LAST);
     const float row_norm = from_member<TEAM>(sums.norm, LAST);
     const float codes = static_cast<float>(team_sum<TEAM>(sums.codes));
     const float dot = __fmul_rn(__fmul_rn(query.scale, row_scale), codes);
-    if (METRIC != L2) return __fsub_rn(1.0f, dot);
+    if (METRIC != L2) return __fsub_rn(ORTHOGONAL, dot);
     const float distance = __fsub_rn(__fadd_rn(query.norm, row_norm), __fmul_rn(2.0f, dot));
     return distance < 0 ? 0 : distance;  // NaN stays
 }

@@ -2,8 +2,8 @@
 // -ftz makes zero).
 //
 // One warp a query. Its sum of squares has the order of vectors.py: every lane adds all values, which
-// go round by shuffles. A query that is not finite, or zero under cosine, becomes NaN throughout: its
-// distances are none, and it finds nothing.
+// go round by shuffles. A query that inputs.py would refuse (not finite, zero under cosine, too long, or
+// too short under ip) becomes NaN throughout: its distances are none, and it finds nothing.
 
 #include "warp.cuh"
 #include "distance.cuh"
@@ -17,6 +17,7 @@ struct Encoding {
 constexpr int TAIL_BYTES = 12;  // of an int8 row: float scale, float norm, int sum of codes
 constexpr int ELEMENTS = DTYPE == INT8 ? ROW_BYTES - TAIL_BYTES : QUERY_BYTES / 4;
 constexpr int COSINE = 2;
+constexpr double LONGEST_SQUARED = 0x1.fffffep+125, SHORTEST_SQUARED = 1e-28;  // those of inputs.py
 
 __device__ __forceinline__ float not_a_number() { return __int_as_float(0x7fc00000); }
 
@@ -34,6 +35,11 @@ __device__ __forceinline__ double squared_length(const float* vector) {
         }
     }
     return squares;
+}
+
+__device__ __forceinline__ bool is_answerable(double squares) {
+    if (METRIC == COSINE) return isfinite(squares) && squares > 0;
+    return squares <= LONGEST_SQUARED && (METRIC == L2 || squares == 0 || squares >= SHORTEST_SQUARED);
 }
 
 // One value of a query: of unit length under cosine, 0 beyond DIM.
@@ -73,7 +79,7 @@ extern "C" __global__ void __launch_bounds__(128, 4) encode(const Encoding task)
     const float* vector = task.vectors + static_cast<long long>(q) * DIM;
     unsigned char* query = task.queries + static_cast<long long>(q) * QUERY_BYTES;
     const double squares = squared_length(vector), length = __dsqrt_rn(squares);
-    const bool is_valid = isfinite(squares) && !(METRIC == COSINE && squares == 0);
+    const bool is_valid = is_answerable(squares);
     if (DTYPE == INT8) {
         encode_codes(vector, query, length, is_valid);
         return;

@@ -7,6 +7,8 @@
 #include "warp.cuh"
 #include "beam.cuh"
 
+constexpr int IP = 1;
+
 struct KeysToLabels {
     const unsigned long long* keys;   // (q, m) ascending
     const long long* offsets;         // (n + 1,) first entry of each node
@@ -37,7 +39,9 @@ extern "C" __global__ void __launch_bounds__(128, 4) keys_to_labels(const KeysTo
         const long long given = end - first < task.k ? end - first : task.k;
         const long long given_up_to = sum_up_to(given);
         const long long place = count + given_up_to - given;
-        const float distance = task.root ? __fsqrt_rn(key_distance(key)) : key_distance(key);
+        float distance = key_distance(key);
+        if (task.root) distance = __fsqrt_rn(distance);
+        if (METRIC == IP) distance = __fadd_rn(1.0f, distance);  // 1 - dot, of a key of -dot
         for (long long j = 0; j < given && place + j < task.k; j++) {
             labels[place + j] = __ldg(task.entry_labels + first + j);
             distances[place + j] = distance;

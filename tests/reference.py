@@ -73,7 +73,7 @@ def distance(query: Codes | list[float], row: Codes | list[float], metric: str) 
     assert not isinstance(row, Codes)
     if metric == "l2":
         return np.float32(sum((q - x) ** 2 for q, x in zip(query, row, strict=True)))
-    return np.float32(1 - sum(q * x for q, x in zip(query, row, strict=True)))
+    return np.float32((metric == "cosine") - sum(q * x for q, x in zip(query, row, strict=True)))
 
 
 def int8_dot(query: Codes, row: Codes) -> np.float32:
@@ -85,7 +85,7 @@ def int8_dot(query: Codes, row: Codes) -> np.float32:
 def int8_distance(query: Codes, row: Codes, metric: str) -> np.float32:
     """R1 for int8: each operation rounds to float32, in this order."""
     if metric != "l2":
-        return np.float32(1) - int8_dot(query, row)
+        return np.float32(metric == "cosine") - int8_dot(query, row)
     squared = (query.norm + row.norm) - np.float32(2) * int8_dot(query, row)
     return max(np.float32(0), squared)
 

@@ -12,6 +12,7 @@ from hnsw_gpu.deduplication.near_pairs import united
 from hnsw_gpu.deduplication.other_set import NearestOther
 from hnsw_gpu.deduplication.sharded_join import Pairs, Shards
 from hnsw_gpu.engine import key_distances, key_nodes
+from hnsw_gpu.results import reported
 
 
 class Decision(NamedTuple):
@@ -19,7 +20,7 @@ class Decision(NamedTuple):
 
     keep: np.ndarray  # bool
     duplicate_of: np.ndarray  # int64: the kept row that stands for it; -1 where there is none
-    distance: np.ndarray  # float32, to what it is a duplicate of; NaN where it is none
+    distance: np.ndarray  # float32, engines', to what it is a duplicate of; NaN where it is none
     group: np.ndarray  # int64: the kept row, also of itself; -1 where invalid or of another set
 
 
@@ -44,12 +45,16 @@ class NearRows:
 
     @property
     def has_similarity(self) -> bool:
-        """Is 1 - distance a similarity?"""
+        """Has the metric a similarity, beside a distance?"""
         return inputs.METRICS[self.metric] != "l2"
 
     def reported(self, distances: np.ndarray) -> np.ndarray:
-        """Distances as the caller's metric has them."""
-        return np.sqrt(distances) if self.metric == "euclidean" else distances
+        """Engines' distances as the caller's metric has them."""
+        return reported(distances, self.metric)
+
+    def similarity(self, distances: np.ndarray) -> np.ndarray:
+        """Cosine similarities, or dot products, of engines' distances."""
+        return 0 - distances if self.metric == "ip" else 1 - distances
 
     def labels_in_other(self) -> np.ndarray:
         """int64 (n,): label of the nearest in the other set, of rows that it has; else -1."""
@@ -115,10 +120,10 @@ class NearRows:
         keep[valid] = is_kept
         dropped, nodes = valid[~is_kept], node_of[~is_kept]
         duplicate_of[dropped] = group[dropped]
-        distance[dropped] = self.reported(self._distances(nodes, root[nodes]))
+        distance[dropped] = self._distances(nodes, root[nodes])
         if self.other is not None:
             known = self.other.distances[self.rows.node_of[~is_ours]]
-            distance[self.rows.valid[~is_ours]] = self.reported(known)
+            distance[self.rows.valid[~is_ours]] = known
         return Decision(keep, duplicate_of, distance, group)
 
     def _distances(self, one: np.ndarray, other: np.ndarray) -> np.ndarray:

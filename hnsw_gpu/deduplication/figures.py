@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 from hnsw_gpu.deduplication.decision import Decision, NearRows
+from hnsw_gpu.deduplication.limit import distance_of_copies
 from hnsw_gpu.deduplication.near_pairs import FIRST_K, united
 from hnsw_gpu.deduplication.sharded_join import Shards
 from hnsw_gpu.engine import key_distances, key_nodes, rows_as_queries, search_graph
@@ -36,12 +37,13 @@ def histogram(near: NearRows) -> dict[str, list]:
     """Rows by the similarity (distance, for l2) of the most similar other row."""
     node_of = near.rows.node_of
     nearest = near.pairs.nearest[node_of]
-    nearest[np.bincount(node_of, minlength=near.rows.nodes)[node_of] > 1] = 0
-    values = near.reported(nearest[np.isfinite(nearest)]).astype(np.float64)
+    has_copy = np.bincount(node_of, minlength=near.rows.nodes)[node_of] > 1
+    nearest[has_copy] = distance_of_copies(near.metric)
+    values = nearest[np.isfinite(nearest)].astype(np.float64)
     if near.has_similarity:
-        rows, edges = np.histogram(np.clip(1 - values, 0, 1), BINS, (0, 1))
+        rows, edges = np.histogram(np.clip(near.similarity(values), 0, 1), BINS, (0, 1))
     else:
-        rows, edges = np.histogram(values, BINS)
+        rows, edges = np.histogram(near.reported(values), BINS)
     return {"edges": edges.tolist(), "rows": rows.tolist()}
 
 

@@ -47,11 +47,10 @@ def largest_groups(
         row: {"id": name, "text": text}
         for row, name, text in zip(rows.tolist(), result.names(rows), texts, strict=True)
     }
-    has_similarity = "threshold" in result.report["parameters"]
 
     def nearness(row: int) -> dict[str, Any]:
-        distance = float(result.distance[row])
-        return {"similarity": 1 - distance} if has_similarity else {"distance": distance}
+        told = result.nearness(result.engine_distance[row : row + 1].astype(np.float64))
+        return {name: float(value[0]) for name, value in told.items()}
 
     return [
         {
@@ -73,7 +72,7 @@ def _largest(result: DedupResult) -> list[tuple[int, int, np.ndarray]]:
     groups = []
     for g in np.argsort(-sizes, kind="stable")[:GROUPS]:
         members = order[starts[g] : starts[g] + sizes[g]]
-        nearest = members[np.argsort(result.distance[members], kind="stable")][:MEMBERS]
+        nearest = members[np.argsort(result.engine_distance[members], kind="stable")][:MEMBERS]
         groups.append((int(heads[g]), int(sizes[g]) + 1, nearest))
     return groups
 

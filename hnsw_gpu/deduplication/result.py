@@ -9,7 +9,7 @@ import numpy as np
 from hnsw_gpu import inputs
 from hnsw_gpu.deduplication import figures
 from hnsw_gpu.deduplication.decision import Decision, NearRows
-from hnsw_gpu.deduplication.limit import limit_as_given, limit_of
+from hnsw_gpu.deduplication.limit import distance_of_copies, limit_as_given, limit_of
 from hnsw_gpu.deduplication.linkage import LINKAGES
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class DedupResult:
         self, near: NearRows, decision: Decision, keep: Any, ids: Any, report: dict[str, Any]
     ) -> None:
         self._near, self._keep = near, keep  # who is kept first, as it was asked for
-        self.keep, self.duplicate_of, self.distance, self.group = decision
+        self.keep, self.duplicate_of, self.engine_distance, self.group = decision
         self.against = near.labels_in_other()
         self.ids = ids
         self.report = report
@@ -47,11 +47,16 @@ class DedupResult:
         )
 
     @property
+    def distance(self) -> np.ndarray:
+        """float32 (n,), as an Index of the metric returns them."""
+        return self._near.reported(self.engine_distance)
+
+    @property
     def similarity(self) -> np.ndarray:
-        """float32 (n,): 1 - distance; ValueError for l2 and euclidean, which have none."""
+        """float32 (n,): cosine, or dot product; ValueError for l2 and euclidean: none."""
         if not self._near.has_similarity:
             raise ValueError(f"metric {self._near.metric!r} has no similarity; see distance")
-        return np.float32(1) - self.distance
+        return self._near.similarity(self.engine_distance)
 
     @property
     def pairs(self) -> "pyarrow.Table":
@@ -69,22 +74,23 @@ class DedupResult:
         every = self.row_pairs()
         for start in range(0, max(len(every[0]), 1), count):
             a, b, distance = (column[start : start + count] for column in every)
-            columns = {"row_a": a, "row_b": b, **self._nearness(distance)}
+            columns = {"row_a": a, "row_b": b, **self.nearness(distance)}
             if self.ids is not None:
                 columns |= {"id_a": self.names_array(a), "id_b": self.names_array(b)}
             yield pyarrow.table(columns)
 
     def row_pairs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """int64 rows a < b, and distances, of all pairs found; copies with their first row."""
+        """int64 rows a < b, engines' distances, of all pairs found; copies with their first row."""
         rows, pairs = self._near.rows, self._near.pairs
         first = rows.first_row[rows.node_of]
         is_copy = first != rows.valid
         a = np.concatenate([rows.first_row[pairs.a], first[is_copy]])
         b = np.concatenate([rows.first_row[pairs.b], rows.valid[is_copy]])
-        distance = np.concatenate([pairs.distances, np.zeros(rows.copies, np.float32)])
+        of_copies = np.full(rows.copies, distance_of_copies(self._near.metric))
+        distance = np.concatenate([pairs.distances, of_copies])
         a, b = np.minimum(a, b), np.maximum(a, b)
         order = np.lexsort((b, a))
-        return a[order], b[order], self._near.reported(distance[order])
+        return a[order], b[order], distance[order]
 
     @property
     def duplicates(self) -> "pyarrow.Table":
@@ -98,17 +104,18 @@ class DedupResult:
         columns = {
             "id": self.names_array(rows),
             "duplicate_of": self.names_array(self.duplicate_of[rows]),
-            **self._nearness(self.distance[rows]),
+            **self.nearness(self.engine_distance[rows]),
             "group": self.names_array(self.group[rows]),
         }
         if self._near.other is not None:
             columns["against"] = _nullable(self.against[rows])
         return pyarrow.table(columns)
 
-    def _nearness(self, distance: np.ndarray) -> dict[str, np.ndarray]:
+    def nearness(self, distance: np.ndarray) -> dict[str, np.ndarray]:
+        """Similarity or distance, by its name, of engines' distances."""
         if self._near.has_similarity:
-            return {"similarity": np.float32(1) - distance}
-        return {"distance": distance}
+            return {"similarity": self._near.similarity(distance)}
+        return {"distance": self._near.reported(distance)}
 
     def names(self, rows: np.ndarray) -> list[Any]:
         """The ids of rows (m,), or their numbers."""

@@ -14,6 +14,7 @@ import numpy as np
 
 from hnsw_gpu.deduplication import near_pairs
 from hnsw_gpu.deduplication.distinct_rows import ROWS_AT_ONCE
+from hnsw_gpu.deduplication.limit import distance_of_copies
 from hnsw_gpu.deduplication.near_pairs import Nodes
 from hnsw_gpu.engine import (
     NodeTable,
@@ -173,7 +174,7 @@ class Shards:
         return rows
 
     def distances(self, one: np.ndarray, other: np.ndarray) -> np.ndarray:
-        """float32 (m,), between nodes; 0 of a node to itself."""
+        """float32 (m,), between nodes; of a node to itself, that of copies."""
         found = np.zeros(len(one), np.float32)
         for start in range(0, len(one), ROWS_AT_ONCE):
             place = slice(start, start + ROWS_AT_ONCE)
@@ -181,7 +182,7 @@ class Shards:
             keys = np.arange(len(rows), dtype=np.uint64)[:, None] << np.uint64(1)
             decided = rerank(keys, rows, queries, self.metric, k=1, threads=1)
             found[place] = key_distances(decided[:, 0])
-        found[one == other] = 0
+        found[one == other] = distance_of_copies(self.metric)
         return found
 
 

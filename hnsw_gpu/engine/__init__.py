@@ -8,6 +8,7 @@ from hnsw_gpu.engine.filtered_search import nearest, within
 from hnsw_gpu.engine.graph import Graph
 from hnsw_gpu.engine.growth import build_graph, compacted, insert, repaired, with_vectors
 from hnsw_gpu.engine.keys import KEY_NONE, key_distances, key_nodes
+from hnsw_gpu.engine.rounding import LOST_SHARE, Rounded
 from hnsw_gpu.engine.search import pack_bits, search_graph
 from hnsw_gpu.engine.state import Parameters, State, empty_state, from_arrays
 from hnsw_gpu.engine.vectors import (
@@ -27,6 +28,7 @@ from hnsw_gpu.engine.workers import SharedLock, run_to_a_stop, thread_count
 __all__ = [
     "BLOCK_BYTES",
     "KEY_NONE",
+    "LOST_SHARE",
     "METRICS",
     "STORAGE",
     "CpuEngine",
@@ -34,6 +36,7 @@ __all__ = [
     "NodeTable",
     "Parameters",
     "Queries",
+    "Rounded",
     "SharedLock",
     "State",
     "Walk",

@@ -13,11 +13,12 @@ class NodeTable:
     def __init__(self):
         self._slots = np.full(16, -1, np.int32)
         self._count = 0
+        self._given = np.empty(0, np.uint64)  # of each node, see `count_unlike`
 
     @property
     def nbytes(self):
         """Bytes held."""
-        return self._slots.nbytes
+        return self._slots.nbytes + self._given.nbytes
 
     def assign(self, rows, first, stop):
         """int64 nodes (stop - first,) of rows first..stop, and the rows that are new nodes.
@@ -28,7 +29,7 @@ class NodeTable:
         words = rows.view(np.uint64)
         needed = stop + stop // 2
         is_current = self._count == first and len(self._slots) >= needed
-        self.clear()  # until all is entered: an interrupt must not leave a table half true
+        self._count = -1  # until all is entered: an interrupt must not leave a table half true
         if not is_current:
             self._slots = np.full(1 << max(needed, 16).bit_length(), -1, np.int32)
             _fill(self._slots, words, first)
@@ -38,9 +39,21 @@ class NodeTable:
         self._count = first + count
         return nodes, sources[:count]
 
+    def count_unlike(self, nodes, sources, first, given):
+        """How many rows share a node with one that was given otherwise, before it was encoded.
+
+        After `assign`, which gave nodes and sources; given: a uint64 (rows,) of what each row was
+        made of. Of nodes that a `clear` forgot it is 0, unknown.
+        """
+        known = self._given if len(self._given) == first else np.zeros(first, np.uint64)
+        self._given = np.concatenate([known, given[sources - first]])
+        theirs = self._given[nodes]
+        return int(((theirs != given) & (theirs != 0)).sum())
+
     def clear(self):
         """Forget all nodes; the next `assign` reads them again."""
         self._count = -1
+        self._given = np.empty(0, np.uint64)
 
 
 def move_together(rows, sources, first=0):
@@ -50,14 +63,34 @@ def move_together(rows, sources, first=0):
         rows[first + start : first + start + len(part)] = rows[part]
 
 
+def hash_rows(rows):
+    """uint64 (n,) hashes of rows (n, ...), equal for equal bytes, and never 0."""
+    words = rows.view(np.uint64)
+    hashes = np.empty(len(words), np.uint64)
+    _hash_rows(words, hashes)
+    return hashes
+
+
 @jit
-def _slot(slots, words, row):
-    """Where the search for a row begins (multiply-and-shift hash of all of its words)."""
+def _hash_rows(words, hashes):
+    for i in range(len(hashes)):
+        hashes[i] = _hash(words, i) | np.uint64(1)
+
+
+@jit
+def _hash(words, row):
+    """Multiply-and-shift hash of all words of a row."""
     h = np.uint64(0x9E3779B97F4A7C15)
     for j in range(words.shape[1]):
         h = (h ^ words[row, j]) * np.uint64(0xFF51AFD7ED558CCD)
         h ^= h >> np.uint64(32)
-    return np.int64(h & np.uint64(len(slots) - 1))
+    return h
+
+
+@jit
+def _slot(slots, words, row):
+    """Where the search for a row begins."""
+    return np.int64(_hash(words, row) & np.uint64(len(slots) - 1))
 
 
 @jit

@@ -254,7 +254,7 @@ def _distance(metric, queries, q, rows, i):
             scale = _float_at(queries, q, query_end - 12) * _float_at(rows, i, row_end - 12)
             dot = scale * np.float32(np.int32(code_dot))
             if metric != L2:
-                return np.float32(1) - dot
+                return np.float32(metric == COSINE) - dot
             norms = _float_at(queries, q, query_end - 8) + _float_at(rows, i, row_end - 8)
             return max(np.float32(0), norms - np.float32(2) * dot)
 
@@ -263,7 +263,7 @@ def _distance(metric, queries, q, rows, i):
     def float_distance(metric, queries, q, rows, i):
         if metric == L2:
             return _squares(queries, q, rows, i)
-        return np.float32(1) - _products(queries, q, rows, i)
+        return np.float32(metric == COSINE) - _products(queries, q, rows, i)
 
     return float_distance
 

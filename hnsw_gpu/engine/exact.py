@@ -43,7 +43,7 @@ def exact_block(keys, rows, first, queries, metric, *, threads):
             distances += (lengths**2).astype(np.float32)
             distances += (query_lengths[tile, None] ** 2).astype(np.float32)
         else:
-            np.subtract(1, distances, out=distances)
+            np.subtract(1 if metric == "cosine" else 0, distances, out=distances)
 
         def merge(begin, end, tile=tile, distances=distances):
             _merge_selected(

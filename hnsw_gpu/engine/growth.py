@@ -14,32 +14,44 @@ from hnsw_gpu.engine.alignment import copy_aligned, empty_aligned, taken_aligned
 from hnsw_gpu.engine.build import empty_graph, insert_nodes, without_unfinished
 from hnsw_gpu.engine.graph import Graph
 from hnsw_gpu.engine.repair import repair
+from hnsw_gpu.engine.rounding import Rounded, count_worn
 from hnsw_gpu.engine.state import State, empty_state
 from hnsw_gpu.engine.vectors import empty_rows, encode
 
 REPAIR_SHARE = 2048  # new nodes a repair: it then takes about as long as adding them
 
 
-def with_vectors(state: State, count: int, parts: Iterator[np.ndarray]) -> tuple[State, np.ndarray]:
-    """The state with `count` vectors behind its nodes, and the node of each, int64 (count,).
+def with_vectors(
+    state: State, count: int, parts: Iterator[np.ndarray]
+) -> tuple[State, np.ndarray, Rounded]:
+    """The state with `count` vectors behind its nodes, the node of each, and what rounding did.
 
-    parts: float32 (m, dim), valid. Nodes that are new follow the old ones; they have no links yet.
+    parts: float32 (m, dim), valid. Nodes int64 (count,) that are new follow the old ones; they have
+    no links yet.
     """
     first = state.node_count
     state = _with_room(state, first + count)
-    kept, start = state.parameters, first
-    for part in parts:
-        state.rows[start : start + len(part)] = encode(part, kept.metric, kept.dtype)
-        if state.refine_rows is not None:
-            state.refine_rows[start : start + len(part)] = encode(part, kept.metric, kept.refine)
-        start += len(part)
+    kept, start, worn = state.parameters, first, 0
     finest = state.rows if state.refine_rows is None else state.refine_rows
+    given = np.empty(0 if finest.dtype == np.float32 else count, np.uint64)
+    for part in parts:
+        place = slice(start, start + len(part))
+        state.rows[place] = encode(part, kept.metric, kept.dtype)
+        if state.refine_rows is not None:
+            state.refine_rows[place] = encode(part, kept.metric, kept.refine)
+        stored = state.rows[place]
+        exact = stored if kept.dtype == "fp32" else encode(part, kept.metric, "fp32")
+        worn += count_worn(exact, stored, kept.metric, kept.dim, kept.dtype)
+        if len(given):
+            given[place.start - first : place.stop - first] = copies.hash_rows(exact)
+        start += len(part)
     nodes, sources = state.table.assign(finest, first, start)
+    merged = state.table.count_unlike(nodes, sources, first, given) if len(given) else 0
     if len(sources) < count:
         for rows in (state.rows, state.refine_rows):
             if rows is not None:
                 copies.move_together(rows, sources, first)
-    return state, nodes
+    return state, nodes, Rounded(worn, merged)
 
 
 def insert(

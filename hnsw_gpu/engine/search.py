@@ -2,7 +2,8 @@
 
 The rules, which every engine follows and code, kernels and tests cite by number:
 
-R1  Distance. float32, smaller is nearer. l2: squared; ip: 1 - dot; cosine: 1 - dot of unit vectors.
+R1  Distance. float32, smaller is nearer. l2: squared; ip: 0 - dot (callers are told 1 - dot, whose
+    float32 forgets the order of small products); cosine: 1 - dot of unit vectors.
 R2  Key. ordered(distance) << 32 | id << 1 | expanded, one uint64. "Smaller", "nearest" and "k best"
     mean keys: ties go to the smaller id.
 R3  Descent. From the entry point, on each layer top..1, a beam search (R4-R6) of capacity

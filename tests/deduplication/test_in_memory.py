@@ -506,3 +506,33 @@ def test_on_real_text() -> None:
         assert (found.similarity[~found.keep] >= np.float32(threshold)).all()
         reads = found.report["row_reads"]
         assert reads["from_own_node"] < reads["from_entry_point"]
+
+
+@pytest.mark.parametrize("method", ("exact", "hnsw"))
+@pytest.mark.parametrize("scale", (1e-12, 1e-5, 1.0))
+def test_inner_products_of_every_size(method: str, scale: float) -> None:
+    """Thresholds of ip are compared as products, of which 1 - product would know seven digits."""
+    vectors = np.float32(scale) * oracle.gaussian(200, 16, seed=0)
+    vectors[50] = vectors[3]
+    products = vectors.astype(np.float64) @ vectors.T.astype(np.float64)
+    a, b = np.triu_indices(200, 1)
+    far = np.sort(products[a, b])
+    least = np.float32((far[-40] + far[-41]) / 2)
+    near = {(i, j) for i, j in zip(a, b, strict=True) if products[i, j] >= least}
+    ways = [{"threshold": float(least)}, {"max_distance": 1 - float(least)}]
+    for way in ways if scale > 1e-7 else ways[:1]:  # float64 has 1 - 1e-14, and not 1 - 1e-24
+        found = dedup(vectors, metric="ip", method=method, ef=200, linkage="components", **way)
+        i, j, _ = found.row_pairs()
+        is_copy = np.array([50 in pair for pair in zip(i, j, strict=True)])
+        wanted = {pair for pair in near if 50 not in pair}
+        assert set(zip(i[~is_copy].tolist(), j[~is_copy].tolist(), strict=True)) == wanted
+        dropped = np.flatnonzero(~found.keep)
+        of_copy = dropped == 50
+        expected = products[dropped, found.duplicate_of[dropped]]
+        told = found.similarity[dropped]
+        np.testing.assert_allclose(told[~of_copy], expected[~of_copy], rtol=1e-4)
+        np.testing.assert_array_equal(found.distance[dropped][found.similarity[dropped] == 1], 0)
+        parameters = found.report["parameters"]
+        assert parameters["threshold"] == pytest.approx(float(least), rel=1e-5)
+        again = found.regroup(parameters["threshold"])
+        np.testing.assert_array_equal(again.keep, found.keep)

@@ -26,6 +26,7 @@ from hnsw_gpu.engine.search import pack_bits
 from hnsw_gpu.engine.walk import Queries, Walk
 from hnsw_gpu.gpu import device_index, gpu_engine, host_batches, launch_plan
 from hnsw_gpu.gpu.gpu_engine import GpuEngine
+from hnsw_gpu.results import reported
 
 pytestmark = pytest.mark.slow
 
@@ -656,13 +657,13 @@ def test_device_arrays(device: str, metric: str, dtype: str, refine: str, wrappe
 
     case = make_case(metric, dtype, refine).upload()
     labels = some_labels()
-    wanted = labels.keys_to_labels(walked(case.cpu, case.queries, 6, 12), 6)
+    wanted, far = labels.keys_to_labels(walked(case.cpu, case.queries, 6, 12), 6)
     stream = cupy.cuda.Stream(non_blocking=True)
     with stream:
         given = cupy.asarray(case.queries)
         queries = wrapped(given)
         found = case.gpu.search_on_device(queries, Walk(6, 12), labels)
-    for on_device, expected in zip(found, wanted, strict=True):
+    for on_device, expected in zip(found, (wanted, reported(far, metric)), strict=True):
         assert isinstance(on_device, cupy.ndarray)
         assert on_device.dtype == expected.dtype
         np.testing.assert_array_equal(on_device.get(stream), expected)

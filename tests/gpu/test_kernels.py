@@ -19,12 +19,14 @@ import oracle
 import reference
 from kernel_cases import name_of
 
+from hnsw_gpu import inputs
 from hnsw_gpu.engine import exact
 from hnsw_gpu.engine import vectors as vectors_module
 from hnsw_gpu.engine.keys import KEY_NONE, key_distances, key_nodes
 from hnsw_gpu.engine.labels import Labels
 from hnsw_gpu.engine.search import pack_bits, search_graph
 from hnsw_gpu.gpu import kernel_source
+from hnsw_gpu.results import reported
 
 pytestmark = pytest.mark.slow
 
@@ -267,7 +269,8 @@ def test_bits_and_recall_on_real_data(metric, dtype, dim) -> None:
 
     engine = search_graph(made.graph, made.rows, made.queries, metric, **settings)
     found = key_nodes(whole.keys)
-    error = np.abs(key_distances(whole.keys) - np.take_along_axis(made.truth, found, axis=1))
+    far = reported(key_distances(whole.keys), metric)
+    error = np.abs(far - np.take_along_axis(made.truth, found, axis=1))
     assert (error <= np.take_along_axis(made.bound, found, axis=1)).all()
     recalls = [oracle.recall(key_nodes(keys), made.truth, 10) for keys in (whole.keys, engine.keys)]
     assert abs(recalls[0] - recalls[1]) <= 0.002
@@ -306,7 +309,8 @@ def test_distances(comparing, build) -> None:
     for q in range(9):
         found = key_nodes(keys[q])
         assert sorted(found) == sorted(ids)
-        error = np.abs(np.float64(key_distances(keys[q])) - truth[q, found])
+        far = reported(key_distances(keys[q]), build.metric)
+        error = np.abs(far.astype(np.float64) - truth[q, found])
         assert (error <= bound[q, found]).all()
     kept = emulated.compare(build, rows, queries, ids=ids, k=10)
     np.testing.assert_array_equal(kept, keys[:, :10])
@@ -453,11 +457,33 @@ def test_queries_without_an_answer(asking, metric, dtype) -> None:
     assert (keys[empty:] != KEY_NONE).all()
 
 
+@pytest.mark.parametrize(("metric", "dtype"), UNANSWERED)
+def test_queries_of_any_length(asking, metric, dtype) -> None:
+    """An answer where inputs.py takes them: cosine knows no length, and l2 a tiny query."""
+    build = emulated.Build(metric, dtype, 32, 4)
+    made = kernel_cases.data(metric, dtype, 32)
+    asked = made.vectors[:3] / np.linalg.norm(made.vectors[:3], axis=1, keepdims=True)
+    asked *= np.float32([[9e-15], [1.1e-14], [1e19]])
+    width = made.queries.view(np.uint8).reshape(len(made.queries), -1).shape[1]
+    queries = emulated.encode(build, asked, width)
+    found = emulated.compare(build, made.rows, queries, ids=np.arange(9, dtype=np.int32))
+    is_answered = [metric != "ip", True, metric == "cosine"]
+    np.testing.assert_array_equal((found != KEY_NONE).all(axis=1), is_answered)
+    np.testing.assert_array_equal((found == KEY_NONE).all(axis=1), np.invert(is_answered))
+    for query, is_taken in zip(asked, is_answered, strict=True):
+        try:
+            inputs.float_vectors("queries", query[None], metric, "")
+        except ValueError:
+            assert not is_taken
+        else:
+            assert is_taken
+
+
 # --- keys_to_labels.cu ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("root", [False, True])
-def test_keys_to_labels(root) -> None:
+@pytest.mark.parametrize("metric", ["l2", "euclidean", "ip", "cosine"])
+def test_keys_to_labels(metric) -> None:
     rng = np.random.default_rng(6)
     n, count = 90, 30
     carried = rng.integers(0, 6, n)  # labels a node: none to five copies
@@ -468,12 +494,14 @@ def test_keys_to_labels(root) -> None:
     for node in range(n):
         names[offsets[node] : offsets[node + 1]].sort()
     labels = Labels(offsets, names)
-    build = emulated.Build("l2", "fp32", 8, 4)
+    root = metric == "euclidean"
+    build = emulated.Build("l2" if root else metric, "fp32", 8, 4)
     for m in (1, 12, 32, 33, 80):
         keys = np.full((count, m), KEY_NONE, np.uint64)
         for q in range(count):
             length = (0, m, m, m)[q] if q < 4 else int(rng.integers(0, m + 1))
             far = rng.random(length).astype(np.float32) * 9
+            far *= -1 if metric == "ip" else 1
             chosen = rng.choice(n, length, replace=False)
             if q % 3 == 1 and length and 7 not in chosen:
                 chosen[0] = 7  # the one with many labels; near or far
@@ -483,6 +511,5 @@ def test_keys_to_labels(root) -> None:
         for k in (1, 7, 70, 500):
             wanted = labels.keys_to_labels(keys, k)
             found = emulated.keys_to_labels(build, keys, offsets, names, k, root)
-            far = np.sqrt(wanted[1]) if root else wanted[1]
             np.testing.assert_array_equal(found[0], wanted[0])
-            np.testing.assert_array_equal(found[1], far)
+            np.testing.assert_array_equal(found[1], reported(wanted[1], metric))

@@ -428,6 +428,14 @@ FAULTS = [
         "keys to labels",
     ),
     Fault(
+        "keys of ip hold 1 - dot",
+        "distance.cuh",
+        "METRIC == IP ? 0.0f : 1.0f;",
+        "1.0f;",
+        "parity",
+        "part of a chunk",
+    ),
+    Fault(
         "a place after the last label is not filled",
         "keys_to_labels.cu",
         "place = count + lane_number(); place < task.k;",

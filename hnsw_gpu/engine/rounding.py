@@ -1,0 +1,63 @@
+"""What storing takes from vectors by rounding: told to who adds them, and changes nothing.
+
+Two vectors may become equal rows, which share a node. And what tells vectors apart may be small
+beside what they share: the mean of all, or one large number that sets the scale of an int8 row.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from hnsw_gpu.engine.compiled import jit
+from hnsw_gpu.engine.vectors import decode
+
+LOST_SHARE = 0.25  # of what tells a vector apart; normal are 0.0005 (fp16) and 0.01 (int8)
+LEAST_ROWS = 32  # of fewer, the mean is close to each
+LEAST_APART = 1e-13  # of squared lengths: below, vectors are copies of each other
+EPSILON = 2.0**-23  # of a float32 near 1, as dot products of unit vectors are
+
+
+class Rounded(NamedTuple):
+    """How many of the vectors of an `add` rounding harmed."""
+
+    worn: int  # lost more than LOST_SHARE of what tells them apart
+    merged: int  # share a node with a vector that was given otherwise
+
+
+def count_worn(exact: np.ndarray, rows: np.ndarray, metric: str, dim: int, dtype: str) -> int:
+    """How many of fp32 rows (m, ...) lost more than LOST_SHARE when they became `rows` (m, ...).
+
+    What tells a row apart is its difference to their mean, or itself without its largest number,
+    whichever is shorter. Under cosine half the square of that is a distance, which an error along
+    the row changes by as much as the error; and so does the rounding of a product, fp32 or not.
+    """
+    if not len(rows) or (dtype == "fp32" and metric != "cosine"):
+        return 0
+    exact = exact[:, :dim]
+    mean = exact.mean(axis=0, dtype=np.float64).astype(np.float32)
+    stored = decode(rows, dim, dtype)
+    return _count_worn(exact, stored, mean, len(rows) >= LEAST_ROWS, metric == "cosine")
+
+
+@jit
+def _count_worn(exact, stored, mean, has_mean, is_cosine):
+    count = 0
+    for i in range(exact.shape[0]):
+        lost = along = apart = squares = largest = 0.0
+        for j in range(exact.shape[1]):
+            value = np.float64(exact[i, j])
+            error = stored[i, j] - value
+            lost += error * error
+            along += error * value
+            apart += (value - mean[j]) ** 2
+            squares += value * value
+            largest = max(largest, abs(value))
+        least = squares - largest * largest
+        if has_mean:
+            least = min(least, apart)
+        is_worn = lost > LOST_SHARE**2 * least
+        if is_cosine:
+            is_worn |= max(abs(along), EPSILON) > LOST_SHARE * least / 2
+        if is_worn and least > LEAST_APART * squares:
+            count += 1
+    return count

@@ -71,7 +71,7 @@ class DedupResult:
         """`pairs` in tables of at most `count` rows; at least one."""
         import pyarrow
 
-        every = self.row_pairs()
+        every = self._pairs()
         for start in range(0, max(len(every[0]), 1), count):
             a, b, distance = (column[start : start + count] for column in every)
             columns = {"row_a": a, "row_b": b, **self.nearness(distance)}
@@ -80,7 +80,12 @@ class DedupResult:
             yield pyarrow.table(columns)
 
     def row_pairs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """int64 rows a < b, engines' distances, of all pairs found; copies with their first row."""
+        """int64 rows a < b, and distances, of all pairs found; copies with their first row."""
+        a, b, distance = self._pairs()
+        return a, b, self._near.reported(distance)
+
+    def _pairs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """`row_pairs`, of engines' distances."""
         rows, pairs = self._near.rows, self._near.pairs
         first = rows.first_row[rows.node_of]
         is_copy = first != rows.valid

@@ -1,10 +1,11 @@
 """The index: vectors, graph and labels behind one object, and the choice of engine."""
 
+import copy
+import functools
 import logging
 import os
-import threading
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -14,14 +15,17 @@ from hnsw_gpu.engine import (
     KEY_NONE,
     LOST_SHARE,
     STORAGE,
+    ChangeLock,
     CpuEngine,
+    Labels,
     Parameters,
     Queries,
     Rounded,
-    SharedLock,
     State,
+    Stopped,
     Walk,
     compacted,
+    copy_aligned,
     empty_state,
     from_arrays,
     insert,
@@ -39,6 +43,7 @@ from hnsw_gpu.progress import bar
 from hnsw_gpu.results import RadiusResult, SearchResult, into, reported
 
 logger = logging.getLogger("hnsw_gpu")
+Found = TypeVar("Found")
 
 ENCODE_ROWS = 16384  # vectors checked and encoded at a time
 SELF_ROWS = 16384  # nodes of a neighbour graph searched at a time
@@ -88,8 +93,9 @@ class Index:
         self.seed = inputs.integer("seed", seed, 0, 2**64 - 1)
         self.refine = inputs.refine(refine, dtype)  # "", "fp32" or "fp16"
         self._metric = inputs.METRICS[self.metric]
-        self._lock = SharedLock()
+        self._changing = ChangeLock()
         self._gpu: GpuEngine | None = None
+        self._mapped: State | None = None  # as it was loaded
         self._state = empty_state(
             Parameters(
                 self.dim,
@@ -143,10 +149,9 @@ class Index:
         From the refine rows where there are some. KeyError names the first unknown label.
         """
         given = inputs.labels("labels", labels)
-        with self._lock.shared():
-            held = self._state.labels
-            found = self._state.vectors(held.nodes(held.entries_of(given)))
-            self._state.require_unchanged()
+        state = self._state
+        found = state.vectors(state.labels.nodes(state.labels.entries_of(given)))
+        state.require_unchanged()
         return found
 
     @property
@@ -160,12 +165,13 @@ class Index:
         MemoryError where the index does not fit the GPU (`memory` gives the figures).
         """
         inputs.one_of("device", device, ("cpu", "auto", "cuda"))
-        with self._lock.exclusive():
-            if device == "cpu" and self._gpu is not None:
-                self._gpu.close()
+        with self._changing.lock:
+            gpu, state = self._gpu, self._state
+            if device == "cpu" and gpu is not None:
                 self._gpu = None
-            elif device != "cpu" and self._gpu is None:
-                self._gpu = on_gpu(device, self._state.cpu, self.dim)
+                gpu.close()
+            elif device != "cpu" and gpu is None:
+                self._gpu = on_gpu(device, state.cpu, self.dim, state.version)
         return self
 
     def memory(self, queries: int = 10_000, *, ef: int = 64) -> dict[str, int]:
@@ -197,32 +203,42 @@ class Index:
         labels: integers >= 0, each once and not in the index; None continues after the largest
         label ever given. Bad input raises ValueError or TypeError and adds nothing. After
         KeyboardInterrupt the vectors of the batches that were finished are in, in order.
-        Add many at a time: each call also takes time in proportion to what is there.
         """
         given = inputs.vectors("vectors", vectors, self.dim)
         threads = inputs.threads(threads)
-        with self._lock.exclusive():
+        result = []
+
+        def work(is_stopped: Callable[[], bool]) -> None:
             new_labels = inputs.new_labels(labels, len(given), self._state)
-            first = self._state.node_count
-            parts = self._checked_parts(given)
-            state, nodes, rounded = with_vectors(self._state, len(given), parts)
+            state, nodes, rounded = with_vectors(
+                self._state, len(given), self._checked_parts(given)
+            )
             self._tell(rounded, len(given))
-            count = max(int(nodes.max(initial=-1)) + 1, first)
-            relinked = self._relinked(count)
+            new = max(int(nodes.max(initial=-1)) + 1, state.node_count) - state.node_count
+            with bar(progress, new, "build", "vectors") as shown:
+                insert(
+                    state, nodes, new_labels, self._publish,
+                    threads=threads, is_stopped=is_stopped, advance=shown.update,
+                )  # fmt: skip
+            result.append(new_labels)
 
-            def keep(grown: State) -> None:
-                self._state = grown
+        self._change(work)
+        return result[0]
 
-            def work(stop: threading.Event) -> None:
-                with bar(progress, count - first, "build", "vectors") as shown:
-                    insert(
-                        state, nodes, new_labels, keep,
-                        threads=threads, stop=stop, advance=shown.update, relinked=relinked,
-                    )  # fmt: skip
-                self._repair(threads, is_urgent=False)
+    def _change(self, work: Callable[[Callable[[], bool]], None]) -> None:
+        """Call work(is_stopped), which may `_publish`, while nobody else changes the index."""
 
-            run_to_a_stop(work)
-        return new_labels
+        def locked(is_stopped: Callable[[], bool]) -> None:
+            with self._changing.lock:
+                work(is_stopped)
+
+        run_to_a_stop(locked)
+
+    def _publish(self, state: State, changed: np.ndarray | None) -> None:
+        """Let searches that begin see a state; nodes whose links on layer 0 changed, None: any."""
+        if self._gpu is not None and state.version != self._state.version:
+            self._gpu.note(state.version, changed)
+        self._state = state
 
     def _tell(self, rounded: Rounded, count: int) -> None:
         """Say on the logger what the dtype took from vectors that are being added."""
@@ -247,33 +263,35 @@ class Index:
             part = given[start : start + ENCODE_ROWS]
             yield inputs.float_vectors("vectors", part, self._metric, stored_as, start)
 
-    def _relinked(self, count: int) -> np.ndarray | None:
-        """Where to note which of `count` nodes have new links, for the GPU."""
-        return None if self._gpu is None else self._gpu.begin_change(count)
-
-    def _repair(self, threads: int, *, is_urgent: bool = True) -> None:
-        relinked = self._relinked(self._state.node_count)
-        self._state = repaired(self._state, threads=threads, relinked=relinked, is_urgent=is_urgent)
-
     def delete(self, labels: ArrayLike) -> None:
         """Remove labels (m,). Their nodes are still walked through, until `compact`.
 
         KeyError names the first label that is not in the index; nothing is removed then.
         """
         given = inputs.unique_labels("labels", labels)
-        with self._lock.exclusive():
+
+        def work(_: Callable[[], bool]) -> None:
             held = self._state.labels
             self._state = self._state._replace(labels=held.without(held.entries_of(given)))
+
+        self._change(work)
 
     def compact(self, *, threads: int | None = None, progress: bool = False) -> None:
         """Rebuild without deleted nodes. KeyboardInterrupt leaves the index as it was."""
         threads = inputs.threads(threads)
-        with self._lock.exclusive():
+
+        def work(is_stopped: Callable[[], bool]) -> None:
             live = int(self._state.labels.live_nodes().sum())
             with bar(progress, live, "compact", "vectors") as shown:
-                self._state = compacted(self._state, threads=threads, advance=shown.update)
-            if self._gpu is not None:
-                self._gpu.close()
+
+                def advance(count: int) -> None:
+                    shown.update(count)
+                    if is_stopped():
+                        raise Stopped
+
+                self._publish(compacted(self._state, threads=threads, advance=advance), None)
+
+        self._change(work)
 
     # ---------------------------------------------------------------- searching it
 
@@ -341,27 +359,30 @@ class Index:
 
     def _found(self, queries: np.ndarray, walk: Walk, allow: ArrayLike | None) -> SearchResult:
         """The answer to checked queries."""
-        with self._lock.shared():
-            entries, nodes = self._filter(allow, len(queries))
-            keys = nearest(self._engine, Queries(queries), walk, nodes)
-            labels, distances = self._state.labels.keys_to_labels(keys, walk.k, entries)
-            self._state.require_unchanged()
+
+        def find(state: State, engine: CpuEngine | GpuEngine) -> tuple[np.ndarray, np.ndarray]:
+            entries, nodes = _filter(state.labels, allow, len(queries))
+            keys = nearest(engine, Queries(queries), walk, nodes)
+            found: tuple[np.ndarray, np.ndarray] = state.labels.keys_to_labels(
+                keys, walk.k, entries
+            )
+            return found
+
+        labels, distances = self._searched(find)
         return SearchResult(labels, reported(distances, self.metric))
 
-    @property
-    def _engine(self) -> CpuEngine | GpuEngine:
-        cpu = self._state.cpu
-        return cpu if self._gpu is None else self._gpu.up_to_date(cpu)
-
-    def _filter(
-        self, allow: ArrayLike | None, queries: int
-    ) -> tuple[np.ndarray | None, np.ndarray | None]:
-        """Packed bits of allowed entries, and bool mask of allowed nodes; None where all are."""
-        held = self._state.labels
-        if allow is not None:
-            mask = inputs.entry_mask(allow, held.labels, queries)
-            return np.atleast_2d(pack_bits(mask)), held.any_of_node(mask)
-        return None, None if held.are_all_live else held.live_nodes()
+    def _searched(self, find: Callable[[State, CpuEngine | GpuEngine], Found]) -> Found:
+        """find(state, engine), over a state and the engine that holds it."""
+        while True:
+            gpu, state = self._gpu, self._state
+            cpu = state.cpu
+            if gpu is None:
+                found = (find(state, cpu),)
+            else:
+                found = gpu.at(state.version, cpu, functools.partial(find, state, gpu))
+            if found is not None:  # else the GPU holds a later one by now
+                state.require_unchanged()
+                return found[0]
 
     def _search_on_gpu(
         self,
@@ -372,17 +393,25 @@ class Index:
         out: tuple[Any, Any] | None,
     ) -> SearchResult:
         """Queries, and the answer, in the memory of the GPU."""
-        with self._lock.shared():
-            gpu, held = self._gpu, self._state.labels
-            if gpu is not None and allow is None and held.are_all_live:
-                found = gpu.up_to_date(self._state.cpu).search_on_device(
-                    queries, walk, held, root=self.metric == "euclidean", stream=stream, out=out
-                )
-                return SearchResult(*found)
-        if gpu is None:
+
+        def find(state: State, engine: CpuEngine | GpuEngine) -> SearchResult | GpuEngine | None:
+            if isinstance(engine, CpuEngine):
+                return None
+            if allow is not None or not state.labels.are_all_live:
+                return engine
+            found = engine.search_on_device(
+                queries, walk, state.labels,
+                root=self.metric == "euclidean", stream=stream, out=out,
+            )  # fmt: skip
+            return SearchResult(*found)
+
+        found = self._searched(find)
+        if isinstance(found, SearchResult):
+            return found
+        if found is None:
             raise RuntimeError("queries: on a GPU, which the index has left for the CPU")
-        given = self.checked_queries(gpu.to_host(queries, stream))
-        return SearchResult(*gpu.to_device(*self._found(given, walk, allow), stream, out))
+        given = self.checked_queries(found.to_host(queries, stream))
+        return SearchResult(*found.to_device(*self._found(given, walk, allow), stream, out))
 
     def exact_search(
         self, queries: ArrayLike, k: int = 10, *, threads: int | None = None
@@ -393,12 +422,11 @@ class Index:
         """
         k, threads = inputs.integer("k", k, 1, inputs.MOST_NODES), inputs.threads(threads)
         given = self.checked_queries(queries)
-        with self._lock.shared():
-            held = self._state.labels
-            live = np.flatnonzero(held.live_nodes())
-            keys = self._state.cpu.compare(Queries(given), live, min(k, len(live)), threads)
-            labels, distances = held.keys_to_labels(keys, k)
-            self._state.require_unchanged()
+        state = self._state
+        live = np.flatnonzero(state.labels.live_nodes())
+        keys = state.cpu.compare(Queries(given), live, min(k, len(live)), threads)
+        labels, distances = state.labels.keys_to_labels(keys, k)
+        state.require_unchanged()
         return SearchResult(labels, reported(distances, self.metric))
 
     def search_radius(
@@ -426,15 +454,16 @@ class Index:
                 return (distances.astype(np.float64) <= limit - 1) | (told == limit)
             return told <= limit
 
-        with self._lock.shared():
-            entries, nodes = self._filter(allow, len(given))
-            held = self._state.labels
-            keys = within(self._engine, Queries(given), is_near, walk, nodes)
-            found = [
+        def find(state: State, engine: CpuEngine | GpuEngine) -> list[tuple]:
+            held = state.labels
+            entries, nodes = _filter(held, allow, len(given))
+            keys = within(engine, Queries(given), is_near, walk, nodes)
+            return [
                 held.keys_to_labels(row[None], held.count(key_nodes(row)), _row_of(entries, i))
                 for i, row in enumerate(keys)
             ]
-            self._state.require_unchanged()
+
+        found = self._searched(find)
         none = [(np.empty((1, 0), np.int64), np.empty((1, 0), np.float32))]
         labels, distances = (np.concatenate(p, 1)[0] for p in zip(*none, *found, strict=True))
         is_in = labels >= 0
@@ -450,8 +479,9 @@ class Index:
         Each search starts from the vector's own node (R10). Copies are neighbours of each other.
         """
         walk = inputs.walk(k, ef, threads, self._expand(ef))
-        with self._lock.shared():
-            held = self._state.labels
+
+        def find(state: State, engine: CpuEngine | GpuEngine) -> tuple[np.ndarray, np.ndarray]:
+            held = state.labels
             entries = held.find(held.sorted)
             labels = np.empty((len(entries), walk.k), np.int64)
             distances = np.empty((len(entries), walk.k), np.float32)
@@ -459,48 +489,63 @@ class Index:
                 for start in range(0, len(entries), SELF_ROWS):
                     part = entries[start : start + SELF_ROWS]
                     place = slice(start, start + len(part))
-                    keys = self._keys_of_others(held.nodes(part), walk)
+                    keys = _keys_of_others(held, engine, held.nodes(part), walk)
                     labels[place], distances[place] = held.keys_to_labels(
                         keys, walk.k, skipped=part
                     )
                     shown.update(len(part))
-            self._state.require_unchanged()
+            return labels, distances
+
+        labels, distances = self._searched(find)
         return SearchResult(labels, reported(distances, self.metric))
 
-    def _keys_of_others(self, ids: np.ndarray, walk: Walk) -> np.ndarray:
-        """Keys of the nodes nearest to nodes (m,), and of the node itself where it has copies."""
-        engine, held = self._engine, self._state.labels
-        mask = None if held.are_all_live else held.live_nodes()
-        keys = nearest(engine, Queries(own=ids), walk, mask)
-        own = engine.own_keys(ids)
-        own[np.diff(held.offsets)[ids] == 1] = KEY_NONE
-        return np.sort(np.concatenate([keys, own[:, None]], axis=1), axis=1)
-
     # ---------------------------------------------------------------- keeping it
+
+    def __reduce__(self) -> tuple:
+        """As a saved index; one that is mapped, and as it was loaded, as its path and checksum."""
+        device, source = "cpu" if self._gpu is None else "auto", self._state.source
+        if source is not None and self._state is self._mapped:
+            return _load_again, (source.path, source.checksum, device)
+        _, about, arrays = self._contents()
+        return _unpickled, (about, arrays, device)
+
+    def __copy__(self) -> "Index":
+        return copy.deepcopy(self)  # an `add` would write behind rows that the two shared
 
     def check(self) -> None:
         """Raise ValueError naming what is wrong with the graph, the labels or the vectors.
 
         First links the nodes of the last small `add`s that are not reachable yet, as `save` does.
         """
-        with self._lock.exclusive():
-            self._repair(inputs.threads(None))
-            problems = self._state.problems()
+        problems = self._settled().problems()
         if problems:
             raise ValueError("; ".join(problems))
+
+    def _settled(self) -> State:
+        """The state, after its last nodes were made reachable."""
+        settled = []
+
+        def work(_: Callable[[], bool]) -> None:
+            self._publish(*repaired(self._state, threads=inputs.threads(None)))
+            settled.append(self._state)
+
+        self._change(work)
+        return settled[0]
+
+    def _contents(self) -> tuple[State, dict[str, Any], dict[str, np.ndarray]]:
+        """The state, and what a file of it holds: values by name, and arrays."""
+        state = self._settled()
+        about = {name: getattr(self, name) for name in PARAMETERS}
+        return state, about | {"next_label": state.next_label}, state.arrays()
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one .safetensors file. The old file stays whole until the new one is complete.
 
         ValueError, before anything is written, if `load` would refuse what it would hold.
         """
-        with self._lock.exclusive():
-            self._repair(inputs.threads(None))
-            about = {name: getattr(self, name) for name in PARAMETERS}
-            about["next_label"] = self._state.next_label
-            arrays = self._state.arrays()
-            _restored(about, arrays, reads_rows=False)  # what `load` would refuse is not written
-            write_arrays(path, arrays, about, self._state.require_unchanged)
+        state, about, arrays = self._contents()
+        _restored(about, arrays, reads_rows=False)  # what `load` would refuse is not written
+        write_arrays(path, arrays, about, state.require_unchanged)
 
 
 def load(path: str | os.PathLike[str], *, mmap: bool = False, device: str = "auto") -> Index:
@@ -523,8 +568,23 @@ def load(path: str | os.PathLike[str], *, mmap: bool = False, device: str = "aut
     except (TypeError, ValueError) as error:
         raise CorruptIndexError(f"{path}: {error}") from None
     if mmap:
-        index._state = index._state._replace(source=file)
+        index._state = index._mapped = index._state._replace(source=file)
     return index.to(device)
+
+
+def _load_again(path: str, checksum: str, device: str) -> Index:
+    """The mapped Index of a file that must be the one it was."""
+    index = load(path, mmap=True, device=device)
+    source = index._state.source
+    assert source is not None
+    if source.checksum != checksum:
+        raise CorruptIndexError(f"{path}: is another index than the one that was pickled")
+    return index
+
+
+def _unpickled(about: dict[str, Any], arrays: dict[str, np.ndarray], device: str) -> Index:
+    arrays = {name: copy_aligned(array) for name, array in arrays.items()}
+    return _restored(about, arrays, reads_rows=False).to(device)
 
 
 def _restored(about: dict[str, Any], arrays: dict[str, np.ndarray], *, reads_rows: bool) -> Index:
@@ -534,6 +594,27 @@ def _restored(about: dict[str, Any], arrays: dict[str, np.ndarray], *, reads_row
     kept = index._state.parameters
     index._state = from_arrays(kept, arrays, next_label, reads_rows=reads_rows)
     return index
+
+
+def _filter(
+    held: Labels, allow: ArrayLike | None, queries: int
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Packed bits of allowed entries, and bool mask of allowed nodes; None where all are."""
+    if allow is not None:
+        mask = inputs.entry_mask(allow, held.labels, queries)
+        return np.atleast_2d(pack_bits(mask)), held.any_of_node(mask)
+    return None, None if held.are_all_live else held.live_nodes()
+
+
+def _keys_of_others(
+    held: Labels, engine: CpuEngine | GpuEngine, ids: np.ndarray, walk: Walk
+) -> np.ndarray:
+    """Keys of the nodes nearest to nodes (m,), and of the node itself where it has copies."""
+    mask = None if held.are_all_live else held.live_nodes()
+    keys = nearest(engine, Queries(own=ids), walk, mask)
+    own = engine.own_keys(ids)
+    own[np.diff(held.offsets)[ids] == 1] = KEY_NONE
+    return np.sort(np.concatenate([keys, own[:, None]], axis=1), axis=1)
 
 
 def _row_of(entries: np.ndarray | None, i: int) -> np.ndarray | None:

@@ -22,8 +22,10 @@ def check_index(cupy: Any, dtype: str, refine: bool, rows: int) -> int:
     searches: list[Callable[[], tuple]] = [
         lambda: index.search(vectors[:9], 5, ef=20, expand=4, allow=mask),
         lambda: index.search(vectors[:9], 5, ef=20, expand=4, allow=np.arange(0, rows, 19)),
-        lambda: (index._engine.walk(Queries(own=np.arange(9)), Walk(5, 20, expand=4)),),
-        lambda: (index._engine.own_keys(np.arange(rows)),),
+        lambda: index._searched(
+            lambda _, engine: (engine.walk(Queries(own=np.arange(9)), Walk(5, 20, expand=4)),)
+        ),
+        lambda: index._searched(lambda _, engine: (engine.own_keys(np.arange(rows)),)),
     ]
     for batch in (sms, 2 * sms, 4 * sms + 1):  # 8, 4 warps a query, and 1
         queries = vectors[places(batch, 0, rows)]

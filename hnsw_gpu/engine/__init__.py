@@ -1,5 +1,6 @@
 """Arrays in, arrays out: the graph, its search and its building on the CPU."""
 
+from hnsw_gpu.engine.alignment import copy_aligned
 from hnsw_gpu.engine.compiled import jit
 from hnsw_gpu.engine.copies import NodeTable, move_together
 from hnsw_gpu.engine.cpu_engine import CpuEngine
@@ -8,6 +9,7 @@ from hnsw_gpu.engine.filtered_search import nearest, within
 from hnsw_gpu.engine.graph import Graph
 from hnsw_gpu.engine.growth import build_graph, compacted, insert, repaired, with_vectors
 from hnsw_gpu.engine.keys import KEY_NONE, key_distances, key_nodes
+from hnsw_gpu.engine.labels import Labels
 from hnsw_gpu.engine.rounding import LOST_SHARE, Rounded
 from hnsw_gpu.engine.search import pack_bits, search_graph
 from hnsw_gpu.engine.state import Parameters, State, empty_state, from_arrays
@@ -23,7 +25,13 @@ from hnsw_gpu.engine.vectors import (
     squared_lengths,
 )
 from hnsw_gpu.engine.walk import Queries, Walk
-from hnsw_gpu.engine.workers import SharedLock, run_to_a_stop, thread_count
+from hnsw_gpu.engine.workers import (
+    ChangeLock,
+    SharedLock,
+    Stopped,
+    run_to_a_stop,
+    thread_count,
+)
 
 __all__ = [
     "BLOCK_BYTES",
@@ -31,18 +39,22 @@ __all__ = [
     "LOST_SHARE",
     "METRICS",
     "STORAGE",
+    "ChangeLock",
     "CpuEngine",
     "Graph",
+    "Labels",
     "NodeTable",
     "Parameters",
     "Queries",
     "Rounded",
     "SharedLock",
     "State",
+    "Stopped",
     "Walk",
     "block_rows",
     "build_graph",
     "compacted",
+    "copy_aligned",
     "empty_rows",
     "empty_state",
     "encode",

@@ -19,11 +19,12 @@ nearer to the point than to every neighbour kept before it; a tie is rejected.
 Afterwards `repair` sees to it that layer 0 leads from every node to every other.
 """
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 
-from hnsw_gpu.engine.alignment import copy_aligned
+from hnsw_gpu.engine.alignment import empty_aligned, taken_aligned
 from hnsw_gpu.engine.beam import insert, size
 from hnsw_gpu.engine.compiled import jit
 from hnsw_gpu.engine.distance import as_query, distance
@@ -37,6 +38,7 @@ BATCH = 2048  # comparing a batch with itself then costs a few percent of its se
 BATCH_DIVISOR = 50  # larger batches give their targets too many links at once, all chosen blindly
 LINK_CHUNK = 64  # points or targets that a thread takes at a time
 BITS_OF_DISTANCE = np.uint64(0xFFFFFFFF00000000)
+NOBODY = np.iinfo(np.int32).max  # in `nodes`, where a layer has room: behind every id
 
 
 class GrowingGraph(NamedTuple):
@@ -85,84 +87,124 @@ def _mix(x):
     return x ^ (x >> np.uint64(31))
 
 
-def insert_nodes(graph, neighbors0, rows, metric, *, ef_construction, seed, threads, relinked=None):
-    """Insert rows[n:] into a graph of n nodes; yields the grown Graph after each batch.
+class Rewritten(NamedTuple):
+    """Rows of links that an insertion wrote, in arrays of row numbers; some come twice."""
 
-    `rows` (n + m, row) are encoded; `neighbors0` (n + m, M0) int32 begins with the graph's own rows
-    and is written in place. `relinked` bool (n + m,) becomes True where links of layer 0 are new.
-    Who stops early calls `without_unfinished` on the last graph.
+    neighbors0: list[np.ndarray]
+    neighbors: list[np.ndarray]
+
+
+def insert_nodes(graph, room, rows, levels, metric, *, ef_construction, threads, rewritten=None):
+    """Insert rows[n:] of `levels` (m,) into a graph of n nodes; yields it, grown, after each batch.
+
+    `rows` (n + m, row) are encoded. `room` is what `with_room` gave for the graph and the levels:
+    its links are written, and no search may read them meanwhile. `rewritten` is told which.
+    After a stop in the middle, `without_unfinished` gives the last graph again, mended.
     """
     start, stop = len(graph.neighbors0), len(rows)
-    M = graph.neighbors.shape[1]
-    levels = draw_levels(seed, start, stop, M)
-    neighbors0[start:] = -1
-    whole = _with_room(graph, neighbors0, levels)
-    growth = GrowingGraph(whole, engine_view(rows), METRICS[metric])
+    room = room._replace(neighbors0=room.neighbors0[:stop])
+    own_rows = _enter(room, start, levels)
+    if rewritten is not None:
+        rewritten.neighbors0.append(np.arange(start, stop))
+        rewritten.neighbors.append(own_rows)
+    growth = GrowingGraph(room, engine_view(rows), METRICS[metric])
     while start < stop:
         end = min(stop, start + max(1, min(start // BATCH_DIVISOR, BATCH)))
         batch_levels = levels[: end - start]
         levels = levels[end - start :]
         targets = _insert_batch(graph, growth, batch_levels, ef_construction, threads)
-        if relinked is not None:
-            relinked[start:end] = True
-            relinked[targets[targets < stop]] = True
+        if rewritten is not None:
+            split = np.searchsorted(targets, stop)
+            rewritten.neighbors0.append(targets[:split])
+            rewritten.neighbors.append(targets[split:] - stop)
         start = end
-        graph = _first_nodes(whole, start, max(graph.top, batch_levels.max()))
+        graph = _first_nodes(room, start, max(graph.top, batch_levels.max()))
         yield graph
 
 
-def _with_room(graph, neighbors0, levels):
-    """The graph with rows for the new nodes on all of their layers, their links still empty."""
-    first = len(graph.neighbors0)
-    M = graph.neighbors.shape[1]
-    nodes, neighbors, below = [], [], []
-    for layer in range(1, max(graph.top, levels.max(initial=0)) + 1):
-        old = slice(*graph.layer_offsets[layer - 1 : layer + 1]) if layer <= graph.top else slice(0)
-        new = (first + np.flatnonzero(levels >= layer)).astype(np.int32)
-        nodes.append(np.concatenate([graph.nodes[old], new]))
-        room = np.full((len(new), M), -1, np.int32)
-        neighbors.append(np.concatenate([graph.neighbors[old], room]))
-        below.append(nodes[0] if layer == 1 else np.searchsorted(nodes[-2], nodes[-1]))
-    if not nodes:
-        return graph._replace(neighbors0=neighbors0)
-    return Graph(
-        neighbors0=neighbors0,
-        layer_offsets=np.cumsum([0] + [len(part) for part in nodes], dtype=np.int64),
-        nodes=np.concatenate(nodes),
-        neighbors=copy_aligned(np.concatenate(neighbors)),
-        below=np.concatenate(below).astype(np.int32),
+def with_room(room, count, levels):
+    """`room`, a graph of `count` nodes, or one of more rows above, for nodes of these levels too.
+
+    Rows of a layer that are not used lie at its end; layers of none lie behind the others. There
+    are as many as are needed at first, a quarter more afterwards, so that growing costs little.
+    """
+    top = max(room.top, levels.max(initial=0))
+    used = _used(room, count) + [0] * (top - room.top)
+    needed = [used[i] + np.count_nonzero(levels > i) for i in range(top)]
+    sizes = np.diff(room.layer_offsets).tolist() + [0] * (top - room.top)
+    if all(needed[i] <= sizes[i] for i in range(top)):
+        return room
+    sizes = [max(needed[i], sizes[i], used[i] + used[i] // 4) for i in range(top)]
+    offsets = np.cumsum([0, *sizes], dtype=np.int64)
+    grown = room._replace(
+        layer_offsets=offsets,
+        nodes=np.full(offsets[-1], NOBODY, np.int32),
+        neighbors=empty_aligned((int(offsets[-1]), room.neighbors.shape[1]), np.int32),
+        below=np.zeros(offsets[-1], np.int32),
+    )
+    for layer in range(room.top):
+        old = slice(room.layer_offsets[layer], room.layer_offsets[layer] + used[layer])
+        new = slice(offsets[layer], offsets[layer] + used[layer])
+        for name in ("nodes", "neighbors", "below"):
+            getattr(grown, name)[new] = getattr(room, name)[old]
+    return grown
+
+
+def _used(room, count):
+    """Rows of each layer above that the first `count` nodes take."""
+    starts = room.layer_offsets
+    return [int(np.searchsorted(room.nodes[a:b], count)) for a, b in pairwise(starts)]
+
+
+def _enter(room, count, levels):
+    """Give nodes from `count` on their rows, without links, on all of their layers: the rows."""
+    room.neighbors0[count : count + len(levels)] = -1
+    rows, nodes = [np.empty(0, np.int64)], room.nodes[:0]
+    for layer in range(1, levels.max(initial=0) + 1):
+        start, end = room.layer_offsets[layer - 1 : layer + 1]
+        below, nodes = nodes, room.nodes[start:end]
+        new = (count + np.flatnonzero(levels >= layer)).astype(np.int32)
+        first = start + np.searchsorted(nodes, count)
+        place = slice(first, first + len(new))
+        room.nodes[place] = new
+        room.neighbors[place] = -1
+        room.below[place] = new if layer == 1 else np.searchsorted(below, new)
+        rows.append(np.arange(place.start, place.stop))
+    return np.concatenate(rows)
+
+
+def _first_nodes(room, count, top):
+    """The graph as its first `count` nodes, of which the highest level is `top`, left it."""
+    return room._replace(
+        neighbors0=room.neighbors0[:count], layer_offsets=room.layer_offsets[: top + 1]
     )
 
 
-def _first_nodes(whole, count, top):
-    """The graph as its first `count` nodes, of which the highest level is `top`, left it.
-
-    Layers above are room for later nodes; so is the end of each layer, which nothing links to.
-    """
-    return whole._replace(
-        neighbors0=whole.neighbors0[:count], layer_offsets=whole.layer_offsets[: top + 1]
+def packed(graph):
+    """The graph without rows of layers above that it does not use, as it is checked and saved."""
+    used = _used(graph, len(graph.neighbors0))
+    if sum(used) == len(graph.nodes):
+        return graph
+    rows = [
+        np.arange(start, start + size)
+        for start, size in zip(graph.layer_offsets, used, strict=False)
+    ]
+    taken = np.concatenate([np.empty(0, np.int64), *rows])
+    return graph._replace(
+        layer_offsets=np.cumsum([0, *used], dtype=np.int64),
+        nodes=graph.nodes[taken],
+        neighbors=taken_aligned(graph.neighbors, taken),
+        below=graph.below[taken],
     )
 
 
-def without_unfinished(graph):
-    """A graph that `insert_nodes` yielded, without what a later batch may have begun.
-
-    That is the room for nodes that did not follow and, after an error, links to them.
-    """
-    count = len(graph.neighbors0)
+def without_unfinished(room, count, top):
+    """The graph of the first `count` nodes of a room, without links to what did not follow."""
+    graph = _first_nodes(room, count, top)
     _drop_links_from(graph.neighbors0, count)
-    layers = [slice(*graph.layer_offsets[i : i + 2]) for i in range(graph.top)]
-    is_in = np.zeros(len(graph.nodes), bool)
-    for layer in layers:
-        is_in[layer] = graph.nodes[layer] < count
-        _drop_links_from(graph.neighbors[layer], is_in[layer].sum())
-    return Graph(
-        neighbors0=graph.neighbors0,
-        layer_offsets=np.cumsum([0] + [is_in[layer].sum() for layer in layers], dtype=np.int64),
-        nodes=graph.nodes[is_in],
-        neighbors=copy_aligned(graph.neighbors[is_in]),
-        below=graph.below[is_in],
-    )
+    for start, used in zip(graph.layer_offsets, _used(graph, count), strict=False):
+        _drop_links_from(graph.neighbors[start : start + used], used)
+    return graph
 
 
 @jit

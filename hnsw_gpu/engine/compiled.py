@@ -52,6 +52,21 @@ SAID: set[str] = set()  # warnings that this process has given
 logger = logging.getLogger("hnsw_gpu")
 
 
+def _let_forks_wait() -> None:
+    """No process is forked while a thread compiles: in it numba's lock would stay locked."""
+    try:
+        from numba.core.compiler_lock import global_compiler_lock as lock
+    except ImportError:
+        return
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(
+            before=lock.acquire, after_in_parent=lock.release, after_in_child=lock.release
+        )
+
+
+_let_forks_wait()
+
+
 def jit(function: Any = None, *, allocates: bool = False, fastmath: Any = False) -> Any:
     """Decorator: compile at the first call with new types, without the GIL, and keep the code.
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from hnsw_gpu.engine.appending import appended
 from hnsw_gpu.engine.compiled import jit
 
 MOVED = 16384  # rows copied at a time
@@ -13,7 +14,8 @@ class NodeTable:
     def __init__(self):
         self._slots = np.full(16, -1, np.int32)
         self._count = 0
-        self._given = np.empty(0, np.uint64)  # of each node, see `count_unlike`
+        self._given = np.empty(0, np.uint64)  # of each node, see `count_unlike`, and room
+        self._given_count = 0
 
     @property
     def nbytes(self):
@@ -45,15 +47,16 @@ class NodeTable:
         After `assign`, which gave nodes and sources; given: a uint64 (rows,) of what each row was
         made of. Of nodes that a `clear` forgot it is 0, unknown.
         """
-        known = self._given if len(self._given) == first else np.zeros(first, np.uint64)
-        self._given = np.concatenate([known, given[sources - first]])
+        known = self._given if self._given_count == first else np.zeros(first, np.uint64)
+        self._given = appended(known, first, given[sources - first])
+        self._given_count = first + len(sources)
         theirs = self._given[nodes]
         return int(((theirs != given) & (theirs != 0)).sum())
 
     def clear(self):
         """Forget all nodes; the next `assign` reads them again."""
         self._count = -1
-        self._given = np.empty(0, np.uint64)
+        self._given_count = -1
 
 
 def move_together(rows, sources, first=0):

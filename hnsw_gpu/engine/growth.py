@@ -1,17 +1,25 @@
 """How what an index holds grows: room, encoding, copies, insertion, repair; and compaction.
 
-Each function takes a State and gives the next one. What it writes meanwhile lies behind the nodes
-of the old one, but for the links of layer 0, which searches must not read at the same time.
+Each function takes a State and gives the next one, and writes nothing that searches of the old one
+read: rows and labels behind the old ones, and links in a second copy. One thread at a time calls
+them.
 """
 
-import threading
 from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from hnsw_gpu.engine import copies
 from hnsw_gpu.engine.alignment import copy_aligned, empty_aligned, taken_aligned
-from hnsw_gpu.engine.build import empty_graph, insert_nodes, without_unfinished
+from hnsw_gpu.engine.build import (
+    Rewritten,
+    draw_levels,
+    empty_graph,
+    insert_nodes,
+    packed,
+    with_room,
+    without_unfinished,
+)
 from hnsw_gpu.engine.graph import Graph
 from hnsw_gpu.engine.repair import repair
 from hnsw_gpu.engine.rounding import Rounded, count_worn
@@ -58,74 +66,111 @@ def insert(
     state: State,
     nodes: np.ndarray,
     labels: np.ndarray,
-    keep: Callable[[State], None],
+    keep: Callable[[State, np.ndarray | None], None],
     *,
     threads: int,
-    stop: threading.Event,
+    is_stopped: Callable[[], bool],
     advance: Callable[[int], object],
-    relinked: np.ndarray | None,
 ) -> None:
     """Link the new ones of `nodes` (m,), which carry `labels` (m,), and `keep` what came of it.
 
-    That is a whole state whatever happens: where `stop` was set or something was raised, without
-    the labels from the first node on that is not in. `advance` is told how many nodes were linked.
+    That is a whole state whatever happens: when `is_stopped()`, or where something was raised,
+    without the labels from the first node on that is not in. `keep` is told too which nodes have
+    other links on layer 0 (None: any may), and `advance` how many nodes were linked.
     """
     graph, kept = state.graph, state.parameters
-    count = max(int(nodes.max(initial=-1)) + 1, state.node_count)
+    first = state.node_count
+    count = max(int(nodes.max(initial=-1)) + 1, first)
+    levels = draw_levels(kept.seed, first, count, kept.M)
+    room = _room_to_write(state, levels)
+    rewritten = Rewritten([], [])
     insertion = insert_nodes(
-        graph, state.neighbors0[:count], state.rows[:count], kept.metric,
-        ef_construction=kept.ef_construction, seed=kept.seed, threads=threads, relinked=relinked,
+        graph, room, state.rows[:count], levels, kept.metric,
+        ef_construction=kept.ef_construction, threads=threads, rewritten=rewritten,
     )  # fmt: skip
+    is_whole, unrepaired = False, state.unrepaired + count - first
     try:
         for grown in insertion:
             advance(len(grown.neighbors0) - len(graph.neighbors0))
             graph = grown
-            if stop.is_set():
+            if is_stopped():
                 break
+        is_whole = len(graph.neighbors0) == count
+        if is_whole and unrepaired > count // REPAIR_SHARE:
+            rewritten.neighbors0.append(_repair(state, graph, threads))
+            unrepaired = 0
     finally:  # whatever happened, labels and graph agree on the nodes there are
-        if relinked is not None and len(graph.neighbors0) < count:
-            relinked[:] = True  # links to what did not follow are taken back
-        keep(_labelled(state, graph, nodes, labels))
+        changed = None
+        if is_whole:
+            changed = np.concatenate(rewritten.neighbors0)
+            if 2 * len(changed) < count:  # else copying all costs no more than this `add` did
+                state.spare0.give(state.room.neighbors0, rewritten.neighbors0)
+                if room.nodes is state.room.nodes:
+                    state.spare.give(state.room.neighbors, rewritten.neighbors)
+        else:
+            graph = without_unfinished(room, len(graph.neighbors0), graph.top)
+            unrepaired = len(graph.neighbors0)
+            state.table.clear()
+        state = state._replace(
+            graph=graph, room=room, version=state.version + 1, unrepaired=unrepaired
+        )
+        keep(_labelled(state, nodes, labels), changed)
 
 
-def _labelled(state: State, graph: Graph, nodes: np.ndarray, labels: np.ndarray) -> State:
-    """The state with a grown graph, and labels up to the first of `nodes` that it does not hold."""
-    count = len(graph.neighbors0)
-    unrepaired = state.unrepaired + count - state.node_count
+def _repair(state: State, graph: Graph, threads: int) -> np.ndarray:
+    """Make every node of a graph that nobody reads reachable; the nodes that have other links."""
+    kept, relinked = state.parameters, np.zeros(len(graph.neighbors0), bool)
+    repair(
+        graph, state.rows[: len(relinked)], kept.metric,
+        ef_construction=kept.ef_construction, threads=threads, relinked=relinked,
+    )  # fmt: skip
+    return np.flatnonzero(relinked)
+
+
+def _room_to_write(state: State, levels: np.ndarray) -> Graph:
+    """Room for nodes of these levels, equal to the state's and read by no search."""
+    room: Graph = with_room(state.room, state.node_count, levels)
+    neighbors0 = state.spare0.take(state.room.neighbors0, state.node_count, len(state.rows))
+    neighbors = room.neighbors
+    if neighbors is state.room.neighbors:
+        neighbors = state.spare.take(neighbors, len(neighbors), len(neighbors))
+    return room._replace(neighbors0=neighbors0, neighbors=neighbors)
+
+
+def _labelled(state: State, nodes: np.ndarray, labels: np.ndarray) -> State:
+    """The state with labels up to the first of `nodes` that its graph does not hold."""
+    count = state.node_count
     is_in = np.cumsum(nodes >= count) == 0
-    if not is_in.all():
-        graph, unrepaired = without_unfinished(graph), count
-        state.table.clear()
     state = state._replace(
-        graph=graph,
         labels=state.labels.with_added(labels[is_in], nodes[is_in], count),
         next_label=max(state.next_label, int(labels.max(initial=-1)) + 1),
-        unrepaired=unrepaired,
     )
     if len(state.rows) <= 2 * count:
         return state
     cpu = state.cpu  # most of the vectors were copies
-    neighbors0 = copy_aligned(graph.neighbors0)
+    graph = packed(state.graph)._replace(neighbors0=copy_aligned(state.graph.neighbors0))
+    state.spare0.forget()
+    state.spare.forget()
     return state._replace(
-        graph=graph._replace(neighbors0=neighbors0),
-        neighbors0=neighbors0,
+        graph=graph,
+        room=graph,
         rows=copy_aligned(cpu.rows),
         refine_rows=None if cpu.refine_rows is None else copy_aligned(cpu.refine_rows),
     )
 
 
-def repaired(
-    state: State, *, threads: int, relinked: np.ndarray | None, is_urgent: bool = True
-) -> State:
-    """The state with every node reachable; if not urgent, only where many nodes are new."""
-    if state.unrepaired <= (0 if is_urgent else state.node_count // REPAIR_SHARE):
-        return state
-    cpu, kept = state.cpu, state.parameters
-    repair(
-        cpu.graph, cpu.rows, kept.metric,
-        ef_construction=kept.ef_construction, threads=threads, relinked=relinked,
-    )  # fmt: skip
-    return state._replace(unrepaired=0)
+def repaired(state: State, *, threads: int) -> tuple[State, np.ndarray]:
+    """The state with every node reachable, and which nodes have other links for it."""
+    if not state.unrepaired:
+        return state, np.empty(0, np.int64)
+    state.require_unchanged()
+    count, room = state.node_count, state.room
+    neighbors0 = state.spare0.take(room.neighbors0, count, len(room.neighbors0))
+    graph = state.graph._replace(neighbors0=neighbors0[:count])
+    changed = _repair(state, graph, threads)
+    state.spare0.give(room.neighbors0, [changed])
+    room = room._replace(neighbors0=neighbors0)
+    return state._replace(graph=graph, room=room, version=state.version + 1, unrepaired=0), changed
 
 
 def compacted(state: State, *, threads: int, advance: Callable[[int], object]) -> State:
@@ -145,7 +190,8 @@ def compacted(state: State, *, threads: int, advance: Callable[[int], object]) -
     fresh.table.clear()
     return fresh._replace(
         graph=graph,
-        neighbors0=graph.neighbors0,
+        room=graph,
+        version=state.version + 1,
         rows=rows,
         refine_rows=refine_rows,
         labels=state.labels.of_nodes(live),
@@ -164,11 +210,12 @@ def build_graph(
     advance: Callable[[int], object],
 ) -> Graph:
     """The graph of distinct encoded rows (n, row). `advance` is told how many nodes were linked."""
-    graph = empty_graph(M)
+    graph, levels = empty_graph(M), draw_levels(seed, 0, len(rows), M)
+    room = with_room(graph, 0, levels)
+    room = room._replace(neighbors0=empty_aligned((len(rows), 2 * M), np.int32))
     insertion = insert_nodes(
-        graph, empty_aligned((len(rows), 2 * M), np.int32), rows, metric,
-        ef_construction=ef_construction, seed=seed, threads=threads,
-    )  # fmt: skip
+        graph, room, rows, levels, metric, ef_construction=ef_construction, threads=threads
+    )
     for grown in insertion:
         advance(len(grown.neighbors0) - len(graph.neighbors0))
         graph = grown
@@ -177,24 +224,16 @@ def build_graph(
 
 
 def _with_room(state: State, count: int) -> State:
-    """The state with room for `count` nodes."""
+    """The state with room for the rows of `count` nodes."""
     state.require_unchanged()
     used, kept = state.node_count, state.parameters
     rows = _with_rows(state.rows, used, count, kept.dim, kept.dtype)
-    refine_rows, neighbors0 = state.refine_rows, state.neighbors0
+    refine_rows = state.refine_rows
     if refine_rows is not None:
         refine_rows = _with_rows(refine_rows, used, count, kept.dim, kept.refine)
-    if len(neighbors0) < count:
-        neighbors0 = empty_aligned((len(rows), 2 * kept.M), np.int32)
-        neighbors0[:used] = state.graph.neighbors0
     state.require_unchanged()
-    return state._replace(
-        graph=state.graph._replace(neighbors0=neighbors0[:used]),
-        neighbors0=neighbors0,
-        rows=rows,
-        refine_rows=refine_rows,
-        source=state.source if rows is state.rows else None,
-    )
+    source = state.source if rows is state.rows else None
+    return state._replace(rows=rows, refine_rows=refine_rows, source=source)
 
 
 def _with_rows(rows: np.ndarray, used: int, count: int, dim: int, dtype: str) -> np.ndarray:

@@ -4,6 +4,7 @@ import functools
 
 import numpy as np
 
+from hnsw_gpu.engine.appending import appended
 from hnsw_gpu.engine.compiled import jit
 from hnsw_gpu.engine.keys import KEY_NONE, key_distance, key_node
 
@@ -18,6 +19,7 @@ class Labels:
     def __init__(self, offsets=None, labels=None):
         self.offsets = np.zeros(1, np.int64) if offsets is None else offsets
         self.labels = np.empty(0, np.int64) if labels is None else labels
+        self._room = self.offsets, self.labels  # each followed by what may be written
         self._order = None  # entries by label, made when first asked for
 
     def __len__(self):
@@ -32,13 +34,14 @@ class Labels:
     @property
     def sorted(self):
         """int64 labels, ascending."""
-        return self.labels if self._is_ascending() else self.labels[self._entry_order()]
+        return self.labels if self._is_ascending else self.labels[self._entry_order()]
 
+    @functools.cached_property
     def _is_ascending(self):
-        return self._entry_order() is None
+        return bool((self.labels[1:] > self.labels[:-1]).all())
 
     def _entry_order(self):
-        if self._order is None and len(self.labels) and (np.diff(self.labels) < 0).any():
+        if self._order is None and not self._is_ascending:
             self._order = np.argsort(self.labels, kind="stable")
         return self._order
 
@@ -66,20 +69,34 @@ class Labels:
         return np.searchsorted(self.offsets, entries, side="right") - 1
 
     def with_added(self, labels, nodes, count):
-        """Labels after giving `labels` (m,) to `nodes` (m,), of `count` nodes in all."""
+        """Labels after giving `labels` (m,) to `nodes` (m,), of `count` nodes in all.
+
+        Where all of the nodes are new that takes time in proportion to them.
+        """
         known = len(self.offsets) - 1
         order = np.lexsort((labels, nodes))
         labels, nodes = labels[order], nodes[order]
         split = np.searchsorted(nodes, known)
-        counts = np.bincount(nodes, minlength=count)
-        counts[:known] += np.diff(self.offsets)
-        merged = self.labels
         if split:  # copies of vectors that are already here
             mine = np.repeat(np.arange(known), np.diff(self.offsets))
             merged = np.concatenate([self.labels, labels[:split]])
             merged = merged[np.lexsort((merged, np.concatenate([mine, nodes[:split]])))]
-        offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-        return Labels(offsets, np.concatenate([merged, labels[split:]]))
+            counts = np.diff(self.offsets) + np.bincount(nodes[:split], minlength=known)
+            here = Labels(np.concatenate([[0], np.cumsum(counts)]).astype(np.int64), merged)
+            return here.with_added(labels[split:], nodes[split:], count)
+        counts = np.bincount(nodes - known, minlength=count - known)
+        ends = len(self.labels) + np.cumsum(counts)
+        added = Labels()
+        added._room = (
+            appended(self._room[0], known + 1, ends),
+            appended(self._room[1], len(self.labels), labels),
+        )
+        added.offsets = added._room[0][: count + 1]
+        added.labels = added._room[1][: len(self.labels) + len(labels)]
+        joint = np.concatenate([self.labels[-1:], labels])
+        added._is_ascending = self._is_ascending and bool((joint[1:] > joint[:-1]).all())
+        added.are_all_live = self.are_all_live and bool(counts.all())
+        return added
 
     def without(self, entries):
         """Labels after removing entries; the nodes stay."""

@@ -4,12 +4,13 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from hnsw_gpu.engine.build import empty_graph
+from hnsw_gpu.engine.build import empty_graph, packed
 from hnsw_gpu.engine.copies import NodeTable
 from hnsw_gpu.engine.cpu_engine import CpuEngine
 from hnsw_gpu.engine.graph import Graph, check_graph
 from hnsw_gpu.engine.labels import Labels
 from hnsw_gpu.engine.row_check import row_problems
+from hnsw_gpu.engine.second_copy import SecondCopy
 from hnsw_gpu.engine.vectors import decode, empty_rows
 
 
@@ -28,25 +29,32 @@ class Parameters(NamedTuple):
 class Source(Protocol):
     """Where mapped rows lie."""
 
+    path: str
+    checksum: str
+
     def require_unchanged(self) -> None:
         """Raise an error if they are no longer what they were."""
 
 
 class State(NamedTuple):
-    """Nodes, links and labels. An index replaces it whole (growth.py), and never in the middle.
+    """Nodes, links and labels, all of which a search reads and nobody changes.
 
-    `rows`, `refine_rows` and `neighbors0` may have room for nodes to come behind the n there are.
+    An index replaces it whole (growth.py). Who does may write behind the n nodes of `rows`,
+    `refine_rows` and `room`, and all of `table` and of the spare links, which no search reads.
     """
 
     parameters: Parameters
-    graph: Graph  # its neighbors0 are the first n rows of the next
-    neighbors0: np.ndarray  # (n or more, M0) int32
+    graph: Graph  # of the n nodes there are, the first of the next
+    room: Graph  # with rows for nodes to come, on each layer
+    version: int  # another one where rows or links differ
     rows: np.ndarray  # (n or more, row) encoded as dtype
     refine_rows: np.ndarray | None  # (n or more, row) encoded as refine
     labels: Labels
     table: NodeTable  # of the finest rows, by which copies are found
     next_label: int
     unrepaired: int  # nodes that were added since layer 0 was last repaired
+    spare0: SecondCopy  # of the room's neighbors0
+    spare: SecondCopy  # of its neighbors above
     source: Source | None = None  # None: all is in memory
 
     @property
@@ -75,7 +83,8 @@ class State(NamedTuple):
     def nbytes(self) -> int:
         """Bytes of nodes, links and labels, without room for nodes to come."""
         cpu = self._cpu
-        held = [*self.graph, cpu.rows] + ([] if cpu.refine_rows is None else [cpu.refine_rows])
+        held = [*packed(self.graph), cpu.rows]
+        held += [] if cpu.refine_rows is None else [cpu.refine_rows]
         return sum(array.nbytes for array in held) + self.labels.nbytes + self.table.nbytes
 
     def vectors(self, nodes: np.ndarray) -> np.ndarray:
@@ -85,7 +94,7 @@ class State(NamedTuple):
 
     def problems(self, *, reads_rows: bool = True) -> list[str]:
         """What is wrong with the graph, the labels or the rows, in sentences."""
-        found: list[str] = check_graph(self.graph)
+        found: list[str] = check_graph(packed(self.graph))
         found += self.labels.problems(self.node_count, self.next_label)
         if reads_rows:
             cpu, kept = self.cpu, self.parameters
@@ -98,7 +107,7 @@ class State(NamedTuple):
     def arrays(self) -> dict[str, np.ndarray]:
         """What `from_arrays` takes, by name."""
         cpu = self.cpu
-        found = {"vectors": cpu.rows, **self.graph._asdict()}
+        found = {"vectors": cpu.rows, **packed(self.graph)._asdict()}
         if cpu.refine_rows is not None:
             found["refine_vectors"] = cpu.refine_rows
         return found | {"label_offsets": self.labels.offsets, "labels": self.labels.labels}
@@ -111,13 +120,16 @@ def empty_state(parameters: Parameters) -> State:
     return State(
         parameters,
         graph,
-        graph.neighbors0,
+        graph,
+        0,
         empty_rows(0, kept.dim, kept.dtype),
         empty_rows(0, kept.dim, kept.refine) if kept.refine else None,
         Labels(),
         NodeTable(),
         next_label=0,
         unrepaired=0,
+        spare0=SecondCopy(),
+        spare=SecondCopy(),
     )
 
 
@@ -131,13 +143,13 @@ def from_arrays(
     _expect("vectors", arrays["vectors"], empty.rows, count)
     if empty.refine_rows is not None:
         _expect("refine_vectors", arrays["refine_vectors"], empty.refine_rows, count)
-    _expect("neighbors0", graph.neighbors0, empty.neighbors0, count)
+    _expect("neighbors0", graph.neighbors0, empty.graph.neighbors0, count)
     _expect("neighbors", graph.neighbors, empty.graph.neighbors, len(graph.nodes))
     _expect("label_offsets", arrays["label_offsets"], empty.labels.offsets, count + 1)
     _expect("labels", arrays["labels"], empty.labels.labels, len(arrays["labels"]))
     state = empty._replace(
         graph=graph,
-        neighbors0=graph.neighbors0,
+        room=graph,
         rows=arrays["vectors"],
         refine_rows=None if empty.refine_rows is None else arrays["refine_vectors"],
         labels=Labels(arrays["label_offsets"], arrays["labels"]),

@@ -1,10 +1,17 @@
-"""Work on threads. The compiled engines release the GIL, and a chunk of work is milliseconds."""
+"""Work on threads. The compiled engines release the GIL, and a chunk of work is milliseconds.
 
+A signal handler may raise at any line of the main thread, as Ctrl-C does. So nothing here waits for
+a Condition, which an exception can leave locked for ever; locks are C's own, held by `with`, or by a
+thread that no signal reaches.
+"""
+
+import _thread
 import os
-import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
+import weakref
+from collections.abc import Callable
+from queue import SimpleQueue
+from threading import Lock
+from typing import Any
 
 
 def thread_count(threads: int | None) -> int:
@@ -16,125 +23,181 @@ def thread_count(threads: int | None) -> int:
     return os.cpu_count() or 1
 
 
-def _new_helpers() -> ThreadPoolExecutor:
-    """Threads that help a caller; one is started when all others are at work."""
-    return ThreadPoolExecutor(256, thread_name_prefix="hnsw_gpu")
+class Job:
+    """A call that one other thread makes."""
+
+    def __init__(self, work: Callable[[], object]) -> None:
+        self._work = work
+        self._claim = Lock()  # taken by who runs the job, or makes sure that nobody will
+        self._running = Lock()
+        self._running.acquire()
+        self._has_ended = False  # it is set, then `_running` released
+        self.error: BaseException | None = None
+
+    def start(self) -> bool:
+        """Hand the job to a thread that is idle, or a new one; False where none can be had.
+
+        Started again it is run once all the same.
+        """
+        try:
+            inbox = _idle.pop()
+        except IndexError:
+            inbox = SimpleQueue()
+            try:
+                _thread.start_new_thread(_help, (inbox,))
+            except RuntimeError:  # the interpreter is ending
+                return False
+        inbox.put(self)
+        return True
+
+    def run(self, before_end: Callable[[], object]) -> None:
+        """Run it, unless that was done."""
+        if not self._claim.acquire(blocking=False):
+            before_end()
+            return
+        try:
+            self._work()
+        except BaseException as error:
+            self.error = error
+        before_end()
+        self._has_ended = True
+        self._running.release()
+
+    def withdraw(self) -> bool:
+        """Make sure that nobody begins it; False: somebody has."""
+        return self._claim.acquire(blocking=False)
+
+    def wait(self) -> None:
+        """Until it has ended. Interrupted, it can be called again."""
+        while not self._has_ended:
+            self._running.acquire()
 
 
-_helpers = _new_helpers()
-
-
-def _forget_helpers() -> None:
-    """In a forked process they are not there."""
-    global _helpers
-    _helpers = _new_helpers()
-
-
+_idle: list["SimpleQueue[Job]"] = []  # of the threads that wait for something to do
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_helpers)
+    os.register_at_fork(after_in_child=_idle.clear)  # they are not there
+
+
+def _help(inbox: "SimpleQueue[Job]") -> None:
+    """What a thread does, from job to job: to start one takes as long as some queries."""
+    while True:
+        inbox.get().run(lambda: _idle.append(inbox))
 
 
 def run_chunks(run: Callable[[int, int], None], count: int, chunk: int, threads: int) -> None:
     """Call run(start, stop) for each chunk of range(count), on up to `threads` threads.
 
-    The caller's thread is one of them; the others are kept from call to call, because to start one
-    takes as long as some queries. An exception in one chunk, or KeyboardInterrupt here, stops the
-    rest before it is raised: no thread works on behind the caller's back.
+    The caller's thread is one of them. An exception in one chunk, or raised here by a signal
+    handler, stops the rest before it is raised.
     """
     starts = iter(range(0, count, chunk))
-    is_stopped = threading.Event()
+    failed: list[BaseException] = []
 
     def work() -> None:
         try:
             for start in starts:  # next() of a range's iterator is atomic under the GIL
-                if is_stopped.is_set():
+                if failed:
                     return
                 run(start, min(start + chunk, count))
-        except BaseException:
-            is_stopped.set()
-            raise
+        except BaseException as error:
+            failed.append(error)
 
-    others = min(threads, -(-count // chunk)) - 1
-    futures = [_helpers.submit(work) for _ in range(others)]
+    jobs: list[Job] = []
     try:
+        for _ in range(min(threads, -(-count // chunk)) - 1):
+            jobs.append(Job(work))
+            if not jobs[-1].start():
+                break
         work()
-        for future in futures:
-            if not future.cancel():  # one that has not begun has nothing left to do
-                future.result()
+    except BaseException as error:  # of a signal handler, between two lines
+        failed.append(error)
+    for job in jobs:
+        if not job.withdraw():  # one that has not begun has nothing left to do
+            job.wait()
+    if failed:
+        _raise(failed)
+
+
+def _raise(errors: list[BaseException]) -> None:
+    """Raise the first. Held by a variable it would, by its traceback, hold itself and much else."""
+    first = errors[0]
+    errors.clear()
+    try:
+        raise first
     finally:
-        is_stopped.set()
-        wait([future for future in futures if not future.cancel()])
+        del first
 
 
-def run_to_a_stop(work: Callable[[threading.Event], None]) -> None:
-    """Call work(stop) on a thread and wait. KeyboardInterrupt sets `stop`, then waits on.
+class Stopped(Exception):
+    """Raised by work that ends early because it was asked to."""
 
-    Python raises KeyboardInterrupt in the main thread alone, so `work` is never torn apart: it
-    looks at `stop` where its data is whole.
+
+def run_to_a_stop(work: Callable[[Callable[[], bool]], None]) -> None:
+    """Call work(is_stopped) on another thread, and wait for its end.
+
+    What a signal handler raises here, KeyboardInterrupt for one, is raised at that end; meanwhile
+    `is_stopped()` is True. So `work` is never torn apart: it ends, or raises Stopped, where its data
+    is whole.
     """
-    stop = threading.Event()
-    with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(work, stop)
-        while not future.done():
-            try:
-                wait([future])
-            except KeyboardInterrupt:  # a second and a third one too
-                stop.set()
-        future.result()
-    if stop.is_set():
-        raise KeyboardInterrupt
+    raised: list[BaseException] = []
+    job = Job(lambda: work(lambda: bool(raised)))
+    is_over = False
+    while not is_over:
+        try:
+            if not job.start():
+                job.run(lambda: None)
+            job.wait()
+            is_over = True
+        except BaseException as error:  # a second and a third one too
+            raised.append(error)
+    errors = raised[:]
+    if job.error is not None and not isinstance(job.error, Stopped):
+        errors.insert(0, job.error)
+    job.error = None
+    raised.clear()
+    if errors:
+        _raise(errors)
 
 
 class SharedLock:
-    """Many readers or one writer. A waiting writer goes before readers that come after it.
-
-    In a forked process it is free: the threads that held it are not there.
-    """
+    """Many readers or one writer. A waiting writer goes before readers that come after it."""
 
     def __init__(self) -> None:
-        self._start_free()
+        self._gate = Lock()  # held by a writer, and for a moment by each reader that comes
+        self._readers: list[Any] = []  # a lock of each, which it holds until it is done
 
-    def _start_free(self) -> None:
-        self._process = os.getpid()
-        self._changed = threading.Condition()
-        self._readers = 0
-        self._writers = 0  # at work or waiting
-        self._is_writing = False
+    def shared(self, work: Callable[[], Any]) -> Any:
+        """work(), as one of many."""
+        mine = Lock()
+        with mine:
+            with self._gate:
+                self._readers = [lock for lock in self._readers if lock.locked()] + [mine]
+            return work()
 
-    def _condition(self) -> threading.Condition:
-        if self._process != os.getpid():
-            self._start_free()
-        return self._changed
+    def exclusive(self, work: Callable[[], Any]) -> Any:
+        """work(), alone."""
+        with self._gate:
+            for lock in self._readers:
+                with lock:
+                    pass
+            return work()
 
-    @contextmanager
-    def shared(self) -> Iterator[None]:
-        """Hold as one of many."""
-        with self._condition():
-            self._changed.wait_for(lambda: not self._writers)
-            self._readers += 1
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._readers -= 1
-                self._changed.notify_all()
 
-    @contextmanager
-    def exclusive(self) -> Iterator[None]:
-        """Hold alone."""
-        with self._condition():
-            self._writers += 1
-            try:
-                self._changed.wait_for(lambda: not self._readers and not self._is_writing)
-            except BaseException:
-                self._writers -= 1
-                self._changed.notify_all()
-                raise
-            self._is_writing = True
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._writers -= 1
-                self._is_writing = False
-                self._changed.notify_all()
+class ChangeLock:
+    """`with changing.lock`: one at a time. In a forked process it is free: its holder is gone."""
+
+    def __init__(self) -> None:
+        self.lock = Lock()
+        _change_locks.add(self)
+
+
+_change_locks: "weakref.WeakSet[ChangeLock]" = weakref.WeakSet()
+
+
+def _free_change_locks() -> None:
+    for lock in _change_locks:
+        lock.lock = Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_free_change_locks)

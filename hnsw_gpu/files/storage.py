@@ -38,7 +38,7 @@ import stat
 import struct
 import weakref
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from io import FileIO
@@ -79,7 +79,9 @@ class MappedFile:
     Another file under its name changes nothing here: the old one stays until nobody holds it.
     """
 
-    def __init__(self, path: Path, file: FileIO) -> None:
+    def __init__(self, path: Path, file: FileIO, checksum: str) -> None:
+        self.path = os.path.abspath(path)
+        self.checksum = checksum  # see `arrays_checksum`
         self._path, self._descriptor = path, os.dup(file.fileno())
         weakref.finalize(self, os.close, self._descriptor)
         self._before = self._size_and_time()
@@ -275,8 +277,8 @@ def open_arrays(
     """As `read_arrays`, and the file, which says whether what is mapped is still as it was."""
     arrays: dict[str, np.ndarray] = {}
     with _open(path) as file, ThreadPoolExecutor(os.cpu_count()) as pool, _naming(path):
-        opened = MappedFile(path, file)
         about, entries, start = _contents(file)
+        opened = MappedFile(path, file, _header_checksum(file, start))
         for name, entry in entries.items():
             dtype = np.dtype(DTYPES[entry.dtype])
             if name in mapped:
@@ -301,8 +303,12 @@ def arrays_checksum(path: Path) -> str:
     """8 hexadecimal digits of the header, which holds the checksum of every array: equal files."""
     with _open(path) as file, _naming(path):
         _, _, start = _contents(file)
-        file.seek(0)
-        return f"{zlib.crc32(file.read(start)):08x}"
+        return _header_checksum(file, start)
+
+
+def _header_checksum(file: FileIO, start: int) -> str:
+    file.seek(0)
+    return f"{zlib.crc32(file.read(start)):08x}"
 
 
 def _open(path: Path) -> FileIO:
@@ -398,9 +404,16 @@ def _combined(block_sums: Iterable[int]) -> str:
     return f"{zlib.crc32(b''.join(total.to_bytes(4, 'little') for total in block_sums)):08x}"
 
 
+def _mapped(pool: ThreadPoolExecutor, work: Callable[[Any], int], items: Sequence) -> Iterator[int]:
+    try:
+        return pool.map(work, items)
+    except RuntimeError:  # the interpreter is ending, and starts no more threads
+        return map(work, items)
+
+
 def _checksum(pool: ThreadPoolExecutor, view: memoryview) -> str:
-    blocks = (view[start : start + BLOCK_BYTES] for start in range(0, len(view), BLOCK_BYTES))
-    return _combined(pool.map(zlib.crc32, blocks))
+    blocks = [view[start : start + BLOCK_BYTES] for start in range(0, len(view), BLOCK_BYTES)]
+    return _combined(_mapped(pool, zlib.crc32, blocks))
 
 
 def _read_array(
@@ -423,7 +436,7 @@ def _read_array(
                 raise CorruptIndexError(f"truncated within array {name!r} while it was read")
         return zlib.crc32(view)
 
-    found = _combined(pool.map(read_block, range(0, entry.nbytes, BLOCK_BYTES)))
+    found = _combined(_mapped(pool, read_block, range(0, entry.nbytes, BLOCK_BYTES)))
     if found != entry.checksum:
         raise CorruptIndexError(
             f"array {name!r} is damaged: checksum {found}, written as {entry.checksum}"

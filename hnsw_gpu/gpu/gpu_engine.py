@@ -6,11 +6,21 @@ gives freed memory to the next that asks on the same stream.
 
 import logging
 import threading
+from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from hnsw_gpu.engine import KEY_NONE, CpuEngine, Graph, Queries, Walk, rows_as_queries
+from hnsw_gpu.engine import (
+    KEY_NONE,
+    CpuEngine,
+    Graph,
+    Queries,
+    SharedLock,
+    Walk,
+    rows_as_queries,
+)
 from hnsw_gpu.gpu import launch_plan
 from hnsw_gpu.gpu.cupy_driver import cupy_with_a_gpu
 from hnsw_gpu.gpu.device_arrays import DeviceArrays
@@ -27,7 +37,7 @@ from hnsw_gpu.gpu.host_batches import HostBatches, Slot
 logger = logging.getLogger("hnsw_gpu")
 
 
-def on_gpu(device: str, cpu: CpuEngine, dim: int) -> "GpuEngine | None":
+def on_gpu(device: str, cpu: CpuEngine, dim: int, version: int) -> "GpuEngine | None":
     """What `cpu` holds, on the current GPU; None where that cannot be and device is "auto".
 
     With device "cuda" RuntimeError says what is missing, MemoryError what does not fit.
@@ -36,7 +46,7 @@ def on_gpu(device: str, cpu: CpuEngine, dim: int) -> "GpuEngine | None":
     try:
         M = cpu.graph.neighbors.shape[1]
         engine = GpuEngine(cpu.metric, cpu.dtype, cpu.refine, dim, M)
-        engine.up_to_date(cpu)
+        engine.bring(version, cpu)
     except (RuntimeError, MemoryError) as error:
         if engine is not None:
             engine.close()
@@ -60,8 +70,9 @@ def unavailable_reason() -> str:
 class GpuEngine:
     """An index on the current GPU; RuntimeError says what one lacks.
 
-    Nodes are only ever added: `update` brings what is new. `walk`, `compare`, `own_keys` and
-    `search_on_device` may be called from many threads, `update` and `close` while none is running.
+    The GPU holds one version of an index; `at` runs what asks for another, after bringing it. There
+    may be many threads in `at`, and in `walk`, `compare`, `own_keys` and `search_on_device`; none
+    is while `update` runs.
     """
 
     def __init__(self, metric: str, dtype: str, refine: str, dim: int, M: int) -> None:
@@ -73,9 +84,9 @@ class GpuEngine:
         self._batches = HostBatches(self._cupy, self._index)
         self._arrays = DeviceArrays(self._cupy, self._device, dim)
         self._rows = self._refine_rows = np.empty((0, 0))
-        self._relinked = np.empty(0, bool)  # nodes with links that the GPU lacks
-        self._is_stale = True  # it lacks some, or nodes
-        self._updating = threading.Lock()
+        self._version = -1  # of what is here
+        self._changes: deque[tuple[int, np.ndarray | None]] = deque()  # see `note`
+        self._using = SharedLock()
         self._lock = threading.Lock()  # of `_searches`, and of uploading labels
         self._searches: list[tuple[Any, Any]] = []  # not waited for: the event at the end, queries
 
@@ -107,37 +118,57 @@ class GpuEngine:
         `changed`: int (m,) ids of older nodes whose links on layer 0 are new; None: all may be. The
         rows are read again by self searches. MemoryError where the GPU has too little.
         """
+        if changed is not None:
+            changed = changed[changed < self.node_count]
         self._index.update(graph, rows, refine_rows, changed, self._ends())
         self._searches = []
         self._rows = rows
         self._refine_rows = rows if refine_rows is None else refine_rows
 
-    def begin_change(self, count: int) -> np.ndarray:
-        """bool (count,): where links on layer 0 change, to be set True before the next search."""
-        before, self._relinked = self._relinked, np.zeros(count, bool)
-        known = min(count, len(before))
-        self._relinked[:known] = before[:known]
-        self._is_stale = True
-        return self._relinked
+    def note(self, version: int, changed: np.ndarray | None) -> None:
+        """Before `at` is asked for a version: nodes (m,) whose links on layer 0 are new in it.
 
-    def up_to_date(self, cpu: CpuEngine) -> "GpuEngine":
-        """This engine, with what changed since the last call; may be called from many threads."""
-        with self._updating:
-            if self._is_stale:
-                changed = np.flatnonzero(self._relinked[: self.node_count])
-                self.update(cpu.graph, cpu.rows, cpu.refine_rows, changed)
-                self._relinked, self._is_stale = np.zeros(cpu.node_count, bool), False
-        return self
+        None: it shares nothing with the version before.
+        """
+        self._changes.append((version, changed))
+
+    def at(self, version: int, cpu: CpuEngine, work: Callable[[], Any]) -> Any:
+        """(work(),) over version `version`, which `cpu` holds; None if a later one is here."""
+        found = None
+        while found is None and self._version <= version:
+            found = self._using.shared(lambda: (work(),) if self._version == version else None)
+            if found is None:
+                self._using.exclusive(lambda: self.bring(version, cpu))
+        return found
+
+    def bring(self, version: int, cpu: CpuEngine) -> None:
+        """Upload what this version has and the one that is here has not."""
+        if self._version >= version:
+            return
+        due = [ids for number, ids in self._changes if number <= version]
+        if any(ids is None for ids in due):
+            self._forget()
+        changed = [ids for ids in due if ids is not None]
+        self.update(
+            cpu.graph, cpu.rows, cpu.refine_rows,
+            np.unique(np.concatenate([np.empty(0, np.int64), *changed])),
+        )  # fmt: skip
+        self._version = version
+        for _ in due:
+            self._changes.popleft()
 
     def close(self) -> None:
-        """Give the memory back to CuPy, when the last search has ended; `update` fills it again."""
+        """Give the memory back to CuPy, when the last search has ended."""
+        self._using.exclusive(self._forget)
+
+    def _forget(self) -> None:
         with self._device:
             for event in self._ends():
                 event.synchronize()
             self._index.stream.synchronize()
         self._searches = []
         self._rows = self._refine_rows = np.empty((0, 0))
-        self._is_stale = True
+        self._version = -1
         self._batches.forget()
         self._index.forget()
 

@@ -8,13 +8,14 @@ requests/s.
 import asyncio
 import contextlib
 import logging
+import os
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from queue import SimpleQueue
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -94,6 +95,7 @@ class Batcher:
         self._rate = 0.0  # rows/s, a moving average
         self._is_closed = False
         self._workers: list[threading.Thread] = []
+        self._process = os.getpid()
         self.swap(index)
 
     # ---------------------------------------------------------------- callers
@@ -161,6 +163,7 @@ class Batcher:
             raise ValueError(f"timeout_s={timeout_s}: expected more than 0")
         mask = None if allow is None else inputs.array("allow", allow)
         request = QueuedSearch(BatchKey.of(index, k, ef, mask), given, k, mask, timeout_s, future)
+        self._require_threads()
         with self._lock:
             if self._is_closed:
                 raise RuntimeError("the batcher is closed")
@@ -172,11 +175,19 @@ class Batcher:
                     waiting / self._rate if self._rate else 1.0,
                 )
             self._queue.add(request)
-            is_awaited = self._sleepers > 0
-            self._sleepers -= is_awaited
-        if is_awaited:
-            self._wake.put(None)  # outside the lock, which the woken worker takes first
+        self._wake_up(1)  # outside the lock, which the woken worker takes first
         return request
+
+    def _require_threads(self) -> None:
+        """RuntimeError in a forked process, where the threads are not."""
+        if os.getpid() != self._process:
+            raise RuntimeError(
+                "the batcher was made before this process was forked, and its threads are in the "
+                "other one; make another Batcher here"
+            )
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a Batcher has threads and cannot be copied or pickled: its index can")
 
     def _forget(self, request: QueuedSearch) -> None:
         with self._lock:
@@ -207,6 +218,7 @@ class Batcher:
 
     def swap(self, index: Index) -> None:
         """Search another index from now on; requests already queued stay with theirs."""
+        self._require_threads()
         with self._lock:
             self._index = index
             self._most_in_flight = IN_FLIGHT[index.device]
@@ -216,7 +228,12 @@ class Batcher:
                 self._workers[-1].start()
 
     def close(self) -> None:
-        """Refuse new requests; return when those already queued are answered."""
+        """Refuse new requests; return when those already queued are answered.
+
+        In a forked process nothing was queued, and nothing is waited for.
+        """
+        if os.getpid() != self._process:
+            return
         with self._lock:
             self._is_closed = True
             self._wake_up(self._sleepers)
@@ -255,6 +272,8 @@ class Batcher:
                     self._sleepers += 1
             if not has_work:
                 self._wake.get()
+                with self._lock:
+                    self._sleepers -= 1
                 continue
             _settle((request, request.timeout_error()) for request in late)
             try:
@@ -265,9 +284,11 @@ class Batcher:
                     self._in_flight -= 1
 
     def _wake_up(self, count: int) -> None:
-        """Wake up to `count` workers. (A Condition costs a lone caller 60 microseconds.)"""
-        for _ in range(min(count, self._sleepers)):
-            self._sleepers -= 1
+        """Wake up to `count` workers; one too many finds nothing to do.
+
+        (A Condition costs a lone caller 60 microseconds, and can stay locked after Ctrl-C.)
+        """
+        for _ in range(min(count, self._sleepers - self._wake.qsize())):
             self._wake.put(None)
 
     def _rows_of_a_batch(self, index: Index) -> int:

@@ -4,6 +4,7 @@ Vectors are small integers, so that every summation order gives the same float a
 """
 
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -38,19 +39,22 @@ def built(
     """The engine's graph of `rows`, added in one call, or in calls that end at `stops`."""
     made = build.empty_graph(M)
     for stop in (*stops, len(rows)):
-        neighbors0 = np.empty((stop, 2 * M), dtype=np.int32)
-        neighbors0[: len(made.neighbors0)] = made.neighbors0
-        for grown in build.insert_nodes(
-            made,
-            neighbors0,
-            rows[:stop],
-            metric,
-            ef_construction=ef_construction,
-            seed=seed,
-            threads=threads,
+        for grown in inserted(
+            made, rows[:stop], metric, ef_construction=ef_construction, seed=seed, threads=threads
         ):
             made = grown
-    return made
+    return build.packed(made)
+
+
+def inserted(made: Graph, rows: np.ndarray, metric: str, *, seed: int, **settings) -> Iterator:
+    """What `insert_nodes` yields, into links that are copies of a graph's."""
+    count, M = len(made.neighbors0), made.neighbors.shape[1]
+    levels = build.draw_levels(seed, count, len(rows), M)
+    neighbors0 = np.empty((len(rows), 2 * M), dtype=np.int32)
+    neighbors0[:count] = made.neighbors0
+    room = build.with_room(made, count, levels)
+    room = room._replace(neighbors0=neighbors0, neighbors=room.neighbors.copy())
+    return build.insert_nodes(made, room, rows, levels, metric, **settings)
 
 
 def twin(
@@ -154,18 +158,10 @@ def test_stopping_after_any_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = encode(vectors, "l2", "fp32")
     table = reference.node_table(vectors, "l2", "fp32")
     stops = []
-    for made in build.insert_nodes(
-        build.empty_graph(3),
-        np.empty((200, 6), dtype=np.int32),
-        rows,
-        "l2",
-        ef_construction=24,
-        seed=0,
-        threads=1,
-    ):
+    for made in inserted(build.empty_graph(3), rows, "l2", ef_construction=24, seed=0, threads=1):
         stops.append(len(made.neighbors0))
         wanted = twin(table[: stops[-1]], M=3, ef_construction=24, growth=2)
-        assert_same(build.without_unfinished(made), wanted, stops)
+        assert_same(build.packed(made), wanted, stops)
     assert stops == [1, 2, 3, 4, 6, 9, 13, 19, 28, 42, 63, 94, 141, 200]
 
 

@@ -85,10 +85,21 @@ class Running(NamedTuple):
 
     @contextmanager
     def busy(self) -> Iterator[None]:
-        """The engine waits, as it does while a caller of the library changes the index."""
+        """Searches that the batcher begins do not end meanwhile."""
         assert self.live.served is not None
-        with self.live.served.index._lock.exclusive():
+        index, goes_on = self.live.served.index, threading.Event()
+        search = index.search_checked
+
+        def wait_and_search(*given, **named):
+            goes_on.wait()
+            return search(*given, **named)
+
+        index.search_checked = wait_and_search  # type: ignore[method-assign]
+        try:
             yield
+        finally:
+            goes_on.set()
+            del index.search_checked
 
     def wait(self, is_true) -> None:
         until = time.monotonic() + 20

@@ -1,0 +1,389 @@
+"""Exceptions at any line of the main thread, forks in the middle of a change, copies, the exit."""
+
+import concurrent.futures
+import copy
+import multiprocessing
+import os
+import pickle
+import subprocess
+import sys
+import threading
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import oracle
+import pytest
+
+import hnsw_gpu
+import hnsw_gpu.index
+from hnsw_gpu import Batcher, CorruptIndexError, Index
+
+DIM, ROWS = 8, 300
+VECTORS = oracle.gaussian(ROWS, DIM, seed=1)
+QUERIES = oracle.gaussian(5, DIM, seed=2)
+PACKAGE = str(Path(hnsw_gpu.__file__).parent)
+
+
+def built(rows: np.ndarray = VECTORS, **settings) -> Index:
+    index = Index(DIM, "l2", M=4, ef_construction=20, **settings)
+    index.add(rows)
+    return index
+
+
+# ---------------------------------------------------------------- exceptions between any two lines
+
+
+class Pressed(BaseException):
+    """What a signal handler raises."""
+
+
+def raise_at(line: int):
+    """A trace function that raises at that line that the package executes, in this thread."""
+    left = line
+
+    def trace(frame, event, _):
+        nonlocal left
+        if not frame.f_code.co_filename.startswith(PACKAGE):
+            return None
+        if event == "line":
+            left -= 1
+            if left == 0:
+                raise Pressed
+        return trace
+
+    return trace
+
+
+CALLS = {
+    "search": lambda index: index.search(QUERIES, 3, threads=2),
+    "search with a filter": lambda index: index.search(QUERIES, 3, allow=np.arange(ROWS) > 9),
+    "exact_search": lambda index: index.exact_search(QUERIES, 3, threads=2),
+    "vectors": lambda index: index.vectors([0, 5]),
+    "add": lambda index: index.add(QUERIES),
+    "delete": lambda index: index.delete(index.labels[-1:]),
+    "check": lambda index: index.check(),
+    "compact": lambda index: index.compact(),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("call", CALLS)
+def test_an_exception_at_every_line_leaves_nothing_locked(call) -> None:
+    """Other threads search, add and delete afterwards, and the index is sound."""
+    index = built()
+    for line in range(1, 10_000):
+        before = sys.gettrace()
+        sys.settrace(raise_at(line))
+        try:
+            CALLS[call](index)
+            was_raised = False
+        except Pressed:
+            was_raised = True
+        finally:
+            sys.settrace(before)
+
+        def use() -> None:
+            label = index.add(VECTORS[:1] + 100)
+            index.search(QUERIES, 3, threads=2)
+            index.delete(label)
+
+        thread = threading.Thread(target=use, daemon=True)
+        thread.start()
+        thread.join(timeout=30)
+        assert not thread.is_alive(), f"after an exception at line {line} others wait for ever"
+        if not was_raised:
+            break
+    assert line > 20
+    index.check()
+    found = index.search(VECTORS, 1, ef=len(index)).labels[:, 0]
+    assert (found == np.arange(ROWS))[np.isin(np.arange(ROWS), index.labels)].all()
+
+
+# ---------------------------------------------------------------- searches beside a change
+
+
+def test_a_search_does_not_wait_for_an_add(monkeypatch) -> None:
+    """It sees the index as it was; what is added appears at once, when the add ends."""
+    index = built()
+    expected = index.search(QUERIES, 5)
+    goes_on, is_in = threading.Event(), threading.Event()
+    insert = hnsw_gpu.index.insert
+
+    def slow(*given, **named):
+        insert(*given, **{**named, "advance": lambda _: (is_in.set(), goes_on.wait())})
+
+    monkeypatch.setattr(hnsw_gpu.index, "insert", slow)
+    adder = threading.Thread(target=index.add, args=(QUERIES,))
+    adder.start()
+    try:
+        assert is_in.wait(60)
+        oracle.assert_same(index.search(QUERIES, 5), expected)
+        oracle.assert_same(index.exact_search(QUERIES, 5), expected)
+        assert len(index) == ROWS
+        np.testing.assert_array_equal(index.vectors([7]), VECTORS[[7]])
+    finally:
+        goes_on.set()
+        adder.join()
+    assert len(index) == ROWS + len(QUERIES)
+    index.check()
+
+
+def test_a_state_that_is_held_never_changes() -> None:
+    """Whatever is added meanwhile, in small and large calls: links are never written in place."""
+    index, rng = built(), np.random.default_rng(3)
+    held = []
+    for count in [1] * 40 + [30, 1, 1, 200, 1, 1, 5, 1]:
+        state = index._state
+        graph = [array.copy() for array in state.graph]
+        held.append((state, graph, state.labels.labels.copy(), state.labels.offsets.copy()))
+        index.add(rng.normal(size=(count, DIM)))
+        if count == 5:
+            index.check()  # repairs
+    for state, graph, labels, offsets in held:
+        for name, array, before in zip(state.graph._fields, state.graph, graph, strict=True):
+            if name in ("nodes", "below", "neighbors"):  # these have room at the ends of layers
+                for start, used in zip(
+                    state.graph.layer_offsets, used_rows(state.graph), strict=False
+                ):
+                    place = slice(start, start + used)
+                    np.testing.assert_array_equal(array[place], before[place])
+            else:
+                np.testing.assert_array_equal(array, before)
+        np.testing.assert_array_equal(state.labels.labels, labels)
+        np.testing.assert_array_equal(state.labels.offsets, offsets)
+
+
+def used_rows(graph) -> list[int]:
+    count = len(graph.neighbors0)
+    ends = [slice(*graph.layer_offsets[i : i + 2]) for i in range(graph.top)]
+    return [int((graph.nodes[layer] < count).sum()) for layer in ends]
+
+
+def test_added_one_by_one_is_added_at_once() -> None:
+    """The same answers and the same file as the reference for small calls: a copy at each step."""
+    index, copied = built(), built()
+    for row in oracle.gaussian(60, DIM, seed=5):
+        index.add(row[None])
+        copied = pickle.loads(pickle.dumps(copied))
+        copied.add(row[None])
+    for one, other in zip(
+        index._contents()[2].values(), copied._contents()[2].values(), strict=True
+    ):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_an_add_allocates_what_it_adds() -> None:
+    """Not in proportion to what is there, but for one visited bit a node and query walked."""
+
+    def allocated(rows: int) -> float:
+        index = built(oracle.gaussian(rows, DIM, seed=4))
+        found = []
+        tracemalloc.start()
+        try:
+            for row in range(41):  # now and then one makes room, or repairs
+                before = tracemalloc.get_traced_memory()[0]
+                tracemalloc.reset_peak()
+                index.add(VECTORS[row : row + 1] + 50, threads=1)
+                found.append(tracemalloc.get_traced_memory()[1] - before)
+        finally:
+            tracemalloc.stop()
+        return float(np.median(found))
+
+    small, large = allocated(2_000), allocated(34_000)
+    assert large - small < 32_000  # links alone are 32 bytes a node
+
+
+# ---------------------------------------------------------------- copies
+
+
+@pytest.mark.parametrize("settings", [{}, {"dtype": "int8", "refine": True}, {"dtype": "fp16"}])
+def test_pickles_and_copies_are_the_index(settings) -> None:
+    index = built(**settings)
+    index.delete([3, 4])
+    buffers: list[pickle.PickleBuffer] = []
+    out_of_band = pickle.dumps(index, protocol=5, buffer_callback=buffers.append)
+    assert len(out_of_band) < 5_000 < sum(len(part.raw()) for part in buffers)
+    copies = [
+        *(pickle.loads(pickle.dumps(index, protocol)) for protocol in range(2, 6)),
+        pickle.loads(out_of_band, buffers=[bytes(part.raw()) for part in buffers]),
+        copy.copy(index),
+        copy.deepcopy(index),
+    ]
+    expected = index.search(QUERIES, 5)
+    grown = copy.deepcopy(index)
+    grown.add(QUERIES)
+    after = grown.search(QUERIES, 5)
+    for one in copies:
+        oracle.assert_same(one.search(QUERIES, 5), expected)
+        one.add(QUERIES)
+        oracle.assert_same(one.search(QUERIES, 5), after)
+        one.check()
+        oracle.assert_same(index.search(QUERIES, 5), expected)  # nothing is shared
+    index.check()
+
+
+def test_a_mapped_index_is_pickled_as_its_path(tmp_path) -> None:
+    path = tmp_path / "x.hnsw"
+    built(oracle.gaussian(3000, DIM, seed=4)).save(path)
+    index = hnsw_gpu.load(path, mmap=True)
+    pickled = pickle.dumps(index)
+    assert len(pickled) < 1_000
+    oracle.assert_same(pickle.loads(pickled).search(QUERIES, 5), index.search(QUERIES, 5))
+    built().save(path)  # another index under the same name
+    with pytest.raises(CorruptIndexError, match=r"x\.hnsw: is another index than the one"):
+        pickle.loads(pickled)
+    index.add(QUERIES)  # no longer what the file holds: pickled whole
+    oracle.assert_same(copy.copy(index).search(QUERIES, 5), index.search(QUERIES, 5))
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_other_processes_take_an_index(method) -> None:
+    index = built()
+    context = multiprocessing.get_context(method)
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+        found = pool.submit(Index.search, index, QUERIES, 5).result()
+    oracle.assert_same(found, index.search(QUERIES, 5))
+
+
+def test_a_batcher_cannot_be_pickled() -> None:
+    with Batcher(built()) as batcher:
+        for make in (pickle.dumps, copy.copy, copy.deepcopy):
+            with pytest.raises(TypeError, match="its index can"):
+                make(batcher)
+
+
+# ---------------------------------------------------------------- forks, and the end of the process
+
+
+def run(program: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(Path(PACKAGE).parent)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120,
+        env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, (done.returncode, done.stderr)
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.stdout
+
+
+BEGIN = f"""
+import atexit, os, sys, threading, time
+import numpy as np
+import hnsw_gpu
+rows = np.random.default_rng(1).normal(size=({ROWS}, {DIM})).astype("float32")
+index = hnsw_gpu.Index({DIM}, "l2", M=4, ef_construction=20)
+index.add(rows)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks are for POSIX")
+def test_forked_in_the_middle_of_an_add() -> None:
+    """The child has the index as it was before, and goes on with it."""
+    program = (
+        BEGIN
+        + """
+stop = threading.Event()
+def keep_adding():
+    rng = np.random.default_rng(2)
+    while not stop.is_set():
+        index.add(rng.normal(size=(40, rows.shape[1])))
+def keep_searching():
+    while not stop.is_set():
+        index.search(rows[:20], 5, threads=2)
+threads = [threading.Thread(target=keep_adding), threading.Thread(target=keep_searching)]
+for thread in threads:
+    thread.start()
+children = []
+for number in range(25):
+    time.sleep(0.01)
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            before = len(index)
+            index.check()
+            found = index.search(rows, 1, ef=before, threads=2).labels[:, 0]
+            assert (found == np.arange(len(rows))).all()
+            index.add(rows + 100, threads=2)
+            assert len(index) == before + len(rows)
+            index.check()
+            code = 0
+        finally:
+            os._exit(code)
+    children.append(child)
+codes = [os.waitpid(child, 0)[1] for child in children]
+stop.set()
+for thread in threads:
+    thread.join()
+assert codes == [0] * len(children), codes
+print("done")
+"""
+    )
+    assert run(program) == "done\n"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks are for POSIX")
+def test_a_batcher_of_before_a_fork_says_so() -> None:
+    program = (
+        BEGIN
+        + """
+batcher = hnsw_gpu.Batcher(index)
+batcher.submit(rows[:2]).result()
+child = os.fork()
+if child == 0:
+    code = 1
+    try:
+        for call in (lambda: batcher.submit(rows[:2]), lambda: batcher.swap(index)):
+            try:
+                call()
+            except RuntimeError as error:
+                assert "before this process was forked" in str(error)
+            else:
+                raise AssertionError("no error")
+        batcher.close()
+        hnsw_gpu.Batcher(index).submit(rows[:2]).result(timeout=20)
+        code = 0
+    finally:
+        os._exit(code)
+assert os.waitpid(child, 0)[1] == 0
+batcher.close()
+print("done")
+"""
+    )
+    assert run(program) == "done\n"
+
+
+AT_EXIT = """
+def work():
+    index.search(rows, 5, threads=2)
+    index.exact_search(rows, 5, threads=2)
+    index.add(rows + 100, threads=2)
+    index.delete([0])
+    index.save({path!r})
+    assert len(hnsw_gpu.load({path!r})) == 2 * len(rows) - 1
+    print("done", flush=True)
+"""
+AFTER_MAIN = {
+    "atexit": "atexit.register(work)",
+    "a thread that outlives main": """
+def later():
+    time.sleep(0.3)
+    work()
+threading.Thread(target=later).start()
+""",
+    "a batcher in use": """
+batcher = hnsw_gpu.Batcher(index)
+def later():
+    time.sleep(0.3)
+    batcher.submit(rows[:3]).result()
+    work()
+threading.Thread(target=later).start()
+""",
+}
+
+
+@pytest.mark.parametrize("how", AFTER_MAIN)
+def test_work_until_the_end(how, tmp_path) -> None:
+    program = BEGIN + AT_EXIT.format(path=str(tmp_path / "x.hnsw")) + AFTER_MAIN[how]
+    assert run(program) == "done\n"

@@ -94,7 +94,9 @@ class State(NamedTuple):
 
     def problems(self, *, reads_rows: bool = True) -> list[str]:
         """What is wrong with the graph, the labels or the rows, in sentences."""
-        found: list[str] = check_graph(packed(self.graph))
+        # that of a file is looked at as it is
+        graph = self.graph if self.graph is self.room else packed(self.graph)
+        found: list[str] = check_graph(graph)
         found += self.labels.problems(self.node_count, self.next_label)
         if reads_rows:
             cpu, kept = self.cpu, self.parameters

@@ -1,8 +1,8 @@
 """Work on threads. The compiled engines release the GIL, and a chunk of work is milliseconds.
 
 A signal handler may raise at any line of the main thread, as Ctrl-C does. So nothing here waits for
-a Condition, which an exception can leave locked for ever; locks are C's own, held by `with`, or by a
-thread that no signal reaches.
+a Condition, which an exception can leave locked for ever; locks are C's own, held by `with`, or by
+a thread that no signal reaches.
 """
 
 import _thread
@@ -136,8 +136,8 @@ def run_to_a_stop(work: Callable[[Callable[[], bool]], None]) -> None:
     """Call work(is_stopped) on another thread, and wait for its end.
 
     What a signal handler raises here, KeyboardInterrupt for one, is raised at that end; meanwhile
-    `is_stopped()` is True. So `work` is never torn apart: it ends, or raises Stopped, where its data
-    is whole.
+    `is_stopped()` is True. So `work` is never torn apart: it ends, or raises Stopped, where its
+    data is whole.
     """
     raised: list[BaseException] = []
     job = Job(lambda: work(lambda: bool(raised)))

@@ -18,7 +18,7 @@ def astray(index) -> dict[str, int]:
     """Arrays that a walk reads and that do not begin on a line, and where they begin."""
     state = index._state
     arrays = {"rows": state.rows, "neighbors0": state.graph.neighbors0}
-    arrays |= {"room": state.neighbors0, "neighbors": state.graph.neighbors}
+    arrays |= {"room": state.room.neighbors0, "neighbors": state.graph.neighbors}
     if state.refine_rows is not None:
         arrays["refine_rows"] = state.refine_rows
     places = {name: array.__array_interface__["data"][0] % 64 for name, array in arrays.items()}

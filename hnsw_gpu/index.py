@@ -1,56 +1,44 @@
 """The index: vectors, graph and labels behind one object, and the choice of engine."""
 
 import copy
-import functools
 import logging
 import os
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from hnsw_gpu import inputs
 from hnsw_gpu.engine import (
-    KEY_NONE,
     LOST_SHARE,
     STORAGE,
     ChangeLock,
-    CpuEngine,
-    Labels,
     Parameters,
-    Queries,
     Rounded,
     State,
     Stopped,
-    Walk,
     compacted,
     copy_aligned,
     empty_state,
     from_arrays,
     insert,
-    key_nodes,
-    nearest,
-    pack_bits,
     repaired,
     run_to_a_stop,
     with_vectors,
-    within,
 )
 from hnsw_gpu.files import CorruptIndexError, open_arrays, write_arrays
 from hnsw_gpu.gpu import GpuEngine, bytes_a_query, index_bytes, on_gpu
 from hnsw_gpu.progress import bar
-from hnsw_gpu.results import RadiusResult, SearchResult, into, reported
+from hnsw_gpu.searching import Searching
 
 logger = logging.getLogger("hnsw_gpu")
-Found = TypeVar("Found")
 
 ENCODE_ROWS = 16384  # vectors checked and encoded at a time
-SELF_ROWS = 16384  # nodes of a neighbour graph searched at a time
 PARAMETERS = ("dim", "metric", "dtype", "M", "ef_construction", "refine", "seed")  # in a file
 
 
-class Index:
+class Index(Searching):
     """An HNSW graph over vectors (Malkov & Yashunin 2016) with deterministic answers.
 
     dim: numbers a vector, 1 to 65,536.
@@ -210,6 +198,9 @@ class Index:
 
         def work(is_stopped: Callable[[], bool]) -> None:
             new_labels = inputs.new_labels(labels, len(given), self._state)
+            live = self._state.labels.live_count
+            if self._state.node_count - live > live + len(given):
+                self._compact(threads, progress, is_stopped)
             state, nodes, rounded = with_vectors(
                 self._state, len(given), self._checked_parts(given)
             )
@@ -277,227 +268,22 @@ class Index:
         self._change(work)
 
     def compact(self, *, threads: int | None = None, progress: bool = False) -> None:
-        """Rebuild without deleted nodes. KeyboardInterrupt leaves the index as it was."""
+        """Rebuild without deleted nodes. KeyboardInterrupt leaves the index as it was.
+
+        `add` does so itself where more than half of the nodes would be deleted ones.
+        """
         threads = inputs.threads(threads)
+        self._change(lambda is_stopped: self._compact(threads, progress, is_stopped))
 
-        def work(is_stopped: Callable[[], bool]) -> None:
-            live = int(self._state.labels.live_nodes().sum())
-            with bar(progress, live, "compact", "vectors") as shown:
+    def _compact(self, threads: int, progress: bool, is_stopped: Callable[[], bool]) -> None:
+        with bar(progress, self._state.labels.live_count, "compact", "vectors") as shown:
 
-                def advance(count: int) -> None:
-                    shown.update(count)
-                    if is_stopped():
-                        raise Stopped
+            def advance(count: int) -> None:
+                shown.update(count)
+                if is_stopped():
+                    raise Stopped
 
-                self._publish(compacted(self._state, threads=threads, advance=advance), None)
-
-        self._change(work)
-
-    # ---------------------------------------------------------------- searching it
-
-    def search(
-        self,
-        queries: ArrayLike,
-        k: int = 10,
-        *,
-        ef: int = 64,
-        allow: ArrayLike | None = None,
-        expand: int | None = None,
-        ef_upper: int = 1,
-        threads: int | None = None,
-        stream: Any = None,
-        out: tuple[Any, Any] | None = None,
-    ) -> SearchResult:
-        """The k nearest labels of each query (q, dim), or of one query (dim,): a SearchResult.
-
-        ef: beam capacity, raised recall for time; a beam holds max(ef, k).
-        allow: what may be returned: bool (n,) or (q, n) indexed by label; the same packed, uint8
-            (`np.packbits(mask, axis=-1, bitorder="little")`); or int labels (m,).
-        expand: nodes expanded in one step, 1 to 32. None: 1 on the CPU; on a GPU 4, below ef 48 it
-            is 2. Devices answer alike at the same `expand`. ef_upper: beam capacity above layer 0.
-        stream: of a GPU, for queries that lie there; None: CuPy's current one.
-        out: arrays (labels int64, distances float32), each (q, k), that take the result.
-
-        With a filter, or after deletes, ef counts allowed nodes: the beam is larger by their share.
-        Where they are few (allowed nodes squared <= 64 max(ef, k) nodes), or a walk meets fewer
-        than k, all of them are compared, which is exact.
-
-        Queries (q, dim) in the memory of the index's GPU (CuPy, torch, whatever offers DLPack or
-        `__cuda_array_interface__`) give CuPy arrays, and the host waits for nothing, unless there
-        is a filter or something was deleted. They are not checked: one with NaN finds nothing, as
-        does any that would be refused.
-        """
-        walk = inputs.walk(k, ef, threads, self._expand(ef) if expand is None else expand, ef_upper)
-        if inputs.is_on_gpu(queries) and self._gpu is not None:
-            return self._search_on_gpu(queries, walk, allow, stream, out)
-        if stream is not None:
-            raise ValueError("stream: the queries are in host memory, which has no streams")
-        return into(out, self._found(self.checked_queries(queries), walk, allow))
-
-    def search_checked(
-        self,
-        queries: np.ndarray,
-        k: int,
-        *,
-        ef: int,
-        allow: ArrayLike | None = None,
-        threads: int | None = None,
-    ) -> SearchResult:
-        """As `search`, of queries that `checked_queries` gave."""
-        return self._found(queries, inputs.walk(k, ef, threads, self._expand(ef)), allow)
-
-    def checked_queries(self, queries: ArrayLike) -> np.ndarray:
-        """float32 (q, dim) of the queries of a search; what `search` raises where they are bad."""
-        given = inputs.vectors("queries", queries, self.dim)
-        return inputs.float_vectors("queries", given, self._metric, "")
-
-    def _expand(self, ef: int) -> int:
-        """Nodes expanded in one step, where the caller leaves it to the device."""
-        if self._gpu is None:
-            return 1
-        return 4 if ef >= 48 else 2
-
-    def _found(self, queries: np.ndarray, walk: Walk, allow: ArrayLike | None) -> SearchResult:
-        """The answer to checked queries."""
-
-        def find(state: State, engine: CpuEngine | GpuEngine) -> tuple[np.ndarray, np.ndarray]:
-            entries, nodes = _filter(state.labels, allow, len(queries))
-            keys = nearest(engine, Queries(queries), walk, nodes)
-            found: tuple[np.ndarray, np.ndarray] = state.labels.keys_to_labels(
-                keys, walk.k, entries
-            )
-            return found
-
-        labels, distances = self._searched(find)
-        return SearchResult(labels, reported(distances, self.metric))
-
-    def _searched(self, find: Callable[[State, CpuEngine | GpuEngine], Found]) -> Found:
-        """find(state, engine), over a state and the engine that holds it."""
-        while True:
-            gpu, state = self._gpu, self._state
-            cpu = state.cpu
-            if gpu is None:
-                found = (find(state, cpu),)
-            else:
-                found = gpu.at(state.version, cpu, functools.partial(find, state, gpu))
-            if found is not None:  # else the GPU holds a later one by now
-                state.require_unchanged()
-                return found[0]
-
-    def _search_on_gpu(
-        self,
-        queries: Any,
-        walk: Walk,
-        allow: ArrayLike | None,
-        stream: Any,
-        out: tuple[Any, Any] | None,
-    ) -> SearchResult:
-        """Queries, and the answer, in the memory of the GPU."""
-
-        def find(state: State, engine: CpuEngine | GpuEngine) -> SearchResult | GpuEngine | None:
-            if isinstance(engine, CpuEngine):
-                return None
-            if allow is not None or not state.labels.are_all_live:
-                return engine
-            found = engine.search_on_device(
-                queries, walk, state.labels,
-                root=self.metric == "euclidean", stream=stream, out=out,
-            )  # fmt: skip
-            return SearchResult(*found)
-
-        found = self._searched(find)
-        if isinstance(found, SearchResult):
-            return found
-        if found is None:
-            raise RuntimeError("queries: on a GPU, which the index has left for the CPU")
-        given = self.checked_queries(found.to_host(queries, stream))
-        return SearchResult(*found.to_device(*self._found(given, walk, allow), stream, out))
-
-    def exact_search(
-        self, queries: ArrayLike, k: int = 10, *, threads: int | None = None
-    ) -> SearchResult:
-        """As `search`, by comparing all vectors as they are kept: what `search` is measured by.
-
-        On the CPU, whatever the device.
-        """
-        k, threads = inputs.integer("k", k, 1, inputs.MOST_NODES), inputs.threads(threads)
-        given = self.checked_queries(queries)
-        state = self._state
-        live = np.flatnonzero(state.labels.live_nodes())
-        keys = state.cpu.compare(Queries(given), live, min(k, len(live)), threads)
-        labels, distances = state.labels.keys_to_labels(keys, k)
-        state.require_unchanged()
-        return SearchResult(labels, reported(distances, self.metric))
-
-    def search_radius(
-        self,
-        queries: ArrayLike,
-        radius: float,
-        *,
-        ef: int = 64,
-        allow: ArrayLike | None = None,
-        threads: int | None = None,
-    ) -> RadiusResult:
-        """All labels within `radius` of each query (q, dim) that the graph leads to: RadiusResult.
-
-        Under ip those of dot >= 1 - radius, in float64, and those returned with this very distance.
-
-        A query whose beam was full of hits is searched again with twice the ef, until it is not.
-        """
-        given = self.checked_queries(queries)
-        limit = np.float64(inputs.number("radius", radius))
-        walk = inputs.walk(1, ef, threads, self._expand(ef))
-
-        def is_near(distances: np.ndarray) -> np.ndarray:
-            told = reported(distances, self.metric).astype(np.float64)
-            if self.metric == "ip":  # 1 - dot was rounded; what is told is itself a radius
-                return (distances.astype(np.float64) <= limit - 1) | (told == limit)
-            return told <= limit
-
-        def find(state: State, engine: CpuEngine | GpuEngine) -> list[tuple]:
-            held = state.labels
-            entries, nodes = _filter(held, allow, len(given))
-            keys = within(engine, Queries(given), is_near, walk, nodes)
-            return [
-                held.keys_to_labels(row[None], held.count(key_nodes(row)), _row_of(entries, i))
-                for i, row in enumerate(keys)
-            ]
-
-        found = self._searched(find)
-        none = [(np.empty((1, 0), np.int64), np.empty((1, 0), np.float32))]
-        labels, distances = (np.concatenate(p, 1)[0] for p in zip(*none, *found, strict=True))
-        is_in = labels >= 0
-        ends = np.cumsum([0] + [part.shape[1] for part, _ in found])
-        offsets = np.concatenate([[0], np.cumsum(is_in)])[ends].astype(np.int64)
-        return RadiusResult(offsets, labels[is_in], reported(distances[is_in], self.metric))
-
-    def neighbor_graph(
-        self, k: int = 15, *, ef: int = 64, threads: int | None = None, progress: bool = False
-    ) -> SearchResult:
-        """The k nearest other labels of every label: row i belongs to `labels[i]`.
-
-        Each search starts from the vector's own node (R10). Copies are neighbours of each other.
-        """
-        walk = inputs.walk(k, ef, threads, self._expand(ef))
-
-        def find(state: State, engine: CpuEngine | GpuEngine) -> tuple[np.ndarray, np.ndarray]:
-            held = state.labels
-            entries = held.find(held.sorted)
-            labels = np.empty((len(entries), walk.k), np.int64)
-            distances = np.empty((len(entries), walk.k), np.float32)
-            with bar(progress, len(entries), "neighbor graph", "vectors") as shown:
-                for start in range(0, len(entries), SELF_ROWS):
-                    part = entries[start : start + SELF_ROWS]
-                    place = slice(start, start + len(part))
-                    keys = _keys_of_others(held, engine, held.nodes(part), walk)
-                    labels[place], distances[place] = held.keys_to_labels(
-                        keys, walk.k, skipped=part
-                    )
-                    shown.update(len(part))
-            return labels, distances
-
-        labels, distances = self._searched(find)
-        return SearchResult(labels, reported(distances, self.metric))
+            self._publish(compacted(self._state, threads=threads, advance=advance), None)
 
     # ---------------------------------------------------------------- keeping it
 
@@ -594,30 +380,3 @@ def _restored(about: dict[str, Any], arrays: dict[str, np.ndarray], *, reads_row
     kept = index._state.parameters
     index._state = from_arrays(kept, arrays, next_label, reads_rows=reads_rows)
     return index
-
-
-def _filter(
-    held: Labels, allow: ArrayLike | None, queries: int
-) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Packed bits of allowed entries, and bool mask of allowed nodes; None where all are."""
-    if allow is not None:
-        mask = inputs.entry_mask(allow, held.labels, queries)
-        return np.atleast_2d(pack_bits(mask)), held.any_of_node(mask)
-    return None, None if held.are_all_live else held.live_nodes()
-
-
-def _keys_of_others(
-    held: Labels, engine: CpuEngine | GpuEngine, ids: np.ndarray, walk: Walk
-) -> np.ndarray:
-    """Keys of the nodes nearest to nodes (m,), and of the node itself where it has copies."""
-    mask = None if held.are_all_live else held.live_nodes()
-    keys = nearest(engine, Queries(own=ids), walk, mask)
-    own = engine.own_keys(ids)
-    own[np.diff(held.offsets)[ids] == 1] = KEY_NONE
-    return np.sort(np.concatenate([keys, own[:, None]], axis=1), axis=1)
-
-
-def _row_of(entries: np.ndarray | None, i: int) -> np.ndarray | None:
-    if entries is None or len(entries) == 1:
-        return entries
-    return entries[i : i + 1]

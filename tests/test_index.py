@@ -582,3 +582,21 @@ def test_auto_device_answers_like_the_cpu(rows, queries, plain):
     index = built(rows, device="auto")
     oracle.assert_same(index.search(queries, 5), plain.search(queries, 5))
     oracle.assert_same(plain.to("cpu").search(queries, 5), plain.search(queries, 5))
+
+
+def test_replacing_the_same_vectors_again_and_again():
+    """Neither memory nor the work of a search grows: `add` leaves out what was deleted."""
+    rng = np.random.default_rng(0)
+    index = hnsw_gpu.Index(8, "l2", M=4, ef_construction=20)
+    index.add(rng.normal(size=(300, 8)))
+    largest = 0
+    for _ in range(30):
+        labels = index.labels[:100]
+        rows = rng.normal(size=(100, 8)).astype(np.float32)
+        index.delete(labels)
+        index.add(rows, labels=labels)
+        np.testing.assert_array_equal(index.vectors(labels), rows)
+        np.testing.assert_array_equal(index.search(rows, 1, ef=100).labels[:, 0], labels)
+        largest = max(largest, index._state.node_count)
+    assert len(index) == 300 and largest <= 700, largest
+    index.check()

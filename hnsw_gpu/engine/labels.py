@@ -95,7 +95,7 @@ class Labels:
         added.labels = added._room[1][: len(self.labels) + len(labels)]
         joint = np.concatenate([self.labels[-1:], labels])
         added._is_ascending = self._is_ascending and bool((joint[1:] > joint[:-1]).all())
-        added.are_all_live = self.are_all_live and bool(counts.all())
+        added.live_count = self.live_count + int((counts > 0).sum())
         return added
 
     def without(self, entries):
@@ -139,9 +139,14 @@ class Labels:
         return self.offsets[1:] > self.offsets[:-1]
 
     @functools.cached_property
+    def live_count(self):
+        """How many nodes carry a label."""
+        return int(self.live_nodes().sum())
+
+    @property
     def are_all_live(self):
         """Does every node carry a label? Looked up by every search, and labels never change."""
-        return bool(self.live_nodes().all())
+        return self.live_count == len(self.offsets) - 1
 
     def any_of_node(self, entries):
         """bool (..., n): nodes with at least one True among their entries, bool (..., entries)."""

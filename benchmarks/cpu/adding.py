@@ -1,0 +1,111 @@
+"""What a small `add` costs where much is there already, and how searches and adds share an index.
+
+python -m benchmarks.cpu.adding
+
+writes `results/adding.json`. Ratios to the smallest index are results; times are of one machine.
+"""
+
+import json
+import threading
+import time
+import tracemalloc
+from pathlib import Path
+from statistics import median
+
+import click
+import numpy as np
+
+from benchmarks.record import RESULTS, about, rounded
+from hnsw_gpu import Index
+
+DIM = 16
+SIZES = (10_000, 100_000, 1_000_000)
+WARM = 50  # adds before those that count
+ADDS = 300
+
+
+def rows(count: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(count, DIM)).astype(np.float32)
+
+
+def built(count: int) -> Index:
+    index = Index(DIM, "l2", ef_construction=40)
+    index.add(rows(count, 0))
+    return index
+
+
+def single_adds(count: int) -> dict:
+    """Median milliseconds of adding one vector, and median bytes that it allocates at its peak."""
+    index = built(count)
+    seconds, allocated = [], []
+    for turn, row in enumerate(rows(WARM + ADDS, 1)[:, None]):
+        started = time.perf_counter()
+        index.add(row, threads=1)
+        if turn >= WARM:
+            seconds.append(time.perf_counter() - started)
+    tracemalloc.start()
+    for row in rows(ADDS, 2)[:, None]:
+        before = tracemalloc.get_traced_memory()[0]
+        tracemalloc.reset_peak()
+        index.add(row, threads=1)
+        allocated.append(tracemalloc.get_traced_memory()[1] - before)
+    tracemalloc.stop()
+    return {"rows": count, "ms": 1e3 * median(seconds), "peak_bytes": median(allocated)}
+
+
+def together(count: int, threads: int, seconds: float) -> dict:
+    """Threads that add 20 rows a call beside as many that search: calls, and how long they took."""
+    index, end = built(count), time.perf_counter() + seconds
+    adds: list[float] = []
+    searches: list[float] = []
+
+    def repeat(call, taken: list[float]) -> None:
+        while time.perf_counter() < end:
+            started = time.perf_counter()
+            call()
+            taken.append(time.perf_counter() - started)
+
+    workers = []
+    for number in range(threads):
+        more = rows(20, number)
+        add, search = (
+            lambda more=more: index.add(more + np.random.default_rng().normal(), threads=1),
+            lambda more=more: index.search(more[:1], 10, threads=1),
+        )
+        workers += [
+            threading.Thread(target=repeat, args=(add, adds)),
+            threading.Thread(target=repeat, args=(search, searches)),
+        ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    return {
+        "rows": count,
+        "threads_of_each": threads,
+        "seconds": seconds,
+        "adds": len(adds),
+        "searches": len(searches),
+        "search_ms_p50": 1e3 * float(np.quantile(searches, 0.5)),
+        "search_ms_p99": 1e3 * float(np.quantile(searches, 0.99)),
+        "add_ms_p50": 1e3 * float(np.quantile(adds, 0.5)),
+    }
+
+
+@click.command()
+@click.option("--out", type=Path, default=RESULTS / "adding.json", show_default=True)
+def main(out: Path) -> None:
+    """Small adds into large indexes, and searches beside them."""
+    single = [single_adds(count) for count in SIZES]
+    for one in single:
+        one["ratio"] = one["ms"] / single[0]["ms"]
+    results = {
+        **about([]), "metric": "l2", "dim": DIM, "ef_construction": 40,
+        "single_adds": single, "together": together(100_000, 8, 20.0),
+    }  # fmt: skip
+    click.echo(json.dumps(rounded(results), indent=1))
+    out.write_text(json.dumps(rounded(results), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -7,7 +7,7 @@ import oracle
 import pytest
 
 import hnsw_gpu
-from hnsw_gpu.engine import build
+from hnsw_gpu.engine import build, growth
 from hnsw_gpu.engine.graph import check_graph
 from hnsw_gpu.engine.workers import run_to_a_stop
 
@@ -41,6 +41,35 @@ def test_an_error_in_the_middle_of_a_batch(step, failing_call, monkeypatch):
     check_prefix(index, rows)
     index.add(rows[:10])
     assert len(index) == 2010 and len(index._state.graph.neighbors0) == 2000
+
+
+def test_an_error_in_the_repair(monkeypatch):
+    """All is in; and the second copy of the links is not left without what was repaired."""
+    rows = oracle.gaussian(1000, DIM, seed=3)
+    index, twin = (hnsw_gpu.Index(DIM, "l2", M=4, ef_construction=20) for _ in range(2))
+    for one in (index, twin):
+        one.add(rows[:500])
+
+    def fail(*_, **__):
+        repair(*_, **__)
+        raise MemoryError("no more")
+
+    repair = growth.repair
+    with monkeypatch.context() as patch:
+        patch.setattr(growth, "repair", fail)
+        with pytest.raises(MemoryError, match="no more"):
+            index.add(rows[500:600])
+    twin.add(rows[500:600])
+    assert len(index) == 600
+    for row in range(600, 1000, 7):
+        for one in (index, twin):
+            one.add(rows[row : row + 7])
+    for one in (index, twin):
+        one.check()
+    for mine, theirs in zip(
+        index._state.arrays().values(), twin._state.arrays().values(), strict=True
+    ):
+        np.testing.assert_array_equal(mine, theirs)
 
 
 def test_links_to_nodes_that_did_not_follow_are_dropped():

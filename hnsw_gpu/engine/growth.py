@@ -81,6 +81,9 @@ def insert(
     graph, kept = state.graph, state.parameters
     first = state.node_count
     count = max(int(nodes.max(initial=-1)) + 1, first)
+    if count == first:  # copies of what is there
+        keep(_labelled(state, nodes, labels), np.empty(0, np.int64))
+        return
     levels = draw_levels(kept.seed, first, count, kept.M)
     room = _room_to_write(state, levels)
     rewritten = Rewritten([], [])
@@ -88,7 +91,8 @@ def insert(
         graph, room, state.rows[:count], levels, kept.metric,
         ef_construction=kept.ef_construction, threads=threads, rewritten=rewritten,
     )  # fmt: skip
-    is_whole, unrepaired = False, state.unrepaired + count - first
+    is_whole = is_known = False  # are all nodes in, and all rows that were written told?
+    unrepaired = state.unrepaired + count - first
     try:
         for grown in insertion:
             advance(len(grown.neighbors0) - len(graph.neighbors0))
@@ -99,15 +103,16 @@ def insert(
         if is_whole and unrepaired > count // REPAIR_SHARE:
             rewritten.neighbors0.append(_repair(state, graph, threads))
             unrepaired = 0
+        is_known = is_whole
     finally:  # whatever happened, labels and graph agree on the nodes there are
         changed = None
-        if is_whole:
+        if is_known:
             changed = np.concatenate(rewritten.neighbors0)
             if 2 * len(changed) < count:  # else copying all costs no more than this `add` did
                 state.spare0.give(state.room.neighbors0, rewritten.neighbors0)
                 if room.nodes is state.room.nodes:
                     state.spare.give(state.room.neighbors, rewritten.neighbors)
-        else:
+        if not is_whole:
             graph = without_unfinished(room, len(graph.neighbors0), graph.top)
             unrepaired = len(graph.neighbors0)
             state.table.clear()

@@ -6,12 +6,12 @@ every two values of all factors meet.
 """
 
 import functools
-import itertools
 from typing import NamedTuple
 
 import emulated
 import numpy as np
 import reference
+from pairwise import Row, all_pairs, covering
 
 from hnsw_gpu.engine import vectors as vectors_module
 from hnsw_gpu.engine.graph import Graph
@@ -38,34 +38,6 @@ STEERING = {
     "buckets": (1, 32, 256),  # of the visited cache: from next to no memory of what was seen
 }
 
-Row = dict[str, object]
-
-
-def pairs(row: Row) -> set:
-    """Every two (factor, value) of a row."""
-    return set(itertools.combinations(sorted(row.items(), key=lambda item: item[0]), 2))
-
-
-def covering(candidates, wanted: set, tries: int = 60) -> list[Row]:
-    """Rows drawn by `candidates()`, the best of `tries` each time, until all `wanted` are met."""
-    rows, left = [], set(wanted)
-    while left:
-        drawn = [candidates() for _ in range(tries)]
-        best = max(drawn, key=lambda row: len(pairs(row) & left))
-        if pairs(best) & left:
-            rows.append(best)
-            left -= pairs(best)
-    return rows
-
-
-def all_pairs(factors) -> set:
-    return {
-        ((one, a), (other, b))
-        for one, other in itertools.combinations(sorted(factors), 2)
-        for a in factors[one]
-        for b in factors[other]
-    }
-
 
 @functools.cache
 def specialisations() -> tuple[Row, ...]:
@@ -74,7 +46,7 @@ def specialisations() -> tuple[Row, ...]:
     def draw() -> Row:
         return {name: values[rng.integers(len(values))] for name, values in SPECIALISATION.items()}
 
-    return tuple(covering(draw, all_pairs(SPECIALISATION)))
+    return tuple(covering(lambda: [draw() for _ in range(60)], all_pairs(SPECIALISATION)))
 
 
 @functools.cache
@@ -98,7 +70,7 @@ def launches() -> tuple[Row, ...]:
         if {name for name, _ in pair} == {"has_allowed_keys", "mode"}
         and dict(pair)["has_allowed_keys"] == (dict(pair)["mode"] == "plain")
     }
-    rows = covering(draw, all_pairs(both) - impossible, tries=150)
+    rows = covering(lambda: [draw() for _ in range(150)], all_pairs(both) - impossible)
     rows.sort(key=lambda row: specialisations().index({name: row[name] for name in SPECIALISATION}))
     wide = {"metric": "l2", "dtype": "fp32", "dim": 4096, "warps": 4, "M": 4, "tag_bits": 16}
     wide |= {

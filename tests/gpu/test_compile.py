@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import cuda_toolkit
+import pairwise
 import pytest
 from cuda_toolkit import Compiled, Job
 
@@ -75,20 +76,9 @@ class Unit(NamedTuple):
     arch: int
 
 
-def covering(factors: dict[str, tuple]) -> list[dict]:
-    """Few combinations in which every pair of values of two factors occurs (greedy)."""
-    pairs = list(itertools.combinations(factors, 2))
-    candidates = [
-        dict(zip(factors, values, strict=True)) for values in itertools.product(*factors.values())
-    ]
-    in_candidate = [{(a, c[a], b, c[b]) for a, b in pairs} for c in candidates]
-    left, chosen = set().union(*in_candidate), []
-    while left:
-        gains = [len(found & left) for found in in_candidate]
-        best = gains.index(max(gains))
-        left -= in_candidate[best]
-        chosen.append(candidates[best])
-    return chosen
+def covered() -> list[dict]:
+    rows = pairwise.every_row(FACTORS)
+    return pairwise.covering(lambda: rows, pairwise.all_pairs(FACTORS))
 
 
 def used(text: str, definitions: dict[str, int]) -> tuple[tuple[str, int], ...]:
@@ -113,7 +103,7 @@ def compile_text(
 def specialised() -> dict[Unit, dict]:
     """Every unit to compile, with the arguments of the first specialisation that it belongs to."""
     units: dict[Unit, dict] = {}
-    for kernel, arguments, arch in itertools.product(KERNELS, covering(FACTORS), ARCHS):
+    for kernel, arguments, arch in itertools.product(KERNELS, covered(), ARCHS):
         text = kernel_source.source(kernel)
         definitions = used(text, kernel_source.definitions(**arguments))
         units.setdefault(Unit(kernel, definitions, arch), arguments)

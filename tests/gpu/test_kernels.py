@@ -8,6 +8,7 @@ import concurrent.futures
 
 import emulator
 import numpy as np
+import pairwise
 import pytest
 
 if emulator.missing():
@@ -58,7 +59,7 @@ def assert_same(found, wanted, said: str) -> None:
 
 
 def test_design_covers_every_pair() -> None:
-    met = set().union(*(kernel_cases.pairs(row) for row in kernel_cases.launches()))
+    met = set().union(*(pairwise.pairs(row) for row in kernel_cases.launches()))
     for one, other in (("dim", "ef"), ("warps", "mode"), ("metric", "k"), ("M", "expand")):
         values = kernel_cases.SPECIALISATION | kernel_cases.STEERING
         first, second = sorted((one, other))

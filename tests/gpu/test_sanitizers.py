@@ -11,6 +11,7 @@ import emulated
 import emulator
 import kernel_cases
 import numpy as np
+import pairwise
 import pytest
 
 from hnsw_gpu.engine import vectors as vectors_module
@@ -35,7 +36,7 @@ ROWS = [
 ]
 
 
-def smaller_half() -> list[kernel_cases.Row]:
+def smaller_half() -> list[pairwise.Row]:
     """One launch of each of the specialisations with the fewest dimensions."""
     names = kernel_cases.SPECIALISATION
     specialised = sorted(kernel_cases.specialisations(), key=lambda row: row["dim"])

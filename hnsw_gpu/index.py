@@ -229,6 +229,8 @@ class Index(Searching):
         """Let searches that begin see a state; nodes whose links on layer 0 changed, None: any."""
         if self._gpu is not None and state.version != self._state.version:
             self._gpu.note(state.version, changed)
+        if state is not self._state:
+            self._mapped = None
         self._state = state
 
     def _tell(self, rounded: Rounded, count: int) -> None:
@@ -263,7 +265,8 @@ class Index(Searching):
 
         def work(_: Callable[[], bool]) -> None:
             held = self._state.labels
-            self._state = self._state._replace(labels=held.without(held.entries_of(given)))
+            labels_left = held.without(held.entries_of(given))
+            self._publish(self._state._replace(labels=labels_left), None)
 
         self._change(work)
 

@@ -600,3 +600,34 @@ def test_replacing_the_same_vectors_again_and_again():
         largest = max(largest, index._state.node_count)
     assert len(index) == 300 and largest <= 700, largest
     index.check()
+
+
+def test_labels_in_any_order_are_found():
+    """A table by label, which grows with single adds, deletes and copies: beside a dict."""
+    rng = np.random.default_rng(1)
+    index, known = hnsw_gpu.Index(4, "l2", M=4, ef_construction=10), {}
+    numbers = iter(rng.permutation(2**40 + np.arange(0, 60_000, 7)).tolist())
+    held = []
+    for turn in range(120):
+        count = int(rng.integers(1, 9)) if turn % 20 else 300
+        labels = [next(numbers) for _ in range(count)]
+        rows = rng.normal(size=(count, 4)).astype(np.float32)
+        if known and turn % 3 == 0:
+            rows[0] = next(iter(known.values()))  # a copy of what is there
+        index.add(rows, labels)
+        known |= dict(zip(labels, rows, strict=True))
+        with pytest.raises(ValueError, match=rf"label {labels[-1]} is already in the index"):
+            index.add(rows[:1], labels[-1:])
+        if turn % 10 == 9:
+            gone = rng.permutation(list(known))[:5].tolist()
+            index.delete(gone)
+            known = {label: row for label, row in known.items() if label not in gone}
+            assert not any(label in index for label in gone)
+        held.append((index._state.labels, list(known)[-1], sorted(known)))
+        np.testing.assert_array_equal(index.vectors(list(known)), list(known.values()))
+    np.testing.assert_array_equal(index.labels, sorted(known))
+    for labels, last, every in held:  # states of before know no label of after
+        assert labels.sorted.tolist() == every
+        assert (labels.find(np.array(every)) >= 0).all() and labels.find(np.array([last]))[0] >= 0
+        later = np.setdiff1d(sorted(known), every)
+        assert (labels.find(later) == -1).all()

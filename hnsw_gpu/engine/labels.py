@@ -7,6 +7,7 @@ import numpy as np
 from hnsw_gpu.engine.appending import appended
 from hnsw_gpu.engine.compiled import jit
 from hnsw_gpu.engine.keys import KEY_NONE, key_distance, key_node
+from hnsw_gpu.engine.label_table import LabelTable
 
 
 class Labels:
@@ -20,7 +21,8 @@ class Labels:
         self.offsets = np.zeros(1, np.int64) if offsets is None else offsets
         self.labels = np.empty(0, np.int64) if labels is None else labels
         self._room = self.offsets, self.labels  # each followed by what may be written
-        self._order = None  # entries by label, made when first asked for
+        self._order = None  # entries by label, made when first asked for, as is the next
+        self._table = None  # of labels that do not ascend
 
     def __len__(self):
         return len(self.labels)
@@ -29,6 +31,7 @@ class Labels:
     def nbytes(self):
         """Bytes held."""
         order = 0 if self._order is None else self._order.nbytes
+        order += 0 if self._table is None else self._table.nbytes
         return self.offsets.nbytes + self.labels.nbytes + order
 
     @property
@@ -41,19 +44,20 @@ class Labels:
         return bool((self.labels[1:] > self.labels[:-1]).all())
 
     def _entry_order(self):
-        if self._order is None and not self._is_ascending:
+        if self._order is None:
             self._order = np.argsort(self.labels, kind="stable")
         return self._order
 
     def find(self, labels):
         """int64 entries of the given labels (m,); -1 where there is none."""
-        order = self._entry_order()
-        ascending = self.labels if order is None else self.labels[order]
-        if not len(ascending):
+        if not len(self.labels):
             return np.full(len(labels), -1, np.int64)
-        place = np.minimum(np.searchsorted(ascending, labels), len(ascending) - 1)
-        entries = place if order is None else order[place]
-        return np.where(ascending[place] == labels, entries, -1)
+        if self._is_ascending:
+            place = np.minimum(np.searchsorted(self.labels, labels), len(self.labels) - 1)
+            return np.where(self.labels[place] == labels, place, -1)
+        if self._table is None:
+            self._table = LabelTable(self.labels)
+        return self._table.find(self.labels, labels)
 
     def entries_of(self, labels):
         """int64 entries of the given labels (m,); KeyError names the first that is not here."""
@@ -93,6 +97,9 @@ class Labels:
         )
         added.offsets = added._room[0][: count + 1]
         added.labels = added._room[1][: len(self.labels) + len(labels)]
+        if self._table is not None:
+            self._table.add(added.labels, len(self.labels))
+            added._table = self._table
         joint = np.concatenate([self.labels[-1:], labels])
         added._is_ascending = self._is_ascending and bool((joint[1:] > joint[:-1]).all())
         added.live_count = self.live_count + int((counts > 0).sum())

@@ -31,6 +31,7 @@ logger = logging.getLogger("hnsw_gpu")
 # Larger batches are hardly faster per row, and every caller waits for the whole batch.
 ROWS_A_THREAD = 128
 ROWS_ON_A_GPU = 8192
+LOCKED_S = 0.1  # a Future is locked for microseconds, unless for good
 IN_FLIGHT = {"cpu": 1, "cuda": 2}  # on a GPU one batch is prepared while another is searched
 
 
@@ -364,12 +365,27 @@ def _settle(outcomes: Iterable[tuple[QueuedSearch, SearchResult | BaseException]
     by_loop = defaultdict(list)
     for request, outcome in outcomes:
         if request.loop is None:
-            request.settle(outcome)
+            _settle_for_thread(request, outcome)
         else:
             by_loop[request.loop].append((request, outcome))
     for loop, members in by_loop.items():
         with contextlib.suppress(RuntimeError):  # the loop is closed, its tasks are gone
             loop.call_soon_threadsafe(_settle_on_loop, members)
+
+
+def _settle_for_thread(request: QueuedSearch, outcome: SearchResult | BaseException) -> None:
+    """Settle a Future whose Condition may stay locked: Ctrl-C can leave a waiting thread's so.
+
+    Then another thread waits for it in the place of this one, which has others to answer.
+    """
+    condition = request.future._condition  # type: ignore[union-attr]
+    if condition.acquire(timeout=LOCKED_S):
+        try:
+            request.settle(outcome)
+        finally:
+            condition.release()
+    else:
+        threading.Thread(target=request.settle, args=(outcome,), daemon=True).start()
 
 
 def _settle_on_loop(outcomes: list[tuple[QueuedSearch, SearchResult | BaseException]]) -> None:

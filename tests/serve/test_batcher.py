@@ -481,3 +481,17 @@ def test_two_batches_in_flight_on_a_gpu():
         assert not index.entered.acquire(timeout=0.05)
         index.gate.set()
         equal(first.result(30), index.plain.search(QUERIES[:30], 5, ef=64))
+
+
+def test_a_future_that_stays_locked_stops_nobody_else(gated) -> None:
+    """As Ctrl-C leaves it, when it comes between two lines of Future.result."""
+    with Batcher(gated) as batcher:
+        locked = batcher.submit(QUERIES[:1])
+        locked._condition.acquire()  # and no one will release it
+        others = [batcher.submit(QUERIES[:1]) for _ in range(5)]
+        gated.gate.set()
+        for future in others:
+            assert len(future.result(timeout=20).labels) == 1
+        assert len(batcher.submit(QUERIES[:2]).result(timeout=20).labels) == 2
+        locked._condition.release()
+        assert len(locked.result(timeout=20).labels) == 1

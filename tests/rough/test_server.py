@@ -1,0 +1,250 @@
+"""A server among rough callers: too much at once, odd heads, other origins, damaged files."""
+
+import contextlib
+import json
+import struct
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("starlette")
+pytest.importorskip("uvicorn")
+pytest.importorskip("prometheus_client")
+safetensors = pytest.importorskip("safetensors.numpy")
+sys.path.insert(0, str(Path(__file__).parents[1] / "serve"))
+
+import served
+from served import DIM, QUERIES, VECTORS, running
+
+from hnsw_gpu import load
+from hnsw_gpu.serve import formats, long_json
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    made = tmp_path_factory.mktemp("indexes")
+    served.saved(made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def shared(folder):
+    with running(folder / "docs.hnsw") as one:
+        yield one
+
+
+@contextlib.contextmanager
+def held(monkeypatch, owner, name):
+    """Calls of owner.name wait until the block ends; yields an event: one has begun."""
+    begun, goes_on = threading.Event(), threading.Event()
+    real = getattr(owner, name)
+
+    def waiting(*given, **named):
+        begun.set()
+        assert goes_on.wait(30)
+        return real(*given, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, waiting)
+        try:
+            yield begun
+        finally:
+            goes_on.set()
+
+
+def in_background(work) -> tuple[threading.Thread, list]:
+    replies = []
+    thread = threading.Thread(target=lambda: replies.append(work()))
+    thread.start()
+    return thread, replies
+
+
+# ---------------------------------------------------------------- one caller, and everybody
+
+
+def long_bodies(dim=DIM):
+    rows = np.random.default_rng(0).normal(size=(6000, dim)).astype(np.float32)
+    return {
+        formats.JSON: json.dumps({"queries": rows.tolist()}).encode(),
+        formats.SAFETENSORS: safetensors.save({"queries": rows}),
+    }
+
+
+@pytest.mark.parametrize("media", [formats.JSON, formats.SAFETENSORS])
+def test_a_long_body_is_read_beside_the_others(shared, monkeypatch, media):
+    ask, other = shared.caller(), shared.caller()
+    body = long_bodies()[media]
+    with held(monkeypatch, formats, "read_search") as begun:
+        thread, replies = in_background(
+            lambda: ask("POST", "/v1/search?k=2", body, Content_Type=media)
+        )
+        assert begun.wait(20)
+        assert other("GET", "/health/live").status == 200
+    thread.join()
+    assert replies[0].status == 200
+
+
+def test_many_rows_are_gathered_beside_the_others(shared, monkeypatch):
+    ask, other = shared.caller(), shared.caller()
+    labels = [int(label) for label in np.arange(20_000) % 400]
+    with held(monkeypatch, shared.live.served.index, "vectors") as begun:
+        thread, replies = in_background(lambda: ask.as_json({"labels": labels}, "/v1/search?k=1"))
+        assert begun.wait(20)
+        assert other("GET", "/health/live").status == 200
+    thread.join()
+    assert np.ravel(replies[0].json["labels"]).tolist() == labels
+
+
+def test_many_rows_are_checked_beside_the_others(shared, monkeypatch):
+    ask, other = shared.caller(), shared.caller()
+    rows = np.tile(VECTORS, (25, 1))
+    with held(monkeypatch, shared.live.served.index, "checked_queries") as begun:
+        thread, replies = in_background(lambda: ask.search(rows, "/v1/search?k=1"))
+        assert begun.wait(20)
+        assert other("GET", "/health/live").status == 200
+    thread.join()
+    assert replies[0].status == 200
+
+
+def refused_untouched(shared, monkeypatch, body, media, status, words, target="/v1/search"):
+    """The body is refused before any row of it is gathered or converted."""
+    with monkeypatch.context() as patch:
+        for name in ("vectors", "checked_queries"):
+            patch.setattr(shared.live.served.index, name, None)
+        shared.caller()("POST", target, body, Content_Type=media).refused(status, words)
+
+
+def test_elements_are_counted_before_objects_are_built(shared, monkeypatch):
+    most = formats.MOST_JSON_ELEMENTS
+    monkeypatch.setattr(long_json, "read_long_json", None)
+    for body in (
+        b'{"queries": [' + b"[]," * (most // 2) + b"[]]}",
+        b'{"queries": [' + b"1," * most + b"1]}",
+        b'{"a":' + b'{"a":' * most + b"1",
+    ):
+        words = "numbers and lists: at most 4,194,304"
+        shared.caller()("POST", "/v1/search", body, Content_Type=formats.JSON).refused(413, words)
+
+
+def test_many_empty_tensors(shared, monkeypatch):
+    monkeypatch.setattr(safetensors, "load", None)
+    empty = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    header = json.dumps({f"t{i}": empty for i in range(20_000)}).encode()
+    body = struct.pack("<Q", len(header)) + header
+    reply = shared.caller()("POST", "/v1/search", body, Content_Type=formats.SAFETENSORS)
+    reply.refused(413, "a header of 1,")
+
+
+def test_results_are_counted_before_the_rows_are_gathered(shared, monkeypatch):
+    body = json.dumps({"labels": [0] * 50_000}).encode()
+    refused_untouched(
+        shared, monkeypatch, body, formats.JSON, 422,
+        "50,000 queries of k=1,000: at most 4,194,304 results", "/v1/search?k=1000",
+    )  # fmt: skip
+
+
+def test_numbers_are_counted_before_the_rows_are_gathered(folder, monkeypatch):
+    """Neither few bytes of labels nor of small dtypes become more than a body may hold."""
+    with running(folder / "docs.hnsw", most_body=100_000) as fresh:
+        labels = json.dumps({"labels": [0] * 4000}, separators=(",", ":")).encode()
+        words = "4,000 queries of 8 numbers: at most 25,000 numbers"
+        refused_untouched(fresh, monkeypatch, labels, formats.JSON, 413, words, "/v1/search?k=1")
+        body = formats.write_npy(np.ones((4000, 8), np.uint8))
+        refused_untouched(fresh, monkeypatch, body, formats.NPY, 413, words, "/v1/search?k=1")
+        assert fresh.server._bodies.held_bytes == 0
+
+
+def test_small_searches_pass_a_large_one(folder):
+    """They neither find the queue full nor wait for its end."""
+    index = load(folder / "docs.hnsw")
+    with running(folder / "docs.hnsw", queue_rows=100, batch_rows=16) as fresh:
+        batcher = fresh.live.batcher
+        with fresh.busy():
+            large = np.tile(VECTORS, (10, 1))
+            bulk, bulk_replies = in_background(lambda: fresh.caller().search(large))
+            fresh.wait(lambda: batcher.in_flight and batcher.waiting_rows == 4000 - 16)
+            fresh.caller().search(large).refused(429, "3,984 rows wait and 4,000 more")
+            small = [in_background(lambda: fresh.caller().search(QUERIES[:5])) for _ in range(20)]
+            fresh.wait(lambda: batcher.waiting_requests == 21)
+            fresh.caller().search(QUERIES[:5]).refused(429, "4,084 rows wait and 5 more")
+            order = []
+            batcher._on_batch = lambda batch: order.append(batch.rows)
+        for thread, replies in small:
+            thread.join()
+            found = formats.read_result(replies[0].body)
+            np.testing.assert_array_equal(found[0], index.search(QUERIES[:5], 10).labels)
+        bulk.join()
+        found = formats.read_result(bulk_replies[0].body)
+        np.testing.assert_array_equal(found[0], index.search(large, 10).labels)
+        assert order[1:13] == [16, 15] * 6  # in turns
+
+
+def test_small_bodies_pass_large_ones(folder):
+    with running(folder / "docs.hnsw", most_body=10_000) as fresh:
+        fresh.server._bodies.held_bytes = 40_000  # four bodies that wait
+        fresh.call.search(VECTORS[:50]).refused(429, "too many large bodies at once")
+        assert fresh.caller().search(QUERIES[:5]).status == 200
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_long_json_is_what_json_reads(seed, monkeypatch):
+    """In pieces of any length, whatever the spaces and the ways to write a number."""
+    rng = np.random.default_rng(seed)
+    monkeypatch.setattr(long_json, "PIECE", int(rng.integers(3, 200)))
+    made = {
+        "queries": (rng.normal(size=(20, 7)) * 10.0 ** rng.integers(-30, 30, (20, 7))).tolist(),
+        "labels": rng.integers(0, 2**63, 50).tolist(),
+        "allow": [],
+    }
+    if seed % 2:
+        made["queries"] = rng.integers(-9, 9, 30).tolist()
+    text = json.dumps(made, indent=seed if seed > 3 else None)
+    read = long_json.read_long_json(text.encode())
+    assert list(read) == list(made)
+    for name, array in read.items():
+        np.testing.assert_array_equal(array, np.array(made[name]))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"queries": [1, 2,]}', "not JSON"),
+        ('{"queries": [1 2]}', "not JSON"),
+        ('{"queries": [1, 2}', "not JSON"),
+        ('{"queries": [[1], [2],]}', "not JSON"),
+        ('{"queries": [[1] [2]]}', "not JSON"),
+        ('{"queries": [[1], 2]}', "not JSON"),
+        ('{"queries": [1]} 3', "not JSON"),
+        ('{"queries": [1]]', "not JSON"),
+        ('{"queries": [1],', "not JSON"),
+        ('{"queries" [1]}', "not JSON"),
+        ('{"queries": [NaN]}', "NaN is not a JSON number"),
+        ('{"queries": [01, 2]}', "not JSON"),
+        ('{"queries": [' + "1" * 200_000 + "]}", "a number of 200,000 characters"),
+        ('{"queries": [\u00e9]}', "not JSON: byte 13 is not ASCII"),
+        ('{"queries": [[1, 2], [3]]}', "queries: rows of different lengths"),
+        ('{"queries": [[], []]}', "queries: an empty list"),
+        ('{"queries": ["a"]}', "queries: expected numbers"),
+        ('{"queries": [1, [2]]}', "queries: expected numbers"),
+        ('{"queries": 3}', "queries: expected numbers"),
+    ],
+)
+def test_wrong_long_json(text, words):
+    with pytest.raises((ValueError, TypeError), match=words):
+        long_json.read_long_json(text.encode())
+
+
+def test_long_answers_in_json(shared):
+    """Many pieces, with a row of none found."""
+    rows = np.tile(QUERIES, (40, 1))
+    body = safetensors.save({"queries": rows, "allow": np.array([3, 5, 8])})
+    ask = {"Content_Type": formats.SAFETENSORS, "Accept": formats.JSON}
+    found = shared.caller()("POST", "/v1/search?k=50", body, **ask).json
+    expected = shared.live.served.index.search(rows, 50, allow=np.array([3, 5, 8]))
+    np.testing.assert_array_equal(found["labels"], expected.labels)
+    distances = np.array(found["distances"], float)
+    np.testing.assert_array_equal(np.isnan(distances), np.isinf(expected.distances))
+    np.testing.assert_array_equal(distances[:, :3].astype(np.float32), expected.distances[:, :3])

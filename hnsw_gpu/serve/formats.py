@@ -70,6 +70,8 @@ def read_npy(body: bytes) -> np.ndarray:
         if start > MOST_HEADER:
             raise ValueError(f"a header of {start:,} bytes")
         shape, order, dtype = _parsed_npy_header(body[:start])
+        if dtype.hasobject:
+            raise ValueError("an array of Python objects")
         length = len(body) - start
         if math.prod(shape) * dtype.itemsize != length:
             raise ValueError(f"{length} bytes for {dtype} {shape}")

@@ -110,6 +110,14 @@ def _swap() -> dict[str, Any]:
         "summary": "Serve another saved index from now on",
         "description": "Loads and warms it beside the old one, then swaps between batches; "
         "searches that arrived earlier are answered by the old one.",
+        "parameters": [
+            {
+                "name": "force",
+                "in": "query",
+                "schema": {"type": "boolean", "default": False},
+                "description": "serve it even if its dim or its metric is another",
+            }
+        ],
         "requestBody": {"required": True, "content": {JSON: {"schema": _ref("Swap")}}},
         "responses": {
             **_get("The new index", _ref("Index"))["responses"],

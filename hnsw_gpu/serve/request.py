@@ -105,6 +105,14 @@ def requested_filter(
     return served.filters[name]
 
 
+def is_forced(request: Request) -> bool:
+    """What the query string of a swap says; Problem 422 where it says anything else."""
+    given = request.query_params.multi_items()
+    if given not in ([], [("force", "true")], [("force", "false")]):
+        raise Problem(422, f"{request.url.query!r:.80}: expected force=true or force=false")
+    return given == [("force", "true")]
+
+
 def read_swap(body: bytes) -> str:
     """The path that the body of a swap names."""
     try:

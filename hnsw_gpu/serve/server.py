@@ -37,6 +37,7 @@ from hnsw_gpu.serve.request import (
     SearchParameters,
     check_cost,
     checked_content_type,
+    is_forced,
     queries_of,
     read_swap,
     requested_filter,
@@ -184,8 +185,8 @@ class Server:
             "parameters": {name: getattr(index, name) for name in names},
             "checksum": served.checksum,
             "version": served.version,
-            "path": str(served.path.relative_to(self.settings.root)),
-            "filters": sorted(served.filters),
+            "path": _shown(str(served.path.relative_to(self.settings.root))),
+            "filters": sorted(map(_shown, served.filters)),
             "limits": {"k": MOST_K, "ef": MOST_EF, "results": MOST_RESULTS}
             | {"body_bytes": self.settings.most_body},
             "formats": list(formats.FORMATS),
@@ -194,10 +195,11 @@ class Server:
     async def _swap_index(self, request: Request) -> Response:
         self.live.current()
         checked_content_type(request, (formats.JSON,))
+        forced = is_forced(request)
         async with self._bodies.read(request) as body:
             name = read_swap(body)
         started = time.perf_counter()
-        served = await self.live.swap(name)
+        served = await self.live.swap(name, is_forced=forced)
         seconds = round(time.perf_counter() - started, 3)
         logger.info("serving %s, version %d, after %g s", served.path, served.version, seconds)
         return JSONResponse(self._describe(served) | {"seconds": seconds})
@@ -220,3 +222,8 @@ class Server:
     async def _get_page(self, _request: Request) -> Response:
         headers = {"Content-Security-Policy": PAGE_POLICY, "X-Content-Type-Options": "nosniff"}
         return Response(self._page, headers=headers, media_type="text/html")
+
+
+def _shown(name: str) -> str:
+    """The name of a file, which need not be Unicode."""
+    return name.encode("utf-8", "backslashreplace").decode()

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import struct
 import sys
 import threading
@@ -19,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "serve"))
 import served
 from served import DIM, QUERIES, VECTORS, running
 
-from hnsw_gpu import load
+from hnsw_gpu import Index, load
 from hnsw_gpu.serve import formats, long_json
 
 
@@ -248,3 +249,107 @@ def test_long_answers_in_json(shared):
     distances = np.array(found["distances"], float)
     np.testing.assert_array_equal(np.isnan(distances), np.isinf(expected.distances))
     np.testing.assert_array_equal(distances[:, :3].astype(np.float32), expected.distances[:, :3])
+
+
+# ---------------------------------------------------------------- swaps
+
+
+@pytest.fixture
+def swapping(tmp_path):
+    """A folder of indexes, and a server of one of them."""
+    with running(served.saved(tmp_path)) as fresh:
+        yield tmp_path, fresh
+
+
+def swap(fresh, path, query=""):
+    return fresh.call.as_json({"path": path}, "/v1/index:swap" + query)
+
+
+def test_an_index_that_differs_is_not_served_unless_it_is_forced(swapping):
+    folder, fresh = swapping
+    rows = np.random.default_rng(3).normal(size=(50, 12)).astype(np.float32)
+    served.saved(folder, "wide.hnsw", rows)
+    other = Index(12, metric="l2", M=8)
+    other.add(rows)
+    other.save(folder / "l2.hnsw")
+    swap(fresh, "wide.hnsw").refused(422, "the index has dim 12 instead of 8: ?force=true")
+    both = "dim 12 instead of 8 and metric l2 instead of cosine"
+    swap(fresh, "l2.hnsw", "?force=false").refused(422, both)
+    for query in ("?force=1", "?force=", "?force=true&force=true", "?forced=true"):
+        swap(fresh, "l2.hnsw", query).refused(422, "expected force=true or force=false")
+    assert fresh.call("GET", "/v1/index").json["version"] == 1
+    assert swap(fresh, "l2.hnsw", "?force=true").json["metric"] == "l2"
+    assert swap(fresh, "l2.hnsw").json["version"] == 3
+    half = Index(12, metric="l2", dtype="fp16", M=4)
+    half.add(rows)
+    half.save(folder / "half.hnsw")
+    assert swap(fresh, "half.hnsw").json["dtype"] == "fp16"  # callers see no difference
+
+
+GOOD_HEADER = "{'descr': '|b1', 'fortran_order': False, 'shape': (400,), }"
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        GOOD_HEADER[:-4],  # unclosed
+        "'" * 3 + GOOD_HEADER,  # tokens that do not end
+        "(" * 5000 + GOOD_HEADER,
+        GOOD_HEADER.replace("400", str(2**62)),
+        GOOD_HEADER.replace("400", str(10**4000)),
+        GOOD_HEADER.replace("(400,)", "(2**62,)"),
+        GOOD_HEADER.replace("(400,)", f"(400, 0, {2**62})"),
+        GOOD_HEADER.replace("|b1", "|O"),
+        "\0",
+    ],
+)
+def test_damaged_filters_do_not_become_500(swapping, header):
+    folder, fresh = swapping
+    served.saved(folder, "next.hnsw")
+    (folder / "next.filters").mkdir()
+    text = header.encode()
+    packed = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text
+    (folder / "next.filters" / "bad.npy").write_bytes(packed + bytes(400))
+    reply = swap(fresh, "next.hnsw")
+    reply.refused(422, "next.filters/bad.npy: not a .npy")
+    assert str(folder) not in reply.json["detail"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "loop", "pipe"])
+@pytest.mark.parametrize("name", ["next.filters/bad.npy", "next.canary.npy"])
+def test_what_is_no_file_beside_an_index(swapping, kind, name):
+    folder, fresh = swapping
+    served.saved(folder, "next.hnsw")
+    (folder / "next.filters").mkdir()
+    if kind == "folder":
+        (folder / name).mkdir()
+    elif kind == "loop":
+        (folder / name).symlink_to(folder / name)
+    else:
+        os.mkfifo(folder / name)
+    swap(fresh, "next.hnsw").refused(422, f"{name}: is not a file")
+
+
+def test_paths_of_swaps(swapping):
+    folder, fresh = swapping
+    (folder / "loop.hnsw").symlink_to(folder / "loop.hnsw")
+    (folder / "a").symlink_to(folder / "b")
+    (folder / "b").symlink_to(folder / "a")
+    os.mkfifo(folder / "pipe.hnsw")
+    for path in (
+        "loop.hnsw", "a/docs.hnsw", "docs.hnsw/", "docs.hnsw//", "docs.hnsw/.", "none/../docs.hnsw",
+        "pipe.hnsw", ".", "/", "\ud800", "a\nb",
+    ):  # fmt: skip
+        swap(fresh, path).refused(404, f"no index at {path!r}")
+    strange = os.fsdecode(b"caf\xe9\n.hnsw")
+    served.saved(folder, strange)
+    assert swap(fresh, strange).json["path"] == "caf\\udce9\n.hnsw"
+
+
+def test_errors_name_files_relative_to_the_root(swapping):
+    folder, fresh = swapping
+    (folder / "deep").mkdir()
+    (folder / "deep" / "broken.hnsw").write_bytes((folder / "docs.hnsw").read_bytes()[:-9])
+    reply = swap(fresh, "deep/broken.hnsw")
+    reply.refused(422, "deep/broken.hnsw: truncated")
+    assert str(folder) not in reply.json["detail"]

@@ -7,6 +7,7 @@ import numpy as np
 from starlette.requests import Request
 
 from hnsw_gpu.serve import formats
+from hnsw_gpu.serve.middleware import host_name
 from hnsw_gpu.serve.problem import Problem
 from hnsw_gpu.serve.served_index import ServedIndex
 
@@ -103,6 +104,18 @@ def requested_filter(
     if name not in served.filters:
         raise LookupError(f"allow={name!r:.80}: no filter of that name")
     return served.filters[name]
+
+
+def refuse_other_origins(request: Request, known: frozenset[str]) -> None:
+    """Problem 403 where a browser asks on behalf of a page that is not this server's."""
+    origin = request.headers.get("origin")
+    site = request.headers.get("sec-fetch-site")
+    if site in ("same-origin", "none") or (site is None and origin is None):
+        return
+    _, _, host = (origin or "").partition("://")
+    is_ours = site is None and host.lower() == request.headers.get("host", "").lower()
+    if not is_ours and host_name(host) not in known:
+        raise Problem(403, f"asked by a page of another origin, {origin!r:.80}")
 
 
 def is_forced(request: Request) -> bool:

@@ -27,7 +27,13 @@ from hnsw_gpu.serve.batcher import Batcher, QueueFullError
 from hnsw_gpu.serve.disconnect import unless_disconnected
 from hnsw_gpu.serve.live_index import LiveIndex
 from hnsw_gpu.serve.metrics import CONTENT_TYPE, Metrics
-from hnsw_gpu.serve.middleware import CountResponses, RequireToken
+from hnsw_gpu.serve.middleware import (
+    CheckHost,
+    CountResponses,
+    LogAccess,
+    RequireToken,
+    SendInPieces,
+)
 from hnsw_gpu.serve.offload import Offload
 from hnsw_gpu.serve.problem import Problem, message_of
 from hnsw_gpu.serve.request import (
@@ -40,6 +46,7 @@ from hnsw_gpu.serve.request import (
     is_forced,
     queries_of,
     read_swap,
+    refuse_other_origins,
     requested_filter,
     search_parameters,
 )
@@ -94,9 +101,12 @@ class Server:
             },
         )
         routed.router.redirect_slashes = False
-        token = self.settings.token
-        guarded = routed if token is None else RequireToken(routed, token)
-        return CountResponses(guarded, self.metrics, {route.path for route in routes})
+        token, hosts = self.settings.token, self.settings.allowed_hosts
+        guarded: ASGIApp = routed if token is None else RequireToken(routed, token)
+        guarded = guarded if hosts is None else CheckHost(guarded, hosts)
+        counted = CountResponses(guarded, self.metrics, {route.path for route in routes})
+        sent = SendInPieces(counted, self.settings.timeout_s)
+        return LogAccess(sent) if self.settings.has_access_log else sent
 
     # ---------------------------------------------------------------- searching
 
@@ -195,6 +205,7 @@ class Server:
     async def _swap_index(self, request: Request) -> Response:
         self.live.current()
         checked_content_type(request, (formats.JSON,))
+        refuse_other_origins(request, self.settings.allowed_hosts or frozenset())
         forced = is_forced(request)
         async with self._bodies.read(request) as body:
             name = read_swap(body)

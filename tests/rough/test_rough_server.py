@@ -2,7 +2,10 @@
 
 import contextlib
 import json
+import logging
 import os
+import re
+import socket
 import struct
 import sys
 import threading
@@ -21,7 +24,7 @@ import served
 from served import DIM, QUERIES, VECTORS, running
 
 from hnsw_gpu import Index, load
-from hnsw_gpu.serve import formats, long_json
+from hnsw_gpu.serve import formats, logs, long_json
 
 
 @pytest.fixture(scope="module")
@@ -353,3 +356,232 @@ def test_errors_name_files_relative_to_the_root(swapping):
     reply = swap(fresh, "deep/broken.hnsw")
     reply.refused(422, "deep/broken.hnsw: truncated")
     assert str(folder) not in reply.json["detail"]
+
+
+# ---------------------------------------------------------------- heads
+
+
+HOST = b"Host: 127.0.0.1\r\n"
+LIVE = b"GET /health/live HTTP/1.1\r\n" + HOST
+END = b"Connection: close\r\n\r\n"
+
+
+def answers(port: int, sent: bytes, is_half_closed: bool = False) -> list[tuple[int, bytes]]:
+    """(status, body) of each answer to these bytes, until the server closes."""
+    said = b""
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as caller:
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            caller.sendall(sent)
+        if is_half_closed:
+            caller.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(ConnectionResetError):
+            while part := caller.recv(2**16):
+                said += part
+    found = []
+    while said:
+        head, _, said = said.partition(b"\r\n\r\n")
+        length = int(re.search(rb"content-length: (\d+)", head, re.IGNORECASE)[1])
+        found.append((int(head.split()[1]), said[:length]))
+        said = said[length:]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("sent", "status", "words"),
+    [
+        (LIVE + b"A: b\r\n" * 101 + END, 431, "at most 100 headers"),
+        (LIVE + b"A: " + b"b" * 70_000 + b"\r\n" + END, 431, "at most 100 headers of 65,536"),
+        (LIVE + b"A: " + b"b" * 3_000_000, 431, "at most 100 headers of 65,536"),
+        (LIVE + b"A" * 3_000_000, 431, "at most 100 headers of 65,536"),
+        (b"GET /" + b"a" * 3_000_000, 414, "a URL of more than 65,536 bytes"),
+        (b"\r\n" * 1_000_000, 431, "too long"),
+        (b"GET /health/live\r\n\r\n", 400, "HTTP/0.9: expected HTTP/1.1"),
+        (b"GET /health/live HTTP/0.9\r\n\r\n", 400, "HTTP/0.9: expected HTTP/1.1"),
+        (LIVE.replace(b"1.1", b"2.0") + END, 505, "HTTP/2.0: expected HTTP/1.1"),
+        (b"GET /health/live HTTP/1.1\r\n" + END, 400, "0 headers Host, expected one"),
+        (LIVE + HOST + END, 400, "2 headers Host, expected one"),
+        (LIVE.replace(b"127.0.0.1", b"a b/c") + END, 400, "Host: expected NAME"),
+        (LIVE.replace(b"127.0.0.1", b"") + END, 400, "Host: expected NAME"),
+        (LIVE + b"A : b\r\n" + END, 400, "not HTTP/1.1"),
+        (LIVE + b"Content-Length: 1\r\nContent-Length: 2\r\n" + END, 400, "not HTTP/1.1"),
+        (b"hello\r\n\r\n", 400, "not HTTP/1.1"),
+    ],
+)
+def test_bad_heads(shared, sent, status, words):
+    [(found, body)] = answers(shared.port, sent)
+    problem = json.loads(body)
+    assert (found, problem["status"]) == (status, status) and words in problem["detail"]
+    assert shared.call("GET", "/health/live").status == 200
+
+
+def post(chunks: bytes) -> bytes:
+    media = f"Content-Type: {formats.JSON}\r\nTransfer-Encoding: chunked\r\n".encode()
+    return b"POST /v1/search HTTP/1.1\r\n" + HOST + media + b"\r\n" + chunks
+
+
+@pytest.mark.parametrize(
+    ("chunks", "status"),
+    [
+        (b"2;" + b"a" * 3_000_000, 431),  # an extension of a chunk
+        (b"2\r\n{}\r\n0\r\nA: " + b"b" * 3_000_000, 431),  # a trailer
+        (b"2\r\n{}\r\n0\r\n" + b"A: b\r\n" * 200 + b"\r\n", 431),
+        (b"2\r\n{}\r\nx\r\n", 400),
+    ],
+)
+def test_bad_chunks(shared, chunks, status):
+    assert [found for found, _ in answers(shared.port, post(chunks))] == [status]
+    shared.wait(lambda: shared.server._bodies.held_bytes == 0)
+
+
+def test_good_heads(shared):
+    for sent in (
+        b"GET /health/live HTTP/1.0\r\n\r\n",
+        b"GET http://localhost/health/live HTTP/1.1\r\n" + HOST + END,
+        LIVE + b"A: b\r\n" * 90 + END,
+        LIVE + b"A: " + b"b" * 60_000 + b"\r\n" + END,
+        LIVE + b"Connection: upgrade\r\nUpgrade: websocket\r\n\r\n",
+    ):
+        assert answers(shared.port, sent) == [(200, b'{"state":"live"}')]
+
+
+@pytest.mark.parametrize("is_half_closed", [False, True])
+def test_pipelined_requests_are_all_answered(shared, is_half_closed):
+    """In their order, also where the caller has said that no more will come."""
+    sent, expected = b"", []
+    for rows in (64, 1, 30):
+        body = formats.write_npy(QUERIES[:rows])
+        about = f"Content-Type: {formats.NPY}\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+        sent += b"POST /v1/search HTTP/1.1\r\n" + HOST + about + body
+        expected.append(shared.live.served.index.search(QUERIES[:rows], 10))
+    found = answers(shared.port, sent + LIVE + b"\r\n" + LIVE + END, is_half_closed)
+    assert [status for status, _ in found] == [200] * 5
+    for (_, body), truth in zip(found[:3], expected, strict=True):
+        np.testing.assert_array_equal(formats.read_result(body)[0], truth.labels)
+
+
+def test_a_bad_head_behind_good_requests(shared):
+    """Those are answered, and nothing is put between."""
+    sent = LIVE + b"\r\n" + LIVE + b"\r\n" + b"hello\r\n\r\n"
+    assert [status for status, _ in answers(shared.port, sent)] == [200, 200]
+
+
+def test_a_head_that_does_not_come(folder):
+    with running(folder / "docs.hnsw", timeout_s=0.2) as fresh:
+        for sent in (b"", b"GET /health", LIVE + b"\r\n" + LIVE):
+            found = answers(fresh.port, sent)
+            assert found[-1][0] == 408 and b"did not come within 0.2 s" in found[-1][1]
+            assert len(found) == sent.count(b"\r\n\r\n") + 1
+
+
+def test_answers_that_nobody_reads(folder):
+    """Their connections are closed once the time is up, and the answers are gone."""
+    with running(folder / "docs.hnsw", timeout_s=3.0) as fresh:
+        body = formats.write_npy(np.tile(QUERIES, (40, 1)))
+        about = f"Content-Type: {formats.NPY}\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+        sent = b"POST /v1/search?k=1000 HTTP/1.1\r\n" + HOST + about + body
+        connections = fresh.process.server_state.connections
+        callers = []
+        for _ in range(3):
+            caller = socket.socket()
+            caller.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            caller.connect(("127.0.0.1", fresh.port))
+            caller.sendall(sent)
+            callers.append(caller)
+        fresh.wait(lambda: fresh.call.metric("request_seconds_count") == 3)
+        fresh.call.connection.close()
+        fresh.wait(lambda: len(connections) == 0)
+        assert not fresh.process.server_state.tasks
+        for caller in callers:
+            caller.close()
+
+
+# ---------------------------------------------------------------- other hosts, other origins
+
+
+def test_hosts(folder):
+    """A name that leads here is not enough: a page may have made it (DNS rebinding)."""
+    allowed = frozenset({"localhost", "docs.example"})
+    with running(folder / "docs.hnsw", allowed_hosts=allowed) as fresh:
+        for host in ("evil.example", "evil.example:80", "localhost.evil.example", "127.0.0.1.evil"):
+            for path in ("/", "/v1/index", "/health/live"):
+                reply = fresh.caller()("GET", path, Host=host)
+                reply.refused(421, "--allowed-host NAME")
+        for host in (
+            "localhost:1",
+            "LOCALHOST",
+            "docs.example.",
+            "127.0.0.1",
+            "[::1]:80",
+            "10.1.2.3",
+        ):
+            assert fresh.caller()("GET", "/v1/index", Host=host).status == 200
+        absolute = b"GET http://evil.example/ HTTP/1.1\r\n" + HOST + END
+        assert answers(fresh.port, absolute)[0][0] == 421
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Origin": "http://evil.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Origin": "http://127.0.0.1:1"}, 403),
+        ({"Sec_Fetch_Site": "cross-site"}, 403),
+        ({"Sec_Fetch_Site": "same-site", "Origin": "http://127.0.0.1:1"}, 403),
+        ({"Sec_Fetch_Site": "same-origin", "Origin": "https://docs.example"}, 200),
+        ({"Origin": "https://docs.example"}, 200),
+        ({"Origin": "ours"}, 200),
+        ({}, 200),
+    ],
+)
+def test_origins_of_a_swap(folder, headers, status):
+    with running(folder / "docs.hnsw", allowed_hosts=frozenset({"docs.example"})) as fresh:
+        if headers.get("Origin") == "ours":
+            headers = {"Origin": f"http://127.0.0.1:{fresh.port}"}
+        body = json.dumps({"path": "docs.hnsw"})
+        headers = {"Content_Type": formats.JSON, **headers}
+        reply = fresh.call("POST", "/v1/index:swap", body, **headers)
+        assert reply.status == status
+        if status == 403:
+            reply.refused(403, "asked by a page of another origin")
+        simple = fresh.call("POST", "/v1/index:swap", body, Content_Type="text/plain")
+        assert simple.status == 415  # what a form can send
+
+
+# ---------------------------------------------------------------- the log
+
+
+def record(message, **extra):
+    made = logging.makeLogRecord({"msg": message, "levelname": "INFO", **extra})
+    made.created = 0.0
+    return made
+
+
+def test_log_lines_cannot_be_forged():
+    forged = "serving a\nERROR b\x1b[31m\u2028c\r\udce9.hnsw"
+    written = logs.TextLines().format(record(forged))
+    assert written == (
+        "1970-01-01T00:00:00.000+00:00 INFO serving a\\nERROR b\\x1b[31m\\u2028c\\r\\udce9.hnsw"
+    )
+    read = json.loads(logs.JsonLines().format(record(forged)))
+    assert read["message"] == forged and read["level"] == "info"
+    try:
+        raise ValueError("x\nERROR forged")
+    except ValueError:
+        caught = record("failed", exc_info=sys.exc_info())
+    for line in logs.TextLines().format(caught).split("\n")[1:]:
+        assert line.startswith("    ")
+    assert "\n" not in logs.JsonLines().format(caught)
+
+
+def test_the_access_log(folder, caplog):
+    caplog.set_level(logging.INFO, "hnsw_gpu.access")
+    with running(folder / "docs.hnsw", has_access_log=True) as fresh:
+        caplog.clear()
+        fresh.call.search(QUERIES, "/v1/search?k=2")
+        fresh.call("GET", "/no%0Athing")
+        fresh.wait(lambda: len(caplog.records) == 2)
+    first, second = caplog.records
+    expected = {"client": "127.0.0.1", "method": "POST", "path": "/v1/search?k=2", "status": 200}
+    assert first.event.items() >= expected.items() and first.event["bytes"] > 1000
+    assert second.getMessage().startswith("127.0.0.1 GET /no%0Athing 404 ")
+    assert json.loads(logs.JsonLines().format(second))["path"] == "/no%0Athing"

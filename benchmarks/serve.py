@@ -401,7 +401,7 @@ async def swaps(host: Host, load: Load, names: list[str], count: int) -> dict[st
     for number in range(count):
         await asyncio.sleep(1.0)
         body = json.dumps({"path": names[number % 2]}).encode()
-        head = "POST /v1/index:swap HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        head = "POST /v1/index:swap HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         connection, began = await connect(host.port), time.perf_counter()
         request = (head + f"Content-Length: {len(body)}\r\n\r\n").encode() + body
         status, _ = await connection.ask(request)

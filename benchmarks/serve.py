@@ -199,7 +199,7 @@ async def connect(port: int) -> Connection:
 
 async def get(port: int, path: str) -> tuple[int, bytes]:
     connection = await connect(port)
-    found = await connection.ask(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+    found = await connection.ask(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
     connection.transport.close()
     return found
 
@@ -215,7 +215,7 @@ class Load(NamedTuple):
         requests = []
         for start in range(0, len(queries) - rows + 1, rows):
             body = formats.write_npy(queries[start : start + rows])
-            head = f"POST /v1/search HTTP/1.1\r\nHost: x\r\nContent-Type: {formats.NPY}\r\n"
+            head = f"POST /v1/search HTTP/1.1\r\nHost: localhost\r\nContent-Type: {formats.NPY}\r\n"
             requests.append((head + f"Content-Length: {len(body)}\r\n\r\n").encode() + body)
         return Load(rows, requests[:256])
 
@@ -401,7 +401,8 @@ async def swaps(host: Host, load: Load, names: list[str], count: int) -> dict[st
     for number in range(count):
         await asyncio.sleep(1.0)
         body = json.dumps({"path": names[number % 2]}).encode()
-        head = "POST /v1/index:swap HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        head = "POST /v1/index:swap HTTP/1.1\r\nHost: localhost\r\n"
+        head += "Content-Type: application/json\r\n"
         connection, began = await connect(host.port), time.perf_counter()
         request = (head + f"Content-Length: {len(body)}\r\n\r\n").encode() + body
         status, _ = await connection.ask(request)

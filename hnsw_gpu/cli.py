@@ -5,6 +5,7 @@ library become one line and exit code 1, Ctrl-C one line and exit code 130.
 """
 
 import json
+import logging
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -382,7 +383,20 @@ def dedup_preview(
 @click.argument("index", type=FILE)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to bind to.")
 @click.option(
-    "--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0: any free."
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8080,
+    show_default=True,
+    envvar="PORT",
+    show_envvar=True,
+    help="0: any free.",
+)
+@click.option(
+    "--allowed-host",
+    "allowed_hosts",
+    multiple=True,
+    help="Name that requests may be addressed to, besides addresses; * for all.  [default: "
+    "localhost and --host where that is this machine alone, else all]",
 )
 @device_option
 @click.option("--mmap", is_flag=True, help="Map the vectors instead of loading them.")
@@ -395,7 +409,7 @@ def dedup_preview(
     type=click.FloatRange(min=0, min_open=True),
     default=30.0,
     show_default=True,
-    help="Seconds to answer a search, and to receive a body.",
+    help="Seconds to answer a search, to receive a head or a body, to be rid of an answer.",
 )
 @click.option(
     "--drain",
@@ -404,6 +418,14 @@ def dedup_preview(
     default=1.0,
     show_default=True,
     help="Seconds to be not ready after SIGTERM, before the server stops listening.",
+)
+@click.option("--access-log", "has_access_log", is_flag=True, help="Log every request.")
+@click.option(
+    "--log-format",
+    type=click.Choice(["text", "json"]),
+    default="text",
+    show_default=True,
+    help="Of the log, on stderr: lines to read, or an object a line.",
 )
 @click.option("--token-file", type=FILE, help="File with the token that requests must carry.")
 @click.option(
@@ -419,22 +441,31 @@ def serve(
     token_file: Path | None,
     root: Path | None,
     max_body: int,
+    allowed_hosts: tuple[str, ...],
+    log_format: str,
     **settings: Any,
 ) -> None:
     """Serve searches of INDEX over HTTP.
 
     POST /v1/search takes queries as .npy, safetensors or JSON; / is a live status page, /metrics
     serves Prometheus, /openapi.json describes the API. Requests that arrive while the engine is
-    busy form the next batch. On SIGTERM, running requests finish. Needs the extra `serve`:
-    pip install "hnsw-gpu[serve]"
+    busy form the next batch. On SIGTERM or SIGHUP, running requests finish. Needs the extra
+    `serve`: pip install "hnsw-gpu[serve]"
 
     \b
     Example:
       hnsw-gpu serve docs.hnsw --port 8080
     """
     started = time.perf_counter()
+
+    def say(text: str) -> None:
+        if log_format == "json":
+            logging.getLogger("hnsw_gpu").info(text)
+        else:
+            click.echo(text, err=True)
+
     try:
-        from hnsw_gpu.serve import ServerSettings, listen, serve
+        from hnsw_gpu.serve import ServerSettings, listen, log_to_stderr, serve
     except ImportError as error:
         raise ImportError(f'{error}: pip install "hnsw-gpu[serve]"') from None
 
@@ -444,20 +475,27 @@ def serve(
     if not path.is_relative_to(folder):
         raise click.UsageError(f"{index} is not within --root {root}")
     listening = listen(host, port)
+    log_to_stderr(log_format)
     at = f"[{host}]" if ":" in host else host
-    click.echo(f"serving {index} on http://{at}:{listening.getsockname()[1]}", err=True)
-    if token is None and host not in ("127.0.0.1", "::1", "localhost"):
-        click.echo("without --token-file: whoever reaches this port may search and swap", err=True)
+    say(f"serving {index} on http://{at}:{listening.getsockname()[1]}")
+    is_local = host in ("127.0.0.1", "::1", "localhost")
+    if token is None and not is_local:
+        say("without --token-file: whoever reaches this port may search and swap")
 
     def on_ready(served: "ServedIndex") -> None:
         held, seconds = served.index, time.perf_counter() - started
-        click.echo(
+        say(
             f"ready after {seconds:.1f} s: {len(held):,} vectors of {held.dim}, {held.metric}, "
-            f"on the {'GPU' if held.device == 'cuda' else 'CPU'}",
-            err=True,
+            f"on the {'GPU' if held.device == 'cuda' else 'CPU'}"
         )
 
-    settings |= {"token": token, "most_body": max_body}
+    names = {name.lower() for name in allowed_hosts}
+    is_any = "*" in names or not (names or is_local)
+    settings |= {
+        "token": token,
+        "most_body": max_body,
+        "allowed_hosts": None if is_any else frozenset({*names, "localhost", host.lower()}),
+    }
     serve(ServerSettings(path, folder, **settings), listening, on_ready)
 
 

@@ -10,6 +10,7 @@ from hnsw_gpu.lazy_names import lazy_names
 if TYPE_CHECKING:
     from hnsw_gpu.serve.batcher import Batch, Batcher, QueueFullError
     from hnsw_gpu.serve.client import Client, ServerError
+    from hnsw_gpu.serve.logs import log_to_stderr
     from hnsw_gpu.serve.process import listen, serve
     from hnsw_gpu.serve.served_index import ServedIndex
     from hnsw_gpu.serve.settings import ServerSettings
@@ -23,6 +24,7 @@ __all__ = [
     "ServerError",
     "ServerSettings",
     "listen",
+    "log_to_stderr",
     "serve",
 ]
 
@@ -35,6 +37,7 @@ _HOME = {
     "ServerError": "client",
     "ServerSettings": "settings",
     "listen": "process",
+    "log_to_stderr": "logs",
     "serve": "process",
 }
 

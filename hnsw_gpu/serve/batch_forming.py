@@ -22,12 +22,16 @@ class BatchKey(NamedTuple):
     ef: int
     allow: object  # identifies the filter
     rounded_k: int  # the next power of two, but no more than ef needs
+    is_bulk: bool  # needs several calls of the engine: takes turns with the others
 
     @classmethod
-    def of(cls, index: Index, k: int, ef: int, allow: np.ndarray | None) -> "BatchKey":
+    def of(
+        cls, index: Index, k: int, ef: int, allow: np.ndarray | None, is_bulk: bool = False
+    ) -> "BatchKey":
         # A request keeps its 1-d filter alive, and so its id. A 2-d one is its own.
         shared: object = id(allow) if allow is None or allow.ndim < 2 else object()
-        return cls(index, ef, shared, min(1 << (k - 1).bit_length(), max(ef, k)))
+        rounded_k = min(1 << (k - 1).bit_length(), max(ef, k))
+        return cls(index, ef, shared, rounded_k, is_bulk)
 
 
 @dataclass(eq=False)
@@ -97,8 +101,21 @@ class BatchQueue:
     """
 
     def __init__(self) -> None:
-        self.waiting_rows = 0
+        self._rows = {False: 0, True: 0}  # that wait: of small requests, of bulk requests
         self._groups: dict[BatchKey, dict[QueuedSearch, None]] = {}  # in the order of their turns
+
+    @property
+    def waiting_rows(self) -> int:
+        return sum(self._rows.values())
+
+    def has_room(self, rows: int, is_bulk: bool, most_rows: int) -> bool:
+        """Whether that many rows more may wait.
+
+        Rows of bulk requests take no room from small ones. The first bulk request always has room,
+        another one what all others leave.
+        """
+        waiting = self.waiting_rows if is_bulk else self._rows[False]
+        return not self._rows[is_bulk] or waiting + rows <= most_rows
 
     @property
     def waiting_groups(self) -> int:
@@ -110,14 +127,14 @@ class BatchQueue:
 
     def add(self, request: QueuedSearch) -> None:
         self._groups.setdefault(request.key, {})[request] = None
-        self.waiting_rows += request.waiting_rows
+        self._rows[request.key.is_bulk] += request.waiting_rows
 
     def remove(self, request: QueuedSearch) -> None:
         """Take out what still waits of a request, if anything does."""
         group = self._groups.get(request.key, {})
         if request in group:
             del group[request]
-            self.waiting_rows -= request.waiting_rows
+            self._rows[request.key.is_bulk] -= request.waiting_rows
             if not group:
                 del self._groups[request.key]
 
@@ -141,7 +158,7 @@ class BatchQueue:
                 parts.append(Part(request, request.taken, request.taken + rows))
                 request.taken += rows
                 room -= rows
-            self.waiting_rows -= rows
+            self._rows[key.is_bulk] -= rows
             if request.waiting_rows and not request.is_late(now):
                 break  # split: the rest keeps its place
             del group[request]

@@ -61,14 +61,15 @@ class Batcher:
     index: what is searched; `swap` replaces it.
     batch_rows: most rows in one call of the engine; larger requests are split. None: 128 per
         thread on the CPU, 8,192 on a GPU.
-    queue_rows: most rows that may wait; beyond it, QueueFullError. A larger request is accepted
-        when nothing else waits.
+    queue_rows: most rows that may wait; beyond it, QueueFullError. Requests larger than a batch
+        count among themselves: the first may be of any size, and small ones wait beside it.
     threads: of each search; None: all cores.
     on_batch: called with a Batch after each call of the engine, on the engine's thread.
 
     Requests share a batch if they have the same ef, the same k once rounded up to a power of two
-    (at most ef), and no `allow` or the same 1-d array object. Such groups take turns; within a
-    group, first come, first served. Queries are copied; do not modify `allow` before the answer.
+    (at most ef), and no `allow` or the same 1-d array object; those larger than a batch are groups
+    of their own. Such groups take turns; within a group, first come, first served. Queries are
+    copied; do not modify `allow` before the answer.
     A `with` or `async with` block closes the batcher at its end.
     """
 
@@ -115,8 +116,26 @@ class Batcher:
         ValueError, TypeError: as there. QueueFullError: too many rows wait. TimeoutError: no answer
         within `timeout_s`. RuntimeError: closed. A cancelled task leaves the queue.
         """
+        index = self._index
+        given = _own(index.checked_queries(queries))
+        return await self.search_checked(index, given, k, ef=ef, allow=allow, timeout_s=timeout_s)
+
+    async def search_checked(
+        self,
+        index: Index,
+        queries: np.ndarray,
+        k: int,
+        *,
+        ef: int,
+        allow: ArrayLike | None = None,
+        timeout_s: float | None = None,
+    ) -> SearchResult:
+        """As `search`, of an index and queries that its `checked_queries` gave and nobody changes.
+
+        The index is the served one, or one that a swap has just replaced.
+        """
         future: asyncio.Future[SearchResult] = asyncio.get_running_loop().create_future()
-        request = self._enqueue(queries, k, ef, allow, timeout_s, future)
+        request = self._enqueue(index, queries, k, ef, allow, timeout_s, future)
         try:
             async with asyncio.timeout(timeout_s):
                 return await future
@@ -142,13 +161,16 @@ class Batcher:
         future gets a TimeoutError.
         """
         future: Future[SearchResult] = Future()
-        request = self._enqueue(queries, k, ef, allow, timeout_s, future)
+        index = self._index
+        given = _own(index.checked_queries(queries))
+        request = self._enqueue(index, given, k, ef, allow, timeout_s, future)
         future.add_done_callback(lambda _: self._forget(request))
         return future
 
     def _enqueue(
         self,
-        queries: ArrayLike,
+        index: Index,
+        queries: np.ndarray,
         k: int,
         ef: int,
         allow: ArrayLike | None,
@@ -156,22 +178,20 @@ class Batcher:
         future: AnyFuture,
     ) -> QueuedSearch:
         k, ef = inputs.integer("k", k, 1, inputs.MOST_NODES), inputs.integer("ef", ef, 1)
-        index = self._index
-        given = index.checked_queries(queries)
-        if given.flags.writeable:  # perhaps the caller's own array, free to be used again
-            given = given.copy()
         if timeout_s is not None and not inputs.number("timeout_s", timeout_s) > 0:
             raise ValueError(f"timeout_s={timeout_s}: expected more than 0")
         mask = None if allow is None else inputs.array("allow", allow)
-        request = QueuedSearch(BatchKey.of(index, k, ef, mask), given, k, mask, timeout_s, future)
+        is_bulk = len(queries) > self._rows_of_a_batch(index)
+        key = BatchKey.of(index, k, ef, mask, is_bulk)
+        request = QueuedSearch(key, queries, k, mask, timeout_s, future)
         self._require_threads()
         with self._lock:
             if self._is_closed:
                 raise RuntimeError("the batcher is closed")
-            waiting = self._queue.waiting_rows
-            if waiting and waiting + len(given) > self._queue_rows:
+            if not self._queue.has_room(len(queries), is_bulk, self._queue_rows):
+                waiting = self._queue.waiting_rows
                 raise QueueFullError(
-                    f"{waiting:,} rows wait and {len(given):,} more would be too many: "
+                    f"{waiting:,} rows wait and {len(queries):,} more would be too many: "
                     f"queue_rows={self._queue_rows:,}",
                     waiting / self._rate if self._rate else 1.0,
                 )
@@ -358,6 +378,11 @@ class Batcher:
                     continue
                 mine = whole
             yield request, mine
+
+
+def _own(queries: np.ndarray) -> np.ndarray:
+    """Queries that their caller cannot change any more."""
+    return queries.copy() if queries.flags.writeable else queries
 
 
 def _settle(outcomes: Iterable[tuple[QueuedSearch, SearchResult | BaseException]]) -> None:

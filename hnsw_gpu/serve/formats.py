@@ -15,15 +15,20 @@ import numpy as np
 from numpy.lib import format as npy
 
 from hnsw_gpu import inputs
+from hnsw_gpu.serve import long_json
+from hnsw_gpu.serve.offload import LARGE
 
 NPY, SAFETENSORS, JSON = "application/x-npy", "application/x-safetensors", "application/json"
 FORMATS = (JSON, NPY, SAFETENSORS)
 RESULT = np.dtype([("labels", "<i8"), ("distances", "<f4")])
 NAMES = {"queries", "labels", "allow"}
+MOST_JSON_ELEMENTS = 2**22  # numbers and lists of one body
+MOST_HEADER = 2**16  # bytes before the numbers of a .npy or safetensors
+MalformedError = long_json.MalformedError
 
 
-class MalformedError(ValueError):
-    """Bytes that are not in the format that they claim."""
+class TooLargeError(ValueError):
+    """More numbers than one request may hold."""
 
 
 class SearchBody(NamedTuple):
@@ -35,7 +40,10 @@ class SearchBody(NamedTuple):
 
 
 def read_search(media: str, body: bytes) -> SearchBody:
-    """The body of a search. MalformedError: not in that format; ValueError, TypeError: wrong."""
+    """The body of a search.
+
+    MalformedError: not in that format. TooLargeError. ValueError, TypeError: wrong.
+    """
     if media == NPY:
         return SearchBody(read_npy(body), None, None)
     held = read_json(body) if media == JSON else read_safetensors(body)
@@ -59,7 +67,11 @@ def read_npy(body: bytes) -> np.ndarray:
         start = 10 + int.from_bytes(body[8:10], "little")
         if body[6:8] == b"\x02\x00":
             start = 12 + int.from_bytes(body[8:12], "little")
+        if start > MOST_HEADER:
+            raise ValueError(f"a header of {start:,} bytes")
         shape, order, dtype = _parsed_npy_header(body[:start])
+        if dtype.hasobject:
+            raise ValueError("an array of Python objects")
         length = len(body) - start
         if math.prod(shape) * dtype.itemsize != length:
             raise ValueError(f"{length} bytes for {dtype} {shape}")
@@ -98,6 +110,9 @@ def _npy_header_bytes(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
 def read_safetensors(body: bytes) -> dict[str, np.ndarray]:
     from safetensors import numpy as safetensors
 
+    header = int.from_bytes(body[:8], "little")
+    if MOST_HEADER < header <= len(body):
+        raise TooLargeError(f"a header of {header:,} bytes: at most {MOST_HEADER:,}")
     try:
         return safetensors.load(body)
     except Exception as error:  # its own types, and KeyError for a dtype that numpy lacks
@@ -105,8 +120,14 @@ def read_safetensors(body: bytes) -> dict[str, np.ndarray]:
 
 
 def read_json(body: bytes) -> dict[str, Any]:
+    if len(body) > LARGE:
+        elements = long_json.count_elements(body)
+        if elements > MOST_JSON_ELEMENTS:
+            most = f"at most {MOST_JSON_ELEMENTS:,}: more fit a .npy"
+            raise TooLargeError(f"JSON of {elements:,} numbers and lists: {most}")
+        return long_json.read_long_json(body)
     try:
-        held = json.loads(body, parse_constant=_refuse_constant)
+        held = json.loads(body, parse_constant=long_json.refuse_constant)
     except (ValueError, RecursionError) as error:
         raise MalformedError(f"not JSON: {_one_line(error)}") from None
     if not isinstance(held, dict):
@@ -131,10 +152,6 @@ def _array_of(name: str, value: Any) -> np.ndarray:
     return array.astype(np.int64)
 
 
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a JSON number")
-
-
 def write_result(media: str, labels: np.ndarray, distances: np.ndarray) -> bytes:
     """A result, labels int64 and distances float32 (q, k)."""
     if media == NPY:
@@ -145,11 +162,8 @@ def write_result(media: str, labels: np.ndarray, distances: np.ndarray) -> bytes
         from safetensors import numpy as safetensors
 
         return safetensors.save({"labels": labels, "distances": distances})
-    numbers = distances
-    if not np.isfinite(distances).all():
-        numbers = distances.astype(object)
-        numbers[~np.isfinite(distances)] = None
-    return json.dumps({"labels": labels.tolist(), "distances": numbers.tolist()}).encode()
+    parts = [b'{"labels": [', *long_json.written_rows(labels), b'], "distances": [']
+    return b"".join([*parts, *long_json.written_rows(distances), b"]}"])
 
 
 def read_result(body: bytes) -> tuple[np.ndarray, np.ndarray]:

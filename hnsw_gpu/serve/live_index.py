@@ -4,9 +4,11 @@ import asyncio
 import contextlib
 import gc
 import logging
+import os
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
+from hnsw_gpu.index import Index
 from hnsw_gpu.serve.batcher import Batcher, QueueFullError
 from hnsw_gpu.serve.metrics import Metrics
 from hnsw_gpu.serve.problem import Problem, message_of
@@ -104,11 +106,12 @@ class LiveIndex:
 
     # ---------------------------------------------------------------- swapping
 
-    async def swap(self, name: str) -> ServedIndex:
+    async def swap(self, name: str, *, is_forced: bool = False) -> ServedIndex:
         """Load the index at `name`, relative to the root, beside the current one; then serve it.
 
         Problem 404: no such file in the root. 409: another swap is running. 422: it cannot be
-        loaded. 507: memory does not hold both.
+        loaded, or has another dim or metric and the swap is not forced. 507: memory does not hold
+        both.
         """
         path = self._path_in_root(name)
         if self._swapping.locked():
@@ -116,7 +119,7 @@ class LiveIndex:
         outcome = "failed"
         async with self._swapping:
             try:
-                served = await asyncio.to_thread(self._load_beside, path)
+                served = await asyncio.to_thread(self._load_beside, path, is_forced)
                 self.current()  # 503 if a drain began meanwhile
                 self._switch_to(served)
                 outcome = "done"
@@ -135,31 +138,54 @@ class LiveIndex:
         """The path of an index within the root; outside it, 404 as for a missing file."""
         root = self._settings.root
         try:
-            path = (root / name).resolve()
+            given = os.path.join(root, name)
+            os.stat(given)  # as the system sees it: neither FILE/ nor MISSING/../FILE
+            path = Path(given).resolve()
             is_inside = path.is_relative_to(root) and path.is_file()
-        except (ValueError, OSError):  # a null byte, a name too long
+        except (ValueError, OSError, RuntimeError):  # a null byte, a name too long, a loop of links
             is_inside = False
         if not is_inside:
             raise Problem(404, f"no index at {name!r:.200}")
         return path
 
-    def _load_beside(self, path: Path) -> ServedIndex:
+    def _load_beside(self, path: Path, is_forced: bool) -> ServedIndex:
         """Load the next index if memory holds it beside the current one."""
         assert self.served is not None
         try:
             free, needed = memory_free(), memory_needed(path)
             if free is not None and needed > free and not self._settings.mmap:
                 raise MemoryError(f"{path.name} needs {needed:,} bytes, and {free:,} are free")
-            return self._load(path, self.served.version + 1)
+            served = self._load(path, self.served.version + 1)
+            if not is_forced:
+                _require_alike(served.index, self.served.index)
+            return served
         except (FileNotFoundError, IsADirectoryError):
             raise Problem(404, f"no index at {path.name!r}") from None
         except MemoryError as error:
-            raise Problem(507, f"beside the index that is served: {message_of(error)}") from None
+            detail = f"beside the index that is served: {message_of(error)}"
+            raise Problem(507, self._without_root(detail)) from None
         except (ValueError, OSError) as error:
-            raise Problem(422, message_of(error)) from None
+            raise Problem(422, self._without_root(message_of(error))) from None
+
+    def _without_root(self, message: str) -> str:
+        """The message, with the names of files relative to the root."""
+        root = str(self._settings.root)
+        return message if root == os.sep else message.replace(root + os.sep, "")
 
     def _load(self, path: Path, version: int) -> ServedIndex:
         settings = self._settings
         return load_served_index(
             path, version, device=settings.device, mmap=settings.mmap, threads=settings.threads
         )
+
+
+def _require_alike(new: Index, old: Index) -> None:
+    """ValueError where callers of one cannot be callers of the other."""
+    differences = [
+        f"{name} {getattr(new, name)} instead of {getattr(old, name)}"
+        for name in ("dim", "metric")
+        if getattr(new, name) != getattr(old, name)
+    ]
+    if differences:
+        what = " and ".join(differences)
+        raise ValueError(f"the index has {what}: ?force=true serves it all the same")

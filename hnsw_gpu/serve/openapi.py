@@ -9,18 +9,23 @@ PROBLEM = "application/problem+json"
 TITLES = {
     400: "Malformed request",
     401: "Not authorised",
+    403: "Forbidden",
     404: "Not found",
     405: "Method not allowed",
     406: "Not acceptable",
-    408: "The body came too slowly",
+    408: "The request came too slowly",
     409: "A swap is running",
     413: "Too large",
+    414: "Too long a URL",
     415: "Unsupported media type",
+    421: "Not this server",
     422: "Wrong request",
     429: "Too many rows wait",
+    431: "Too long a head",
     500: "Internal error",
     503: "Not serving",
     504: "Too late",
+    505: "Unsupported version of HTTP",
     507: "Not enough memory",
 }
 
@@ -110,10 +115,18 @@ def _swap() -> dict[str, Any]:
         "summary": "Serve another saved index from now on",
         "description": "Loads and warms it beside the old one, then swaps between batches; "
         "searches that arrived earlier are answered by the old one.",
+        "parameters": [
+            {
+                "name": "force",
+                "in": "query",
+                "schema": {"type": "boolean", "default": False},
+                "description": "serve it even if its dim or its metric is another",
+            }
+        ],
         "requestBody": {"required": True, "content": {JSON: {"schema": _ref("Swap")}}},
         "responses": {
             **_get("The new index", _ref("Index"))["responses"],
-            **_problems(400, 404, 408, 409, 413, 415, 422, 429, 503, 507),
+            **_problems(400, 403, 404, 408, 409, 413, 415, 422, 429, 503, 507),
         },
     }
 

@@ -1,29 +1,37 @@
-"""The server's process: uvicorn, its listening socket, and the drain on SIGTERM."""
+"""The server's process: uvicorn, its listening socket, and the drain on a signal."""
 
 import asyncio
 import signal
 import socket
 from collections.abc import Callable
+from functools import partial
 from types import FrameType
 
 import uvicorn
 
+from hnsw_gpu.serve.protocol import Protocol
 from hnsw_gpu.serve.served_index import ServedIndex
 from hnsw_gpu.serve.server import Server
 from hnsw_gpu.serve.settings import ServerSettings
 
+SIGHUP = getattr(signal, "SIGHUP", None)  # POSIX
 GRACE_S = 30  # for running requests, once the server stops listening
 
 
 class Process(uvicorn.Server):
-    """Uvicorn that drains on the first SIGTERM or SIGINT, and exits at once on the second."""
+    """Uvicorn that drains on the first SIGTERM, SIGINT or SIGHUP.
+
+    It exits at once on a second one, but SIGHUP: who closes a terminal sends several.
+    """
 
     def __init__(self, server: Server) -> None:
         super().__init__(
             uvicorn.Config(
                 server.app(),
+                http=partial(Protocol, timeout_s=server.settings.timeout_s),  # type: ignore[arg-type]
                 log_level="warning",
                 access_log=False,
+                log_config=None,
                 server_header=False,
                 ws="none",
                 lifespan="on",
@@ -36,6 +44,8 @@ class Process(uvicorn.Server):
         self._live.on_failure = self._stop
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if sig == SIGHUP and self._signals:
+            return
         self._signals.append(sig)
         if len(self._signals) > 1:
             self.force_exit = True
@@ -77,13 +87,15 @@ def listen(host: str, port: int) -> socket.socket:
 def serve(
     settings: ServerSettings, listening: socket.socket, on_ready: Callable[[ServedIndex], None]
 ) -> None:
-    """Serve until SIGTERM, or Ctrl-C (KeyboardInterrupt).
+    """Serve until SIGTERM, SIGHUP unless it is ignored (nohup), or Ctrl-C (KeyboardInterrupt).
 
     Raises the error that keeps the index from loading.
     """
     server = Server(settings)
     server.live.on_ready = on_ready
     process = Process(server)
+    if SIGHUP is not None and signal.getsignal(SIGHUP) != signal.SIG_IGN:
+        signal.signal(SIGHUP, process.handle_exit)
     process.run(sockets=[listening])
     if server.live.error is not None:
         raise server.live.error

@@ -1,21 +1,18 @@
 """What a request asks for: parameters, media types, queries, a filter."""
 
-import asyncio
 import json
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 from starlette.requests import Request
 
 from hnsw_gpu.serve import formats
-from hnsw_gpu.serve.problem import Problem, message_of
+from hnsw_gpu.serve.middleware import host_name
+from hnsw_gpu.serve.problem import Problem
 from hnsw_gpu.serve.served_index import ServedIndex
 
 MOST_K = MOST_EF = 10_000
-LARGE = 2**16  # bytes of a JSON body, or numbers in a JSON result, that are worth a thread
-
-Result = TypeVar("Result")
+MOST_RESULTS = 2**22  # rows times k: 50 MB of answer
 
 
 class SearchParameters(NamedTuple):
@@ -67,15 +64,33 @@ def checked_content_type(request: Request, known: tuple[str, ...]) -> str:
     return media
 
 
-async def read_search(media: str, body: bytes) -> formats.SearchBody:
-    """The body of a search; Problem 400 if it is malformed, 422 if it says something wrong."""
-    is_long = media == formats.JSON and len(body) > LARGE
-    try:
-        return await call(is_long, formats.read_search, media, body)
-    except formats.MalformedError as error:
-        raise Problem(400, str(error)) from None
-    except (ValueError, TypeError) as error:
-        raise Problem(422, message_of(error)) from None
+def check_cost(search: formats.SearchBody, served: ServedIndex, k: int, most_numbers: int) -> int:
+    """The numbers of all queries, known before any row is gathered or converted.
+
+    TooLargeError, ValueError: too many numbers, too many results.
+    """
+    rows, dim = 1, served.index.dim
+    if search.labels is not None:
+        rows = len(search.labels)
+    elif search.queries is not None and search.queries.ndim == 2:
+        rows, dim = search.queries.shape
+    if rows * k > MOST_RESULTS:
+        raise ValueError(f"{rows:,} queries of k={k:,}: at most {MOST_RESULTS:,} results a request")
+    if rows * dim > most_numbers:
+        most = f"at most {most_numbers:,} numbers a request"
+        raise formats.TooLargeError(f"{rows:,} queries of {dim:,} numbers: {most}")
+    return rows * dim
+
+
+def queries_of(search: formats.SearchBody, served: ServedIndex) -> np.ndarray:
+    """float32 (q, dim), checked; ValueError, TypeError, KeyError: they are no queries."""
+    given = search.queries
+    if given is None:
+        assert search.labels is not None
+        given = served.index.vectors(search.labels)
+    checked = served.index.checked_queries(given)
+    checked.flags.writeable = False  # it is ours: the batcher need not copy it
+    return checked
 
 
 def requested_filter(
@@ -91,6 +106,26 @@ def requested_filter(
     return served.filters[name]
 
 
+def refuse_other_origins(request: Request, known: frozenset[str]) -> None:
+    """Problem 403 where a browser asks on behalf of a page that is not this server's."""
+    origin = request.headers.get("origin")
+    site = request.headers.get("sec-fetch-site")
+    if site in ("same-origin", "none") or (site is None and origin is None):
+        return
+    _, _, host = (origin or "").partition("://")
+    is_ours = site is None and host.lower() == request.headers.get("host", "").lower()
+    if not is_ours and host_name(host) not in known:
+        raise Problem(403, f"asked by a page of another origin, {origin!r:.80}")
+
+
+def is_forced(request: Request) -> bool:
+    """What the query string of a swap says; Problem 422 where it says anything else."""
+    given = request.query_params.multi_items()
+    if given not in ([], [("force", "true")], [("force", "false")]):
+        raise Problem(422, f"{request.url.query!r:.80}: expected force=true or force=false")
+    return given == [("force", "true")]
+
+
 def read_swap(body: bytes) -> str:
     """The path that the body of a swap names."""
     try:
@@ -100,8 +135,3 @@ def read_swap(body: bytes) -> str:
     if not isinstance(given, dict) or set(given) != {"path"} or not isinstance(given["path"], str):
         raise Problem(422, 'expected {"path": "..."}')
     return given["path"]
-
-
-async def call(is_long: bool, work: Callable[..., Result], *args: Any) -> Result:
-    """work(*args); on a thread if it takes long, so that the event loop serves others."""
-    return await asyncio.to_thread(work, *args) if is_long else work(*args)

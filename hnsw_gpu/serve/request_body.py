@@ -9,6 +9,7 @@ from starlette.requests import Request
 from hnsw_gpu.serve.problem import Problem
 
 HELD_BODIES = 4  # bodies of the largest size that may be in memory at once
+SMALL = 2**18  # bytes, or a sixteenth of the largest body: always admitted
 
 
 class BodyReader:
@@ -16,6 +17,7 @@ class BodyReader:
 
     def __init__(self, most_bytes: int, timeout_s: float) -> None:
         self._most_bytes, self._timeout_s = most_bytes, timeout_s
+        self._small = min(SMALL, most_bytes // 16)
         self.held_bytes = 0  # of all requests
 
     @contextlib.asynccontextmanager
@@ -41,17 +43,20 @@ class BodyReader:
                     size += len(chunk)
                     self.held_bytes += len(chunk)
                     self._check_size(size)
-                    if self.held_bytes > self._most_bytes * HELD_BODIES:
+                    is_full = self.held_bytes > self._most_bytes * HELD_BODIES
+                    if is_full and size > self._small:
                         busy = "too many large bodies at once"
                         raise Problem(429, busy, Retry_After="1", Connection="close")
                     chunks.append(chunk)
+                if size > SMALL:
+                    return await asyncio.to_thread(b"".join, chunks)
+                return b"".join(chunks)
         except BaseException as error:
             self.held_bytes -= size
             if isinstance(error, TimeoutError):
                 late = f"the body did not come within {self._timeout_s:g} s"
                 raise Problem(408, late, Connection="close") from None
             raise
-        return b"".join(chunks)
 
     def _check_size(self, size: int) -> None:
         if size > self._most_bytes:

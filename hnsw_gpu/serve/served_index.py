@@ -4,6 +4,7 @@ Beside `docs.hnsw` may lie `docs.filters/NAME.npy`, a filter of that name (a boo
 int labels of what may be returned), and `docs.canary.npy`, queries (q, dim) that measure recall.
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from hnsw_gpu import inputs
 from hnsw_gpu.files import arrays_checksum, read_vectors
 from hnsw_gpu.index import Index, load
 from hnsw_gpu.results import SearchResult
+from hnsw_gpu.serve import formats
 
 CANARY_ROWS = 64
 CANARY_K = 10
@@ -62,23 +64,30 @@ def load_served_index(
 def _filters(path: Path, index: Index) -> dict[str, np.ndarray]:
     filters = {}
     for file in sorted(path.with_suffix(".filters").glob("*.npy")):
-        with file.open("rb") as opened:
-            try:
-                allow = np.lib.format.read_array(opened, allow_pickle=False)
-                if allow.ndim != 1:
-                    raise ValueError(f"shape {allow.shape}, expected (n,)")
-                inputs.entry_mask(allow, index.labels, 1)
-            except (ValueError, TypeError) as error:
-                raise ValueError(f"{file}: {error}") from None
+        _require_file(file)
+        try:
+            allow = formats.read_npy(file.read_bytes())
+            if allow.ndim != 1:
+                raise ValueError(f"shape {allow.shape}, expected (n,)")
+            inputs.entry_mask(allow, index.labels, 1)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{file}: {error}") from None
         filters[file.stem] = allow
     return filters
+
+
+def _require_file(path: Path) -> None:
+    """ValueError for a folder, a link that leads nowhere, or a pipe, on which reading waits."""
+    if not path.is_file():
+        raise ValueError(f"{path}: is not a file")
 
 
 def _canary(path: Path, index: Index, threads: int | None) -> Canary | None:
     if not len(index):
         return None
     file = path.with_suffix(".canary.npy")
-    if file.exists():
+    if os.path.lexists(file):
+        _require_file(file)
         try:
             queries = index.checked_queries(read_vectors(file))
         except (ValueError, TypeError) as error:

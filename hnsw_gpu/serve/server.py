@@ -6,6 +6,7 @@ a document). Below it: `live_index.py` (loading, swaps, canary) and `batcher.py`
 `process.py` runs it.
 """
 
+import asyncio
 import logging
 import time
 from collections.abc import Callable
@@ -26,17 +27,26 @@ from hnsw_gpu.serve.batcher import Batcher, QueueFullError
 from hnsw_gpu.serve.disconnect import unless_disconnected
 from hnsw_gpu.serve.live_index import LiveIndex
 from hnsw_gpu.serve.metrics import CONTENT_TYPE, Metrics
-from hnsw_gpu.serve.middleware import CountResponses, RequireToken
+from hnsw_gpu.serve.middleware import (
+    CheckHost,
+    CountResponses,
+    LogAccess,
+    RequireToken,
+    SendInPieces,
+)
+from hnsw_gpu.serve.offload import Offload
 from hnsw_gpu.serve.problem import Problem, message_of
 from hnsw_gpu.serve.request import (
-    LARGE,
     MOST_EF,
     MOST_K,
+    MOST_RESULTS,
     SearchParameters,
-    call,
+    check_cost,
     checked_content_type,
-    read_search,
+    is_forced,
+    queries_of,
     read_swap,
+    refuse_other_origins,
     requested_filter,
     search_parameters,
 )
@@ -51,7 +61,6 @@ PAGE_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
     "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-MOST_RESULTS = 2**22  # rows times k: 50 MB of answer
 
 
 class Server:
@@ -64,6 +73,8 @@ class Server:
         self.metrics = Metrics()
         self.live = LiveIndex(settings, self.metrics, make_batcher)
         self._bodies = BodyReader(settings.most_body, settings.timeout_s)
+        self._most_numbers = settings.most_body // 4  # of a request: float32
+        self._offload = Offload()
         self._document = openapi.document({"k": MOST_K, "ef": MOST_EF}, settings.token is not None)
         self._page = read_page(PAGE)
 
@@ -90,9 +101,12 @@ class Server:
             },
         )
         routed.router.redirect_slashes = False
-        token = self.settings.token
-        guarded = routed if token is None else RequireToken(routed, token)
-        return CountResponses(guarded, self.metrics, {route.path for route in routes})
+        token, hosts = self.settings.token, self.settings.allowed_hosts
+        guarded: ASGIApp = routed if token is None else RequireToken(routed, token)
+        guarded = guarded if hosts is None else CheckHost(guarded, hosts)
+        counted = CountResponses(guarded, self.metrics, {route.path for route in routes})
+        sent = SendInPieces(counted, self.settings.timeout_s)
+        return LogAccess(sent) if self.settings.has_access_log else sent
 
     # ---------------------------------------------------------------- searching
 
@@ -108,48 +122,52 @@ class Server:
         self.live.current()  # 503 before the body is read
         asked = search_parameters(request, self.settings.timeout_s)
         async with self._bodies.read(request) as body:
-            search = await read_search(asked.content_type, body)
             deadline = started + asked.timeout_s
             try:
                 served, found = await unless_disconnected(
-                    request, self._find(search, asked, deadline)
+                    request, self._find(body, asked, deadline)
                 )
             except ClientDisconnect:
                 self.metrics.cancelled.inc()
                 raise
-        is_long = asked.accept == formats.JSON and found.labels.size > LARGE
-        content = await call(is_long, formats.write_result, asked.accept, *found)
+        content = await self._offload.call(
+            found.labels.size, formats.write_result, asked.accept, *found
+        )
         self.metrics.rows.inc(len(found.labels))
         self.metrics.request_seconds.observe(time.perf_counter() - started)
         headers = {"X-Index-Version": str(served.version), "X-Index-Checksum": served.checksum}
         return Response(content, 200, headers, media_type=asked.accept)
 
     async def _find(
-        self, search: formats.SearchBody, asked: SearchParameters, deadline: float
+        self, body: bytes, asked: SearchParameters, deadline: float
     ) -> tuple[ServedIndex, SearchResult]:
         """The result, and the index that it comes from; Problem if it is refused or late.
 
-        Nothing is awaited before the batcher has the queries: a swap cannot come in between.
+        It is the index that was served when the body was there: a swap may come in between.
         """
         served, batcher = self.live.current()
+        call = self._offload.call
+        is_npy = asked.content_type == formats.NPY  # read where it lies
         try:
-            allow = requested_filter(served, search, asked.filter_name)
-            queries = search.queries
-            if search.labels is not None:
-                queries = served.index.vectors(search.labels)
-            assert queries is not None
-            if queries.ndim == 2 and len(queries) * asked.k > MOST_RESULTS:
-                most = f"at most {MOST_RESULTS:,} results a request"
-                raise ValueError(f"{len(queries):,} queries of k={asked.k:,}: {most}")
-            left_s = max(deadline - time.perf_counter(), 1e-9)
-            return served, await batcher.search(
-                queries, asked.k, ef=asked.ef, allow=allow, timeout_s=left_s
-            )
+            async with asyncio.timeout(deadline - time.perf_counter()):
+                size = 0 if is_npy else len(body)
+                search = await call(size, formats.read_search, asked.content_type, body)
+                allow = requested_filter(served, search, asked.filter_name)
+                numbers = check_cost(search, served, asked.k, self._most_numbers)
+                queries = await call(numbers, queries_of, search, served)
+                left_s = max(deadline - time.perf_counter(), 1e-9)
+                return served, await batcher.search_checked(
+                    served.index, queries, asked.k, ef=asked.ef, allow=allow, timeout_s=left_s
+                )
         except TimeoutError:
             raise Problem(504, f"no answer within {asked.timeout_s:g} s") from None
         except CorruptIndexError as error:  # it is mapped, and the file was changed
             logger.error("%s", error)
             raise Problem(503, "the file of the index was changed: swap it") from None
+        except formats.MalformedError as error:
+            raise Problem(400, str(error)) from None
+        except formats.TooLargeError as error:
+            raise Problem(413, str(error)) from None
         except (ValueError, TypeError, LookupError) as error:
             raise Problem(422, message_of(error)) from None
         except QueueFullError as error:
@@ -177,8 +195,8 @@ class Server:
             "parameters": {name: getattr(index, name) for name in names},
             "checksum": served.checksum,
             "version": served.version,
-            "path": str(served.path.relative_to(self.settings.root)),
-            "filters": sorted(served.filters),
+            "path": _shown(str(served.path.relative_to(self.settings.root))),
+            "filters": sorted(map(_shown, served.filters)),
             "limits": {"k": MOST_K, "ef": MOST_EF, "results": MOST_RESULTS}
             | {"body_bytes": self.settings.most_body},
             "formats": list(formats.FORMATS),
@@ -187,10 +205,12 @@ class Server:
     async def _swap_index(self, request: Request) -> Response:
         self.live.current()
         checked_content_type(request, (formats.JSON,))
+        refuse_other_origins(request, self.settings.allowed_hosts or frozenset())
+        forced = is_forced(request)
         async with self._bodies.read(request) as body:
             name = read_swap(body)
         started = time.perf_counter()
-        served = await self.live.swap(name)
+        served = await self.live.swap(name, is_forced=forced)
         seconds = round(time.perf_counter() - started, 3)
         logger.info("serving %s, version %d, after %g s", served.path, served.version, seconds)
         return JSONResponse(self._describe(served) | {"seconds": seconds})
@@ -213,3 +233,8 @@ class Server:
     async def _get_page(self, _request: Request) -> Response:
         headers = {"Content-Security-Policy": PAGE_POLICY, "X-Content-Type-Options": "nosniff"}
         return Response(self._page, headers=headers, media_type="text/html")
+
+
+def _shown(name: str) -> str:
+    """The name of a file, which need not be Unicode."""
+    return name.encode("utf-8", "backslashreplace").decode()

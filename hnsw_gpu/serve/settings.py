@@ -15,6 +15,8 @@ class ServerSettings(NamedTuple):
     batch_rows: int | None = None
     queue_rows: int = 16_384
     most_body: int = 2**26  # bytes
-    timeout_s: float = 30.0  # to answer a search, and to read a body
+    timeout_s: float = 30.0  # to receive a head, a body, to answer, and to be rid of an answer
     drain_s: float = 1.0  # between "not ready" and the end of listening
     token: str | None = None
+    has_access_log: bool = False
+    allowed_hosts: frozenset[str] | None = None  # besides addresses; None: all

@@ -15,7 +15,7 @@ pytestmark = [
     ),
 ]
 
-LEVELS = ("generic", "x86-64", "x86-64-v2", "x86-64-v3")  # beside the processor that is there
+LEVELS = ("x86-64", "x86-64-v2", "x86-64-v3")  # beside the processor that is there
 
 JOB = """
 import sys

@@ -1,10 +1,13 @@
 """`hnsw-gpu serve` as a process: starting, signals, and what keeps it from starting."""
 
+import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +22,7 @@ pytest.importorskip("prometheus_client")
 import served
 from served import QUERIES, VECTORS, Caller
 
-from hnsw_gpu import Index
+from hnsw_gpu import Index, load
 from hnsw_gpu.serve import formats
 
 ROOT = Path(__file__).parents[2]
@@ -29,23 +32,23 @@ pytestmark = [
 ]
 
 
-def start(*given: object) -> subprocess.Popen:
-    command = [sys.executable, "-m", "hnsw_gpu", "serve", *map(str, given), "--port", "0"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+def start(*given: object, before: tuple[str, ...] = (), **environment: str) -> subprocess.Popen:
+    command = [*before, sys.executable, "-m", "hnsw_gpu", "serve", *map(str, given)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PORT": "0", **environment}
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
 
 def until(is_true) -> None:
-    for _ in range(10_000):
+    for _ in range(500_000):
         if is_true():
             return
     raise AssertionError("it never came")
 
 
 @contextmanager
-def process(*given: object):
+def process(*given: object, **how):
     """The process and a caller of it, once it is ready."""
-    started = start(*given)
+    started = start(*given, **how)
     try:
         first = started.stderr.readline()
         found = re.fullmatch(r"serving .*\.hnsw on http://(127\.0\.0\.1|0\.0\.0\.0):(\d+)\n", first)
@@ -99,7 +102,8 @@ def test_ctrl_c(path):
         one.send_signal(signal.SIGINT)
         assert one.wait(30) == 130
         stderr = one.stderr.read()
-        ready = r"ready after \d+\.\d s: 400 vectors of 8, cosine, on the CPU\n\nInterrupted\.\n"
+        ready = r"(.* searching on the CPU: .*\n)?ready after \d+\.\d s: 400 vectors of 8, cosine, "
+        ready += r"on the CPU\n\nInterrupted\.\n"
         assert re.fullmatch(ready, stderr), stderr
 
 
@@ -135,3 +139,83 @@ def test_swaps_stay_in_the_root(path, tmp_path):
     with process(path, "--root", path.parent.parent) as (_, call):
         inner = f"{path.parent.name}/more/b.hnsw"
         assert call.as_json({"path": inner}, "/v1/index:swap").json["path"] == inner
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="POSIX has it")
+def test_sighup_drains(path):
+    with process(path, "--drain", "0.3") as (one, call):
+        one.send_signal(signal.SIGHUP)
+        one.send_signal(signal.SIGHUP)  # as from a terminal that is closed
+        until(lambda: call("GET", "/health/ready").status == 503)
+        assert one.wait(30) == 0
+
+
+def test_nohup(path):
+    with process(path, before=("nohup",)) as (one, call):
+        one.send_signal(signal.SIGHUP)
+        assert call("GET", "/health/ready").status == 200
+        one.send_signal(signal.SIGTERM)
+        assert one.wait(30) == 0
+
+
+def test_hosts(path):
+    """One that is this machine's alone knows its names; another one, any or those given."""
+    for given, good, bad in (
+        ((), ["localhost"], ["evil.example"]),
+        (("--host", "0.0.0.0"), ["docs.example"], []),
+        (("--host", "0.0.0.0", "--allowed-host", "docs.example"), ["docs.example"], ["a.example"]),
+        (("--allowed-host", "*"), ["evil.example"], []),
+    ):
+        with process(path, *given) as (_, call):
+            for host in good:
+                assert call("GET", "/v1/index", Host=host).status == 200
+            for host in bad:
+                call("GET", "/v1/index", Host=host).refused(421, "--allowed-host")
+
+
+def test_a_log_of_objects(path):
+    one = start(path, "--log-format", "json", "--access-log")
+    try:
+        events = [json.loads(one.stderr.readline())]
+        while "ready after" not in events[-1]["message"]:
+            events.append(json.loads(one.stderr.readline()))
+        assert {event["level"] for event in events} == {"info"}
+        port = int(re.search(r":(\d+)$", events[0]["message"])[1])
+        assert events[-1]["message"].endswith("400 vectors of 8, cosine, on the CPU")
+        caller = Caller(port)
+        assert caller.as_json({"path": path.name}, "/v1/index:swap").status == 200
+        caller.connection.close()
+        one.send_signal(signal.SIGTERM)
+        *_, swapped, asked = (json.loads(line) for line in one.stderr.read().splitlines())
+        assert one.wait(30) == 0
+        assert "version 2" in swapped["message"]
+        assert (asked["method"], asked["path"], asked["status"]) == ("POST", "/v1/index:swap", 200)
+    finally:
+        one.kill()
+        one.wait()
+        one.stderr.close()
+
+
+def test_a_read_only_system_and_no_rights(path):
+    """As in a container with a read-only root and a user of its own, who has no home."""
+    python = Path(sys.executable).resolve()
+    is_open = all(folder.stat().st_mode & 0o001 for folder in (*python.parents, *ROOT.parents))
+    user = "--reuid 65534 --clear-groups" if is_open else ""  # else root, without root's rights
+    command = "mount -o remount,ro,bind / && exec setpriv --bounding-set=-all " + user
+    before = ("unshare", "--mount", "sh", "-c", command + ' env PYTHONDONTWRITEBYTECODE=1 "$@"')
+    probe = (*before, "sh", "test", "!", "-w", "/tmp")
+    if shutil.which("unshare") is None or subprocess.run(probe, capture_output=True).returncode:
+        pytest.skip("nobody may mount anything here")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        shutil.copy(path, folder / "docs.hnsw")
+        nowhere = {"HOME": "/nonexistent", "NUMBA_CACHE_DIR": "/nonexistent"}
+        with process(folder / "docs.hnsw", before=(*before, "sh"), **nowhere) as (one, call):
+            found = formats.read_result(call.search(QUERIES).body)
+            np.testing.assert_array_equal(found[0], load(path).search(QUERIES, 10).labels)
+            status = Path(f"/proc/{one.pid}/status").read_text()
+            assert re.search(r"^CapEff:\t0+$", status, re.MULTILINE)
+            assert not is_open or re.search(r"^Uid:\t65534\t65534", status, re.MULTILINE)
+            one.send_signal(signal.SIGTERM)
+            assert one.wait(30) == 0

@@ -312,7 +312,7 @@ def test_swap(folder):
         other = load(folder / "other.hnsw").search(QUERIES, 10)
         np.testing.assert_array_equal(formats.read_result(after.body)[0], other.labels)
         assert (before[0] != other.labels).any()
-        call.as_json({"path": "wide.hnsw"}, "/v1/index:swap")
+        call.as_json({"path": "wide.hnsw"}, "/v1/index:swap?force=true")
         call.search(QUERIES).refused(422, "expected (n, 12)")
         assert call("GET", "/v1/index").json["dim"] == 12
         assert call.metric("swaps_total") == 2

@@ -10,7 +10,7 @@ pytest.importorskip("prometheus_client")
 import served
 from served import QUERIES, ROWS, running
 
-from hnsw_gpu import load
+from hnsw_gpu import Index, load
 
 pytestmark = pytest.mark.slow
 
@@ -94,6 +94,22 @@ def test_a_query_by_label(visit, path):
         refused = [text for text in page.problems if "422" in text]  # Chromium notes every 4xx
         assert page.problems == refused
         page.problems.clear()
+
+
+def test_labels_that_javascript_rounds(visit, tmp_path):
+    index = Index(8, M=8)
+    near = 2**53 + 1 + np.arange(20)
+    index.add(served.VECTORS[:20], labels=near)
+    index.save(tmp_path / "far.hnsw")
+    with running(tmp_path / "far.hnsw") as fresh:
+        page = visit(fresh)
+        page.locator("#label").fill(str(near[4]))
+        page.locator("#k").fill("3")
+        page.get_by_role("button", name="search").click()
+        page.locator("#found tr").nth(3).wait_for()
+        rows = [row.inner_text().split("\t")[0] for row in page.locator("#found tr").all()[1:]]
+        expected = index.search(served.VECTORS[4], 3).labels[0]
+        assert rows == [str(label) for label in expected.tolist()]
 
 
 def test_the_token_and_a_server_that_stops(visit, path):

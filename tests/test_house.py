@@ -34,6 +34,7 @@ EXTRAS = {
     "request_body": {"starlette"},
     "server": {"starlette"},
     "process": {"uvicorn"},
+    "protocol": {"httptools", "uvicorn"},
     "metrics": {"prometheus_client"},
 }
 

@@ -1,7 +1,5 @@
 """The caller's labels and the nodes that carry them."""
 
-import functools
-
 import numpy as np
 
 from hnsw_gpu.engine.appending import appended
@@ -23,6 +21,8 @@ class Labels:
         self._room = self.offsets, self.labels  # each followed by what may be written
         self._order = None  # entries by label, made when first asked for, as is the next
         self._table = None  # of labels that do not ascend
+        # looked up when first asked for; a cached_property has a lock, which a fork may leave held
+        self._ascends = self._live_count = None
 
     def __len__(self):
         return len(self.labels)
@@ -39,9 +39,11 @@ class Labels:
         """int64 labels, ascending."""
         return self.labels if self._is_ascending else self.labels[self._entry_order()]
 
-    @functools.cached_property
+    @property
     def _is_ascending(self):
-        return bool((self.labels[1:] > self.labels[:-1]).all())
+        if self._ascends is None:
+            self._ascends = bool((self.labels[1:] > self.labels[:-1]).all())
+        return self._ascends
 
     def _entry_order(self):
         if self._order is None:
@@ -101,8 +103,8 @@ class Labels:
             self._table.add(added.labels, len(self.labels))
             added._table = self._table
         joint = np.concatenate([self.labels[-1:], labels])
-        added._is_ascending = self._is_ascending and bool((joint[1:] > joint[:-1]).all())
-        added.live_count = self.live_count + int((counts > 0).sum())
+        added._ascends = self._is_ascending and bool((joint[1:] > joint[:-1]).all())
+        added._live_count = self.live_count + int((counts > 0).sum())
         return added
 
     def without(self, entries):
@@ -145,10 +147,12 @@ class Labels:
         """bool (n,): nodes that carry a label."""
         return self.offsets[1:] > self.offsets[:-1]
 
-    @functools.cached_property
+    @property
     def live_count(self):
         """How many nodes carry a label."""
-        return int(self.live_nodes().sum())
+        if self._live_count is None:
+            self._live_count = int(self.live_nodes().sum())
+        return self._live_count
 
     @property
     def are_all_live(self):

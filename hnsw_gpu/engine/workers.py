@@ -144,11 +144,15 @@ def run_to_a_stop(work: Callable[[Callable[[], bool]], None]) -> None:
     is_over = False
     while not is_over:
         try:
-            if not job.start():
-                job.run(lambda: None)
-            job.wait()
-            is_over = True
-        except BaseException as error:  # a second and a third one too
+            while not is_over:  # twice: a signal is also looked at where a loop goes back
+                try:
+                    if not job.start():
+                        job.run(lambda: None)
+                    job.wait()
+                    is_over = True
+                except BaseException as error:  # a second and a third one too
+                    raised.append(error)
+        except BaseException as error:
             raised.append(error)
     errors = raised[:]
     if job.error is not None and not isinstance(job.error, Stopped):
@@ -160,11 +164,19 @@ def run_to_a_stop(work: Callable[[Callable[[], bool]], None]) -> None:
 
 
 class SharedLock:
-    """Many readers or one writer. A waiting writer goes before readers that come after it."""
+    """Many readers or one writer. A waiting writer goes before readers that come after it.
+
+    In a forked process it is free: its holders are gone.
+    """
 
     def __init__(self) -> None:
         self._gate = Lock()  # held by a writer, and for a moment by each reader that comes
         self._readers: list[Any] = []  # a lock of each, which it holds until it is done
+        _forked_free.add(self)
+
+    def free(self) -> None:
+        """Be free, whoever holds it."""
+        self._gate, self._readers = Lock(), []
 
     def shared(self, work: Callable[[], Any]) -> Any:
         """work(), as one of many."""
@@ -188,16 +200,20 @@ class ChangeLock:
 
     def __init__(self) -> None:
         self.lock = Lock()
-        _change_locks.add(self)
+        _forked_free.add(self)
+
+    def free(self) -> None:
+        """Be free, whoever holds it."""
+        self.lock = Lock()
 
 
-_change_locks: "weakref.WeakSet[ChangeLock]" = weakref.WeakSet()
+_forked_free: "weakref.WeakSet[ChangeLock | SharedLock]" = weakref.WeakSet()
 
 
-def _free_change_locks() -> None:
-    for lock in _change_locks:
-        lock.lock = Lock()
+def _free_locks() -> None:
+    for lock in _forked_free:
+        lock.free()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_free_change_locks)
+    os.register_at_fork(after_in_child=_free_locks)

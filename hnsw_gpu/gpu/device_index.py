@@ -111,6 +111,7 @@ class DeviceIndex:
         """Upload labels that are not the last ones, after the events `after`."""
         if self._labels is labels:
             return
+        self._labels = None
         with self.device, self.stream:
             for event in after:
                 self.stream.wait_event(event)

@@ -5,6 +5,7 @@ gives freed memory to the next that asks on the same stream.
 """
 
 import logging
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -87,7 +88,7 @@ class GpuEngine:
         self._version = -1  # of what is here
         self._changes: deque[tuple[int, np.ndarray | None]] = deque()  # see `note`
         self._using = SharedLock()
-        self._lock = threading.Lock()  # of `_searches`, and of uploading labels
+        self._lock = threading.RLock()  # of `_searches`, and of labels while they are used
         self._searches: list[tuple[Any, Any]] = []  # not waited for: the event at the end, queries
 
     @property
@@ -145,21 +146,29 @@ class GpuEngine:
         """Upload what this version has and the one that is here has not."""
         if self._version >= version:
             return
-        due = [ids for number, ids in self._changes if number <= version]
+        due = [ids for number, ids in tuple(self._changes) if number <= version]
         if any(ids is None for ids in due):
             self._forget()
         changed = [ids for ids in due if ids is not None]
-        self.update(
-            cpu.graph, cpu.rows, cpu.refine_rows,
-            np.unique(np.concatenate([np.empty(0, np.int64), *changed])),
-        )  # fmt: skip
+        try:
+            self.update(
+                cpu.graph, cpu.rows, cpu.refine_rows,
+                np.unique(np.concatenate([np.empty(0, np.int64), *changed])),
+            )  # fmt: skip
+        except BaseException:  # some of it may be there
+            self._forget()
+            raise
         self._version = version
         for _ in due:
             self._changes.popleft()
 
     def close(self) -> None:
         """Give the memory back to CuPy, when the last search has ended."""
-        self._using.exclusive(self._forget)
+        self._using.exclusive(self._close)
+
+    def _close(self) -> None:
+        self._forget()
+        self._version = sys.maxsize  # `at` brings nothing any more
 
     def _forget(self) -> None:
         with self._device:
@@ -285,22 +294,22 @@ class GpuEngine:
         else:
             keys_held = keys_walked(planned, walk.k, self._refine)
         stream = self._arrays.stream(stream)
-        with self._lock:
+        with self._lock:  # until the end is noted, for which an upload of other labels waits
             index.set_labels(labels, after=self._ends())
-        with self._device, stream:
-            stream.wait_event(index.uploaded)
-            vectors = self._arrays.vectors(queries)
-            found = self._arrays.result(out, (len(vectors), walk.k))
-            try:
-                for part in self._batches.parts(len(vectors), self._bytes_a_query(keys_held)):
-                    batch = index.encode(vectors[part])
-                    if every is None:
-                        keys = index.walk(batch, planned, min(walk.k, planned.k), None)
-                    else:
-                        keys = index.compare(batch, every, walk.k)
-                    index.keys_to_labels(keys, found[0][part], found[1][part], root)
-            finally:  # after an error too, an update must wait for what was enqueued
-                self._keep_until_done(stream, (queries, vectors))
+            with self._device, stream:
+                stream.wait_event(index.uploaded)
+                vectors = self._arrays.vectors(queries)
+                found = self._arrays.result(out, (len(vectors), walk.k))
+                try:
+                    for part in self._batches.parts(len(vectors), self._bytes_a_query(keys_held)):
+                        batch = index.encode(vectors[part])
+                        if every is None:
+                            keys = index.walk(batch, planned, min(walk.k, planned.k), None)
+                        else:
+                            keys = index.compare(batch, every, walk.k)
+                        index.keys_to_labels(keys, found[0][part], found[1][part], root)
+                finally:  # after an error too, an update must wait for what was enqueued
+                    self._keep_until_done(stream, (queries, vectors))
         return found
 
     def _keep_until_done(self, stream: Any, held: Any) -> None:

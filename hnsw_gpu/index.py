@@ -57,8 +57,9 @@ class Index(Searching):
     of what tells vectors apart. Distances are float32: cosine ones are right to 2e-7, and copies
     nearer than that come in any order. Under l2 and ip a vector's length is 0, or 1e-14 to 9e18.
 
-    Searches may run from many threads; `add`, `delete`, `compact`, `check` and `save`
-    wait for them and hold others back meanwhile.
+    Any method may be called from many threads: a search sees the index as it was before a change or
+    as it is after, and waits for none; changes wait for each other. A forked process has the index
+    as it was, without what other threads were adding.
     """
 
     def __init__(

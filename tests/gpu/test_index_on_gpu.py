@@ -4,7 +4,10 @@ Without a GPU the kernels are emulated and CuPy is replaced, as in test_gpu_engi
 small integers, so that every summation order gives the same float.
 """
 
+import contextlib
+import itertools
 import logging
+import threading
 from collections.abc import Iterator
 
 import emulator
@@ -14,6 +17,7 @@ import pytest
 from emulator import cupy_stand_in
 
 import hnsw_gpu
+from hnsw_gpu.gpu import device_index
 
 DIM = 16
 ROWS = 240
@@ -232,3 +236,59 @@ def test_a_batcher_has_two_batches_in_flight(machine):
             oracle.assert_same(gpu.search(queries[3 * i : 3 * i + 3], 4), part.result(300))
         oracle.assert_same(gpu.search(queries[:9], 3, allow=allow), few.result(300))
     assert sum(sizes) == 60 + 60 + 9 and max(sizes) <= 16
+
+
+@pytest.mark.parametrize("failing", range(6))
+def test_an_upload_that_fails_leaves_nothing_half_new(machine, failing, monkeypatch):
+    """The next search uploads all, and answers as the CPU."""
+    cpu, gpu = pair()
+    for one in (cpu, gpu):
+        one.add(vectors(60, seed=5))
+    calls, put = itertools.count(), device_index.DeviceIndex._put
+
+    def fail(*given):
+        if next(calls) == failing:
+            raise MemoryError("no more")
+        return put(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(device_index.DeviceIndex, "_put", fail)
+        with contextlib.suppress(MemoryError):
+            gpu.search(vectors(9, seed=2), 7)
+        assert next(calls) > failing
+    assert_alike(cpu, gpu)
+    for one in (cpu, gpu):
+        one.add(vectors(10, seed=6))
+    assert_alike(cpu, gpu)
+
+
+def test_an_engine_that_was_left_is_not_filled_again(machine):
+    cpu, gpu = pair()
+    engine, state = gpu._gpu, gpu._state
+    gpu.to("cpu")
+    assert engine.at(state.version, state.cpu, lambda: 1) is None and engine.nbytes == 0
+    assert_alike(cpu, gpu)
+
+
+def test_a_search_beside_an_adder(machine):
+    """Every answer is one that some published state gives."""
+    cpu, gpu = pair()
+    queries, answers = vectors(9, seed=2), []
+    expected = [cpu.search(queries, 7, expand=4).labels]
+    for turn in range(12):
+        cpu.add(vectors(8, seed=10 + turn))
+        expected.append(cpu.search(queries, 7, expand=4).labels)
+
+    def add():
+        for turn in range(12):
+            gpu.add(vectors(8, seed=10 + turn))
+
+    adder = threading.Thread(target=add)
+    adder.start()
+    while adder.is_alive():
+        answers.append(gpu.search(queries, 7, expand=4).labels)
+    adder.join()
+    answers.append(gpu.search(queries, 7, expand=4).labels)
+    for labels in answers:
+        assert any(np.array_equal(labels, each) for each in expected)
+    np.testing.assert_array_equal(answers[-1], expected[-1])

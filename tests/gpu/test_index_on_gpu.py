@@ -17,6 +17,7 @@ import pytest
 from emulator import cupy_stand_in
 
 import hnsw_gpu
+from hnsw_gpu.engine.walk import Queries, Walk
 from hnsw_gpu.gpu import device_index
 
 DIM = 16
@@ -240,8 +241,15 @@ def test_a_batcher_has_two_batches_in_flight(machine):
 
 @pytest.mark.parametrize("failing", range(6))
 def test_an_upload_that_fails_leaves_nothing_half_new(machine, failing, monkeypatch):
-    """The next search uploads all, and answers as the CPU."""
+    """Searches of the state before and of the one after answer as the CPU."""
     cpu, gpu = pair()
+    before, engine = gpu._state, gpu._gpu
+
+    def walked():
+        queries = Queries(vectors(9, seed=2))
+        return engine.at(before.version, before.cpu, lambda: engine.walk(queries, Walk(7, 64)))
+
+    expected = walked()[0]
     for one in (cpu, gpu):
         one.add(vectors(60, seed=5))
     calls, put = itertools.count(), device_index.DeviceIndex._put
@@ -256,6 +264,7 @@ def test_an_upload_that_fails_leaves_nothing_half_new(machine, failing, monkeypa
         with contextlib.suppress(MemoryError):
             gpu.search(vectors(9, seed=2), 7)
         assert next(calls) > failing
+    np.testing.assert_array_equal(walked()[0], expected)
     assert_alike(cpu, gpu)
     for one in (cpu, gpu):
         one.add(vectors(10, seed=6))

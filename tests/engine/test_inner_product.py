@@ -10,6 +10,8 @@ from hnsw_gpu.engine.graph import check_graph, unreachable
 from hnsw_gpu.engine.keys import key_nodes
 from hnsw_gpu.engine.vectors import encode, encode_queries
 
+pytestmark = pytest.mark.slow
+
 ROWS = 4000
 UNEVEN = [(0.0, 32), (0.5, 32), (1.0, 32), (1.5, 8)]  # sigma of the lengths' logarithm, dim
 EFS = (16, 64)

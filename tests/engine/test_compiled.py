@@ -13,6 +13,8 @@ import pytest
 
 from hnsw_gpu.engine import compiled
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 DOUBLED = (
     "return _squares(queries, q, rows, i)",
@@ -25,8 +27,6 @@ import numpy as np
 from hnsw_gpu.engine.exact import exact_ids
 from hnsw_gpu.engine.keys import key_distances
 from hnsw_gpu.engine.vectors import encode, encode_queries
-
-pytestmark = pytest.mark.slow
 vectors = np.zeros((2, 20), np.float32)
 vectors[1, :2] = 3, 4
 for dtype in {dtypes}:

@@ -1,6 +1,6 @@
 """Arrays that begin on a cache line, for which numpy cannot be asked.
 
-Rows and links that straddle lines cost a search up to an eighth of its speed.
+Rows and links that straddle lines are read from one line more.
 """
 
 import numpy as np

@@ -38,7 +38,7 @@ def with_vectors(
     no links yet.
     """
     first = state.node_count
-    state = _with_room(state, first + count)
+    state = _with_rows_for(state, first + count)
     kept, start, worn = state.parameters, first, 0
     finest = state.rows if state.refine_rows is None else state.refine_rows
     given = np.empty(0 if finest.dtype == np.float32 else count, np.uint64)
@@ -109,9 +109,9 @@ def insert(
         if is_known:
             changed = np.concatenate(rewritten.neighbors0)
             if 2 * len(changed) < count:  # else copying all costs no more than this `add` did
-                state.spare0.give(state.room.neighbors0, rewritten.neighbors0)
+                state.spare_neighbors0.give(state.room.neighbors0, rewritten.neighbors0)
                 if room.nodes is state.room.nodes:
-                    state.spare.give(state.room.neighbors, rewritten.neighbors)
+                    state.spare_neighbors.give(state.room.neighbors, rewritten.neighbors)
         if not is_whole:
             graph = without_unfinished(room, len(graph.neighbors0), graph.top)
             unrepaired = len(graph.neighbors0)
@@ -135,10 +135,12 @@ def _repair(state: State, graph: Graph, threads: int) -> np.ndarray:
 def _room_to_write(state: State, levels: np.ndarray) -> Graph:
     """Room for nodes of these levels, equal to the state's and read by no search."""
     room: Graph = with_room(state.room, state.node_count, levels)
-    neighbors0 = state.spare0.take(state.room.neighbors0, state.node_count, len(state.rows))
+    neighbors0 = state.spare_neighbors0.take(
+        state.room.neighbors0, state.node_count, len(state.rows)
+    )
     neighbors = room.neighbors
     if neighbors is state.room.neighbors:
-        neighbors = state.spare.take(neighbors, len(neighbors), len(neighbors))
+        neighbors = state.spare_neighbors.take(neighbors, len(neighbors), len(neighbors))
     return room._replace(neighbors0=neighbors0, neighbors=neighbors)
 
 
@@ -154,8 +156,8 @@ def _labelled(state: State, nodes: np.ndarray, labels: np.ndarray) -> State:
         return state
     cpu = state.cpu  # most of the vectors were copies
     graph = packed(state.graph)._replace(neighbors0=copy_aligned(state.graph.neighbors0))
-    state.spare0.forget()
-    state.spare.forget()
+    state.spare_neighbors0.forget()
+    state.spare_neighbors.forget()
     return state._replace(
         graph=graph,
         room=graph,
@@ -170,10 +172,10 @@ def repaired(state: State, *, threads: int) -> tuple[State, np.ndarray]:
         return state, np.empty(0, np.int64)
     state.require_unchanged()
     count, room = state.node_count, state.room
-    neighbors0 = state.spare0.take(room.neighbors0, count, len(room.neighbors0))
+    neighbors0 = state.spare_neighbors0.take(room.neighbors0, count, len(room.neighbors0))
     graph = state.graph._replace(neighbors0=neighbors0[:count])
     changed = _repair(state, graph, threads)
-    state.spare0.give(room.neighbors0, [changed])
+    state.spare_neighbors0.give(room.neighbors0, [changed])
     room = room._replace(neighbors0=neighbors0)
     return state._replace(graph=graph, room=room, version=state.version + 1, unrepaired=0), changed
 
@@ -228,20 +230,20 @@ def build_graph(
     return graph
 
 
-def _with_room(state: State, count: int) -> State:
+def _with_rows_for(state: State, count: int) -> State:
     """The state with room for the rows of `count` nodes."""
     state.require_unchanged()
     used, kept = state.node_count, state.parameters
-    rows = _with_rows(state.rows, used, count, kept.dim, kept.dtype)
+    rows = _with_room(state.rows, used, count, kept.dim, kept.dtype)
     refine_rows = state.refine_rows
     if refine_rows is not None:
-        refine_rows = _with_rows(refine_rows, used, count, kept.dim, kept.refine)
+        refine_rows = _with_room(refine_rows, used, count, kept.dim, kept.refine)
     state.require_unchanged()
     source = state.source if rows is state.rows else None
     return state._replace(rows=rows, refine_rows=refine_rows, source=source)
 
 
-def _with_rows(rows: np.ndarray, used: int, count: int, dim: int, dtype: str) -> np.ndarray:
+def _with_room(rows: np.ndarray, used: int, count: int, dim: int, dtype: str) -> np.ndarray:
     """`rows` with room for at least `count`: exactly at first, by a quarter more afterwards."""
     if len(rows) >= count:
         return rows

@@ -23,11 +23,6 @@ class SecondCopy:
         self._free = None
         self._behind = []  # arrays of rows in which it differs from the other
 
-    @property
-    def nbytes(self):
-        """Bytes held."""
-        return 0 if self._free is None else self._free.nbytes
-
     def take(self, current, used, length):
         """An array of `length` rows that nobody reads, the first `used` equal to `current`'s."""
         free, self._free = self._free, None

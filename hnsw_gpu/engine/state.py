@@ -53,8 +53,8 @@ class State(NamedTuple):
     table: NodeTable  # of the finest rows, by which copies are found
     next_label: int
     unrepaired: int  # nodes that were added since layer 0 was last repaired
-    spare0: SecondCopy  # of the room's neighbors0
-    spare: SecondCopy  # of its neighbors above
+    spare_neighbors0: SecondCopy  # of the room's neighbors0
+    spare_neighbors: SecondCopy  # of its neighbors above
     source: Source | None = None  # None: all is in memory
 
     @property
@@ -130,8 +130,8 @@ def empty_state(parameters: Parameters) -> State:
         NodeTable(),
         next_label=0,
         unrepaired=0,
-        spare0=SecondCopy(),
-        spare=SecondCopy(),
+        spare_neighbors0=SecondCopy(),
+        spare_neighbors=SecondCopy(),
     )
 
 

@@ -1,4 +1,8 @@
-"""The beam (rule R4): one sorted array of the smallest keys seen."""
+"""The beam (rule R4): one sorted array of the smallest keys seen, empty slots (KEY_NONE) last.
+
+A key enters by one pass over the array, eight keys at a time and without a branch: with `beam` as
+it was and -1 below the first slot, slot i becomes min(beam[i], max(beam[i - 1], key)).
+"""
 
 import numpy as np
 from llvmlite import ir
@@ -9,44 +13,103 @@ from numba.extending import intrinsic
 from hnsw_gpu.engine.compiled import jit
 from hnsw_gpu.engine.keys import KEY_NONE
 
+LANES = 8  # keys that are moved at once
+I64 = ir.IntType(64)
+KEYS = ir.VectorType(I64, LANES)
+
+
+def _row(context, builder, array_type, array, row):
+    """Pointer to the first key of a row of a C-contiguous array, and the row's length."""
+    data = context.make_array(array_type)(context, builder, array)
+    _, columns = cgutils.unpack_tuple(builder, data.shape)
+    return builder.gep(data.data, [builder.mul(row, columns)]), columns
+
+
+def _vector(builder, pointer, position):
+    return builder.bitcast(builder.gep(pointer, [position]), KEYS.as_pointer())
+
+
+def _between(builder, before, key, value):
+    """min(value, max(before, key)), of one or of all lanes."""
+    larger = builder.select(builder.icmp_unsigned("<", before, key), key, before)
+    return builder.select(builder.icmp_unsigned("<", value, larger), value, larger)
+
 
 @intrinsic
-def _move_up(typingctx, beam, row, position, count):
-    """Move `count` keys of `beam[row]` from `position` one slot up (memmove)."""
+def _push(typingctx, beam, row, capacity, key):
+    """Push `key` into the sorted `beam[row, :capacity]`; the largest falls out."""
 
     def codegen(context, builder, signature, arguments):
-        array, row, position, count = arguments
-        data = context.make_array(beam)(context, builder, array)
-        _, columns = cgutils.unpack_tuple(builder, data.shape)
-        start = builder.add(builder.mul(row, columns), position)
-        source = builder.gep(data.data, [start])
-        target = builder.gep(data.data, [builder.add(start, ir.IntType(64)(1))])
-        cgutils.raw_memmove(builder, target, source, count, 8)
+        array, row, capacity, key = arguments
+        pointer, _ = _row(context, builder, beam, array, row)
+        keys = ir.Constant(KEYS, ir.Undefined)
+        for lane in range(LANES):
+            keys = builder.insert_element(keys, key, ir.IntType(32)(lane))
+        shifted = ir.Constant(
+            ir.VectorType(ir.IntType(32), LANES), list(range(LANES - 1, 2 * LANES - 1))
+        )
+        before = cgutils.alloca_once_value(builder, ir.Constant(KEYS, [I64(0)] * LANES))
+        whole = builder.and_(capacity, I64(-LANES))
+        with cgutils.for_range_slice(builder, I64(0), whole, I64(LANES), I64) as (i, _):
+            value = builder.load(_vector(builder, pointer, i), align=8)
+            below = builder.shuffle_vector(builder.load(before), value, shifted)
+            builder.store(_between(builder, below, keys, value), _vector(builder, pointer, i), 8)
+            builder.store(value, before)
+        last = builder.extract_element(builder.load(before), ir.IntType(32)(LANES - 1))
+        below = cgutils.alloca_once_value(builder, last)
+        with cgutils.for_range_slice(builder, whole, capacity, I64(1), I64) as (i, _):
+            slot = builder.gep(pointer, [i])
+            value = builder.load(slot)
+            builder.store(_between(builder, builder.load(below), key, value), slot)
+            builder.store(value, below)
         return context.get_dummy_value()
 
-    return types.void(beam, types.int64, types.int64, types.int64), codegen
+    return types.void(beam, types.int64, types.int64, types.uint64), codegen
+
+
+@intrinsic
+def _unexpanded(typingctx, beam, row, position):
+    """Bits of the LANES keys from `position` that are not expanded; empty slots count as such."""
+
+    def codegen(context, builder, signature, arguments):
+        array, row, position = arguments
+        pointer, _ = _row(context, builder, beam, array, row)
+        value = builder.load(_vector(builder, pointer, position), align=8)
+        flag = builder.and_(value, ir.Constant(KEYS, [I64(1)] * LANES))
+        is_unexpanded = builder.icmp_unsigned("==", flag, ir.Constant(KEYS, [I64(0)] * LANES))
+        bits = builder.bitcast(is_unexpanded, ir.IntType(LANES))
+        return builder.zext(bits, I64)
+
+    return types.int64(beam, types.int64, types.int64), codegen
+
+
+@intrinsic
+def _lowest_bit(typingctx, bits):
+    def codegen(context, builder, signature, arguments):
+        return builder.cttz(arguments[0], ir.IntType(1)(1))
+
+    return types.int64(types.int64), codegen
 
 
 @jit
-def insert(beam, row, size, capacity, key):
-    """Insert `key` into the sorted `beam[row, :size]`; the largest falls out of a full one.
+def insert(beam, row, capacity, key):
+    """Insert `key` into the sorted `beam[row, :capacity]`; the largest falls out of a full one."""
+    _push(beam, row, capacity, key)
 
-    Returns the key's position, or `capacity` where it did not enter.
+
+@jit
+def first_unexpanded(beam, row, start, capacity):
+    """Position of the first unexpanded key from `start` on; `capacity` or more if there is none.
+
+    Keys are looked at LANES at a time: start and the row's length are multiples of it.
     """
-    if size == capacity:
-        if size == 0 or key >= beam[row, size - 1]:
-            return capacity
-        size -= 1
-    low, high = 0, size
-    while low < high:
-        middle = (low + high) >> 1
-        if beam[row, middle] < key:
-            low = middle + 1
-        else:
-            high = middle
-    _move_up(beam, row, low, size - low)
-    beam[row, low] = key
-    return low
+    position = start
+    while position < capacity:
+        bits = _unexpanded(beam, row, position)
+        if bits:
+            return position + _lowest_bit(bits)
+        position += LANES
+    return position
 
 
 @jit

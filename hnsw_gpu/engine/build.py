@@ -324,15 +324,14 @@ def _link_points(growth, task, selection, first, start, stop, targets, sources):
 def _add_batch_mates(growth, task, first, q, layer):
     """Merge the points of the batch before this one that are on the layer into the candidates."""
     keys, row = task.keys, task.keys_start[q] + layer
-    capacity, count = keys.shape[1], size(keys, row)
+    capacity = keys.shape[1]
     number = _number(growth.graph, layer, first)
     for mate in range(q):
         if task.levels[mate] < layer:
             continue
         key = make_key(distance(task.metric, task.queries, q, growth.rows, first + mate), number)
         if key < keys[row, capacity - 1]:  # KEY_NONE until the row is full
-            insert(keys, row, count, capacity, key)
-            count = min(count + 1, capacity)
+            insert(keys, row, capacity, key)
         number += 1
 
 
@@ -396,11 +395,12 @@ def _relink(growth, layer, neighbors, row, sources, selection):
         return
     number = row - graph.layer_offsets[layer - 1] if layer else row
     as_query(growth.rows, _node(graph, layer, number), selection.own, 0)
+    candidates[0, new : new + count] = KEY_NONE
     for j in range(count):
         link = np.int64(neighbors[row, j])
         node = _node(graph, layer, link)
         key = make_key(distance(growth.metric, selection.own, 0, growth.rows, node), link)
-        insert(candidates, 0, new + j, candidates.shape[1], key)
+        insert(candidates, 0, new + count, key)
     count = _select(growth, layer, candidates, 0, new + count, width, selection)
     for j in range(width):
         neighbors[row, j] = key_node(selection.kept_keys[j]) if j < count else -1

@@ -67,7 +67,13 @@ def _let_forks_wait() -> None:
 _let_forks_wait()
 
 
-def jit(function: Any = None, *, allocates: bool = False, fastmath: Any = False) -> Any:
+def jit(
+    function: Any = None,
+    *,
+    allocates: bool = False,
+    is_inlined: bool = False,
+    fastmath: Any = False,
+) -> Any:
     """Decorator: compile at the first call with new types, without the GIL, and keep the code.
 
     A function may inline whatever lies in this room or in its own file. One that makes arrays says
@@ -75,9 +81,11 @@ def jit(function: Any = None, *, allocates: bool = False, fastmath: Any = False)
     in numba; where the order of a sum may differ from machine to machine (so of no distance).
     """
     if function is None:
-        return functools.partial(jit, allocates=allocates, fastmath=fastmath)
-    options = {"fastmath": fastmath} if allocates else {"fastmath": fastmath, "_nrt": False}
-    compiled = njit(nogil=True, **options)(function)
+        return functools.partial(
+            jit, allocates=allocates, is_inlined=is_inlined, fastmath=fastmath
+        )
+    options = {"fastmath": fastmath, "forceinline": is_inlined}
+    compiled = njit(nogil=True, **options, **({} if allocates else {"_nrt": False}))(function)
     if MISSING or not hasattr(compiled, "_cache"):
         _say_once(NOT_KEPT, MISSING or f"numba {numba.__version__} has no place for a cache")
     elif function.__closure__ is None:

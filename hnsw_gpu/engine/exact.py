@@ -59,13 +59,11 @@ def _merge_selected(keys, distances, margins, rows, first, queries, metric, begi
     """Offer the rows that the matrix product cannot rule out to queries begin..end."""
     k = keys.shape[1]
     for q in range(begin, end):
-        count = size(keys, q)
         worst = _float_distance(keys[q, k - 1]) + margins[q]
         for i in range(rows.shape[0]):
             if distances[q, i] <= worst:
                 key = make_key(distance(metric, queries, q, rows, i), first + i)
-                insert(keys, q, count, k, key)
-                count = min(count + 1, k)
+                insert(keys, q, k, key)
                 worst = _float_distance(keys[q, k - 1]) + margins[q]
 
 
@@ -94,7 +92,7 @@ def _merge_ids(keys, rows, ids, queries, metric, begin, end):
         for q in range(begin, end):  # a row that was read serves a whole chunk of queries
             key = make_key(distance(metric, queries, q, rows, ids[j]), ids[j])
             if key < keys[q, k - 1]:
-                insert(keys, q, min(j, k), k, key)
+                insert(keys, q, k, key)
 
 
 def rerank(keys, rows, queries, metric, *, k, threads):
@@ -121,7 +119,7 @@ def _rerank(result, keys, rows, queries, metric, begin, end):
                 prefetch_row(rows, key_node(keys[q, j + AHEAD]))
             node = key_node(keys[q, j])
             key = make_key(distance(metric, queries, q, rows, node), node)
-            insert(result, q, min(j, k), k, key)
+            insert(result, q, k, key)
 
 
 def own_keys(rows, nodes, metric):

@@ -34,7 +34,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hnsw_gpu.engine.beam import insert
+from hnsw_gpu.engine.beam import LANES, first_unexpanded, insert
 from hnsw_gpu.engine.compiled import jit
 from hnsw_gpu.engine.distance import distance, prefetch_row
 from hnsw_gpu.engine.keys import EXPANDED, KEY_NONE, key_node, make_key
@@ -46,8 +46,8 @@ CHUNK = 256  # queries that a thread takes at a time
 LEAST_CHUNK = 8  # fewer are not worth another thread
 TOUCHED = 1 << 15  # ids remembered for clearing the visited set; beyond, all of it is cleared
 # int64 fields of a slot
-QUERY, LAYER, PHASE, SIZE, CAPACITY, FIRST, PICKED, PENDING, TOUCH, ALLOWED, HOPS, READ = range(12)
-IDLE, GATHER, COMPUTE = range(3)
+QUERY, LAYER, PHASE, CAPACITY, PICKED, PENDING, TOUCH, HOPS, READ = range(9)
+IDLE, FREE, GATHER, COMPUTE = range(4)
 
 
 class Task(NamedTuple):
@@ -69,12 +69,14 @@ class Scratch(NamedTuple):
     """What one thread works in; the visited bits are all zero between calls."""
 
     slots: np.ndarray  # (SLOTS, fields) int64
-    beam: np.ndarray  # (SLOTS, max(ef, ef_upper)) uint64
+    beam: np.ndarray  # (SLOTS, ef or ef_upper, rounded up to LANES) uint64
     allowed_keys: np.ndarray  # (SLOTS, k) uint64, the k smallest (R8)
     visited: np.ndarray  # (SLOTS, words) uint32
     touched: np.ndarray  # (SLOTS, TOUCHED) int32
     picked: np.ndarray  # (SLOTS, expand) int32
     pending: np.ndarray  # (SLOTS, expand * M0) int32
+    keys: np.ndarray  # (expand * M0,) uint64 of the pending ones
+    entering: np.ndarray  # (expand * M0,) uint64, those of them that enter
 
 
 class Result(NamedTuple):
@@ -153,14 +155,21 @@ def _new_scratch(graph, task, expand, chunk):
     slots = min(SLOTS, chunk)
     count, width = graph.neighbors0.shape
     return Scratch(
-        slots=np.zeros((slots, 12), np.int64),
-        beam=np.empty((slots, max(task.ef, task.ef_upper)), np.uint64),
+        slots=np.zeros((slots, 9), np.int64),
+        beam=np.empty((slots, _whole_lanes(max(task.ef, task.ef_upper))), np.uint64),
         allowed_keys=np.empty((slots, task.keys.shape[1]), np.uint64),
         visited=np.zeros((slots, (count + 31) >> 5), np.uint32),
         touched=np.empty((slots, TOUCHED), np.int32),
         picked=np.empty((slots, expand), np.int32),
         pending=np.empty((slots, expand * width), np.int32),
+        keys=np.empty(expand * width, np.uint64),
+        entering=np.empty(expand * width, np.uint64),
     )
+
+
+@jit
+def _whole_lanes(capacity):
+    return (capacity + LANES - 1) & -LANES
 
 
 @jit
@@ -170,22 +179,20 @@ def _walk_chunk(graph, rows, task, scratch, start, stop):
     # v the visited bits, c a picked key, e a pending neighbour, f the beam's worst key.
     slots = scratch.slots
     following = start
-    active = 0
-    for s in range(slots.shape[0]):
-        if following < stop:
-            _begin(graph, rows, task, scratch, s, following)
-            following += 1
-            active += 1
+    active = slots.shape[0]
+    for s in range(active):
+        slots[s, PHASE] = FREE
     while active:
         for s in range(slots.shape[0]):
-            if slots[s, PHASE] == IDLE:
-                continue
             if slots[s, PHASE] == GATHER:
                 _gather(graph, rows, scratch, s)
                 continue
-            _compute(graph, rows, task, scratch, s)
-            if _next_step(graph, task, scratch, s):
+            if slots[s, PHASE] == IDLE:
                 continue
+            if slots[s, PHASE] == COMPUTE:
+                _compute(graph, rows, task, scratch, s)
+                if _next_step(graph, task, scratch, s):
+                    continue
             if following < stop:
                 _begin(graph, rows, task, scratch, s, following)
                 following += 1
@@ -194,13 +201,13 @@ def _walk_chunk(graph, rows, task, scratch, start, stop):
                 active -= 1
 
 
-@jit
+@jit(is_inlined=True)
 def _layer_start(graph, layer):
     """First row of a layer in `nodes`, `neighbors` and `below`."""
     return graph.layer_offsets[layer - 1]
 
 
-@jit
+@jit(is_inlined=True)
 def _visit(scratch, s, node):
     """Mark a node visited, known to be new."""
     word = node >> 5
@@ -210,7 +217,7 @@ def _visit(scratch, s, node):
     scratch.slots[s, TOUCH] = touched + 1
 
 
-@jit
+@jit(is_inlined=True)
 def _clear_visited(scratch, s):
     """Clear the visited set."""
     touched = scratch.slots[s, TOUCH]
@@ -222,7 +229,7 @@ def _clear_visited(scratch, s):
     scratch.slots[s, TOUCH] = 0
 
 
-@jit
+@jit(is_inlined=True)
 def _is_allowed(task, q, node):
     if len(task.own) and task.own[q] == node:
         return False
@@ -232,48 +239,55 @@ def _is_allowed(task, q, node):
     return task.allowed[row, node >> 5] >> np.uint32(node & 31) & np.uint32(1) != 0
 
 
-@jit
+@jit(is_inlined=True)
 def _has_allowed_keys(task):
     return len(task.own) > 0 or task.allowed.shape[0] > 0
 
 
-@jit
-def _offer(task, scratch, s, key):
-    """Merge one key of layer 0 or above into the beam (R4) and the allowed list (R8)."""
-    slots = scratch.slots
-    size, capacity = slots[s, SIZE], slots[s, CAPACITY]
-    if size < capacity or key < scratch.beam[s, size - 1]:
-        position = insert(scratch.beam, s, size, capacity, key)
-        slots[s, SIZE] = min(size + 1, capacity)
-        slots[s, FIRST] = min(slots[s, FIRST], position)
-    if slots[s, LAYER] == 0 and _has_allowed_keys(task):
-        count, k = slots[s, ALLOWED], scratch.allowed_keys.shape[1]
-        is_near = count < k or key < scratch.allowed_keys[s, k - 1]
-        if is_near and _is_allowed(task, slots[s, QUERY], key_node(key)):
-            insert(scratch.allowed_keys, s, count, k, key)
-            slots[s, ALLOWED] = min(count + 1, k)
+@jit(is_inlined=True)
+def _offer(task, scratch, s, count):
+    """Merge `count` keys of the layer into the beam (R4, R5) and the allowed list (R8)."""
+    keys, entering = scratch.keys, scratch.entering
+    capacity = scratch.slots[s, CAPACITY]
+    worst, enter = scratch.beam[s, capacity - 1], 0
+    for j in range(count):  # few enter, at random: counted, not branched on
+        entering[enter] = keys[j]
+        enter += keys[j] < worst
+    for j in range(enter):
+        insert(scratch.beam, s, _whole_lanes(capacity), entering[j])
+    if scratch.slots[s, LAYER] == 0 and _has_allowed_keys(task):
+        for j in range(count):
+            _offer_allowed(task, scratch, s, keys[j])
 
 
-@jit
+@jit(is_inlined=True)
+def _offer_allowed(task, scratch, s, key):
+    """Merge one key of layer 0 into the allowed list (R8), if it may be returned."""
+    k = scratch.allowed_keys.shape[1]
+    is_near = key < scratch.allowed_keys[s, k - 1]
+    if is_near and _is_allowed(task, scratch.slots[s, QUERY], key_node(key)):
+        insert(scratch.allowed_keys, s, k, key)
+
+
+@jit(is_inlined=True)
 def _enter_layer(task, scratch, s, layer):
-    """Start a layer with an empty beam."""
+    """Start a layer; the beam is to be filled."""
     slots = scratch.slots
     slots[s, LAYER] = layer
-    slots[s, SIZE] = 0
-    slots[s, FIRST] = 0
     slots[s, PICKED] = 0
     slots[s, PENDING] = 0
     is_wanted = layer <= task.levels[slots[s, QUERY]]
     slots[s, CAPACITY] = task.ef if is_wanted else task.ef_upper
 
 
-@jit
+@jit(is_inlined=True)
 def _begin(graph, rows, task, scratch, s, q):
     """Seed a query with the entry point, or with its own node (R3, R10)."""
     slots = scratch.slots
     slots[s, QUERY] = q
     slots[s, PHASE] = COMPUTE
-    slots[s, ALLOWED] = 0
+    scratch.beam[s, :] = KEY_NONE
+    scratch.allowed_keys[s, :] = KEY_NONE
     slots[s, HOPS] = 0
     slots[s, READ] = 1
     layer = len(graph.layer_offsets) - 1
@@ -286,10 +300,13 @@ def _begin(graph, rows, task, scratch, s, q):
         node = np.int64(graph.nodes[_layer_start(graph, layer)])
     _enter_layer(task, scratch, s, layer)
     _visit(scratch, s, number)
-    _offer(task, scratch, s, make_key(distance(task.metric, task.queries, q, rows, node), number))
+    key = make_key(distance(task.metric, task.queries, q, rows, node), number)
+    scratch.beam[s, 0] = key
+    if layer == 0 and _has_allowed_keys(task):
+        _offer_allowed(task, scratch, s, key)
 
 
-@jit
+@jit(is_inlined=True)
 def _list_unvisited(links, row, scratch, s, count):
     """Append the unvisited links of a row to the pending list, mark them; returns its length.
 
@@ -312,7 +329,7 @@ def _list_unvisited(links, row, scratch, s, count):
     return count
 
 
-@jit
+@jit(is_inlined=True)
 def _gather(graph, rows, scratch, s):
     """Second half of a step: list the unvisited neighbours and ask for their rows (R5, R7)."""
     slots, pending = scratch.slots, scratch.pending
@@ -333,52 +350,40 @@ def _gather(graph, rows, scratch, s):
     slots[s, PHASE] = COMPUTE
 
 
-@jit
+@jit(is_inlined=True)
 def _compute(graph, rows, task, scratch, s):
     """End of a step: the pending neighbours' keys, merged (R5)."""
     slots = scratch.slots
     q, layer, count = slots[s, QUERY], slots[s, LAYER], slots[s, PENDING]
-    offers_all = layer == 0 and _has_allowed_keys(task)
     start = _layer_start(graph, layer) if layer else 0
-    worst = _worst(scratch, s)
     for j in range(count):
         number = np.int64(scratch.pending[s, j])
         node = np.int64(graph.nodes[start + number]) if layer else number
-        key = make_key(distance(task.metric, task.queries, q, rows, node), number)
-        if key < worst or offers_all:
-            _offer(task, scratch, s, key)
-            worst = _worst(scratch, s)
+        scratch.keys[j] = make_key(distance(task.metric, task.queries, q, rows, node), number)
+    _offer(task, scratch, s, count)
     slots[s, READ] += count
     slots[s, PENDING] = 0
 
 
-@jit
-def _worst(scratch, s):
-    """The key that a new one must be smaller than to enter the beam."""
-    size = scratch.slots[s, SIZE]
-    is_full = size == scratch.slots[s, CAPACITY]
-    return scratch.beam[s, size - 1] if is_full else KEY_NONE
-
-
-@jit
+@jit(is_inlined=True)
 def _pick(scratch, s):
     """Mark the `expand` smallest unexpanded keys (R5); False if there is none (R6)."""
     slots = scratch.slots
-    size, position, picked = slots[s, SIZE], slots[s, FIRST], 0
-    while picked < scratch.picked.shape[1] and position < size:
+    capacity, position, picked = slots[s, CAPACITY], 0, 0
+    while picked < scratch.picked.shape[1]:
+        position = first_unexpanded(scratch.beam, s, position & -LANES, capacity)
+        if position >= capacity:
+            break
         key = scratch.beam[s, position]
-        if not key & EXPANDED:
-            scratch.beam[s, position] = key | EXPANDED
-            scratch.picked[s, picked] = key_node(key)
-            picked += 1
-        position += 1
-    slots[s, FIRST] = position
+        scratch.beam[s, position] = key | EXPANDED
+        scratch.picked[s, picked] = key_node(key)
+        picked += 1
     slots[s, PICKED] = picked
     slots[s, HOPS] += picked
     return picked > 0
 
 
-@jit
+@jit(is_inlined=True)
 def _next_step(graph, task, scratch, s):
     """First half of a step: pick, on this layer or one below; False when the query has ended."""
     slots = scratch.slots
@@ -400,31 +405,37 @@ def _next_step(graph, task, scratch, s):
     return True
 
 
-@jit
+@jit(is_inlined=True)
 def _descend(graph, task, scratch, s):
     """Make the beam the seed of the layer below (R3)."""
-    slots = scratch.slots
-    start, size = _layer_start(graph, slots[s, LAYER]), slots[s, SIZE]
+    slots, beam = scratch.slots, scratch.beam
+    start, capacity = _layer_start(graph, slots[s, LAYER]), slots[s, CAPACITY]
     _enter_layer(task, scratch, s, slots[s, LAYER] - 1)
-    for i in range(size):  # ascending keys stay ascending: `below` keeps the order of ids
-        key = scratch.beam[s, i]
-        number = np.int64(graph.below[start + key_node(key)])
+    for i in range(capacity):  # ascending keys stay ascending: `below` keeps the order of ids
+        if beam[s, i] == KEY_NONE:
+            break
+        distance_bits = beam[s, i] >> np.uint64(32) << np.uint64(32)
+        number = np.int64(graph.below[start + key_node(beam[s, i])])
+        beam[s, i] = distance_bits | np.uint64(number) << np.uint64(1)
         _visit(scratch, s, number)
-        distance_bits = key >> np.uint64(32) << np.uint64(32)
-        _offer(task, scratch, s, distance_bits | np.uint64(number) << np.uint64(1))
+        if slots[s, LAYER] == 0 and _has_allowed_keys(task):
+            _offer_allowed(task, scratch, s, beam[s, i])
+    beam[s, capacity:] = KEY_NONE
 
 
-@jit
+@jit(is_inlined=True)
 def _write_keys(task, scratch, s):
     """Hand over a wanted layer's beam, or the allowed list in its place (R8, R9)."""
-    slots = scratch.slots
+    slots, beam = scratch.slots, scratch.beam
     q, layer = slots[s, QUERY], slots[s, LAYER]
     if layer > task.levels[q]:
         return
-    row = task.keys_start[q] + layer
+    row, count = task.keys_start[q] + layer, task.keys.shape[1]
     if layer == 0 and _has_allowed_keys(task):
-        for i in range(slots[s, ALLOWED]):
-            task.keys[row, i] = scratch.allowed_keys[s, i] & ~EXPANDED
+        for i in range(count):
+            task.keys[row, i] = scratch.allowed_keys[s, i]
         return
-    for i in range(min(slots[s, SIZE], task.keys.shape[1])):
-        task.keys[row, i] = scratch.beam[s, i] & ~EXPANDED
+    for i in range(min(slots[s, CAPACITY], count)):
+        if beam[s, i] == KEY_NONE:
+            break
+        task.keys[row, i] = beam[s, i] & ~EXPANDED

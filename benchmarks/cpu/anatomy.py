@@ -17,10 +17,10 @@ from statistics import median
 import numpy as np
 
 from benchmarks.cpu.counting import trace
-from hnsw_gpu.engine.beam import insert
+from hnsw_gpu.engine.beam import LANES, first_unexpanded, insert
 from hnsw_gpu.engine.compiled import jit
 from hnsw_gpu.engine.distance import distance, prefetch_row
-from hnsw_gpu.engine.keys import EXPANDED, make_key
+from hnsw_gpu.engine.keys import EXPANDED, KEY_NONE, make_key
 from hnsw_gpu.engine.search import SLOTS, search_graph
 from hnsw_gpu.engine.vectors import METRICS, encode_queries, engine_view
 
@@ -81,8 +81,9 @@ def replay(parts, neighbors0, rows, queries, metric, ef, found):
     links_ready = np.zeros(SLOTS, np.bool_)
     query = np.full(SLOTS, -1, np.int64)
     hop, row = np.zeros(SLOTS, np.int64), np.zeros(SLOTS, np.int64)
-    size, first = np.zeros(SLOTS, np.int64), np.zeros(SLOTS, np.int64)
-    beam = np.empty((SLOTS, ef + 1), np.uint64)
+    capacity = (ef + LANES - 1) & -LANES
+    beam = np.empty((SLOTS, capacity), np.uint64)
+    entering = np.empty(neighbors0.shape[1], np.uint64)
     visited = np.zeros((SLOTS, (len(neighbors0) + 31) >> 5), np.uint32)
     following, ended, total = 0, 0, np.int64(0)
     while ended < count:
@@ -97,7 +98,7 @@ def replay(parts, neighbors0, rows, queries, metric, ef, found):
                     q = query[s] = following
                     following += 1
                     hop[s], row[s] = found.query_hops[q], found.query_nodes[q]
-                    size[s], first[s] = 1, 0
+                    beam[s] = KEY_NONE
                     beam[s, 0] = found.seeds[q] | EXPANDED
                     node = np.int64(found.seeds[q] & np.uint64(0xFFFFFFFF)) >> 1
                     visited[s, node >> 5] |= np.uint32(1) << np.uint32(node & 31)
@@ -112,6 +113,7 @@ def replay(parts, neighbors0, rows, queries, metric, ef, found):
                         prefetch_row(rows, found.nodes[i])
                 links_ready[s] = False
                 continue
+            enter, worst = 0, beam[s, ef - 1]
             for i in range(row[s], end):
                 node = np.int64(found.nodes[i])
                 if parts >= ARITHMETIC:
@@ -119,16 +121,14 @@ def replay(parts, neighbors0, rows, queries, metric, ef, found):
                     near = distance(metric, queries, q, rows, read)
                     total += near > np.float32(1)
                     if parts == BEAM:
-                        key = make_key(near, node)
-                        if size[s] < ef or key < beam[s, size[s] - 1]:
-                            at = insert(beam, s, size[s], ef, key)
-                            size[s] = min(size[s] + 1, ef)
-                            first[s] = min(first[s], at)
+                        entering[enter] = make_key(near, node)
+                        enter += entering[enter] < worst
             if parts == BEAM:
-                while first[s] < size[s] and beam[s, first[s]] & EXPANDED:
-                    first[s] += 1
-                if first[s] < size[s]:
-                    beam[s, first[s]] |= EXPANDED
+                for i in range(enter):
+                    insert(beam, s, capacity, entering[i])
+                first = first_unexpanded(beam, s, 0, ef)
+                if first < ef:
+                    beam[s, first] |= EXPANDED
             row[s] = end
             hop[s] += 1
             if hop[s] < found.query_hops[q + 1]:

@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hnsw_gpu.engine.beam import insert
+from hnsw_gpu.engine.beam import insert, size
 from hnsw_gpu.engine.compiled import jit
 from hnsw_gpu.engine.distance import distance
-from hnsw_gpu.engine.keys import EXPANDED, key_node, make_key
+from hnsw_gpu.engine.keys import EXPANDED, KEY_NONE, key_node, make_key
 
 
 class Trace(NamedTuple):
@@ -77,13 +77,13 @@ def walk(neighbors, nodes, rows, queries, q, metric, seed, capacity, visited):
 
     Numbers and keys are the layer's own; `nodes` turns them into rows. `visited` is left clear.
     """
-    beam = np.empty((1, capacity + 1), np.uint64)
+    beam = np.full((1, capacity), KEY_NONE, np.uint64)
     beam[0, 0] = seed
     visited[key_node(seed)] = True
-    size, position = 1, 0
+    position = 0
     expanded, fresh = [np.int32(0) for _ in range(0)], [np.int32(0) for _ in range(0)]
     numbers, keys = [np.int32(0) for _ in range(0)], [np.uint64(0) for _ in range(0)]
-    while position < size:
+    while position < size(beam, 0):
         if beam[0, position] & EXPANDED:
             position += 1
             continue
@@ -99,10 +99,8 @@ def walk(neighbors, nodes, rows, queries, q, metric, seed, capacity, visited):
         for number in numbers[before:]:
             key = make_key(distance(metric, queries, q, rows, np.int64(nodes[number])), number)
             keys.append(key)
-            at = insert(beam, 0, size, capacity, key)
-            if at < capacity:
-                size = min(size + 1, capacity)
-                position = min(position, at)
+            insert(beam, 0, capacity, key)
+        position = 0
         expanded.append(np.int32(node))
         fresh.append(np.int32(len(numbers) - before))
     visited[key_node(seed)] = False

@@ -91,13 +91,13 @@ def _lowest_bit(typingctx, bits):
     return types.int64(types.int64), codegen
 
 
-@jit
+@jit(is_inlined=True)
 def insert(beam, row, capacity, key):
     """Insert `key` into the sorted `beam[row, :capacity]`; the largest falls out of a full one."""
     _push(beam, row, capacity, key)
 
 
-@jit
+@jit(is_inlined=True)
 def first_unexpanded(beam, row, start, capacity):
     """Position of the first unexpanded key from `start` on; `capacity` or more if there is none.
 

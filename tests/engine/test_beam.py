@@ -91,21 +91,27 @@ def test_an_empty_slot_reads_as_nothing() -> None:
 def test_beam_holds_the_smallest_keys(capacity: int, keys: list[int]) -> None:
     marker = 12345  # in slots that insert must leave alone
     slots = np.full((3, capacity + 2), marker, dtype=np.uint64)
-    size = 0
+    slots[1, :capacity] = reference.KEY_NONE
     for i, key in enumerate(keys):
-        before = slots[1, :size].tolist()
-        position = int(beam.insert(slots, 1, size, capacity, np.uint64(key)))
-        size = min(size + 1, capacity)
-
+        beam.insert(slots, 1, capacity, np.uint64(key))
         wanted = sorted(keys[: i + 1])[:capacity]
-        assert slots[1, :size].tolist() == wanted
-        if position < capacity:
-            assert wanted[position] == key
-            assert wanted[:position] == before[:position]
-        else:
-            assert wanted == before
-    assert (slots[1, size:] == marker).all()
+        empty = [reference.KEY_NONE] * (capacity - len(wanted))
+        assert slots[1, :capacity].tolist() == wanted + empty
+    assert (slots[1, capacity:] == marker).all()
     assert (slots[[0, 2]] == marker).all()
+
+
+@seeded
+@given(st.integers(1, 40), st.integers(0, 40), st.lists(st.booleans(), max_size=40))
+def test_the_first_unexpanded_key_is_found(
+    capacity: int, start: int, is_expanded: list[bool]
+) -> None:
+    flags = (is_expanded + [True] * capacity)[:capacity]  # an empty slot has the flag too
+    slots = np.full((2, 48), reference.KEY_NONE, dtype=np.uint64)
+    slots[1, : len(is_expanded)] = [2 * i + flag for i, flag in enumerate(is_expanded)]
+    start -= start % beam.LANES
+    wanted = next((i for i in range(start, capacity) if not flags[i]), capacity)
+    assert min(beam.first_unexpanded(slots, 1, start, capacity), capacity) == wanted
 
 
 @seeded
@@ -115,15 +121,13 @@ def test_beam_holds_the_smallest_keys(capacity: int, keys: list[int]) -> None:
 )
 def test_flags_travel_with_their_keys(capacity: int, seen: list[tuple[float, bool]]) -> None:
     # Whether a key is expanded (its lowest bit) does not change which keys stay, nor their order.
-    slots = np.zeros((1, capacity), dtype=np.uint64)
-    size = 0
+    slots = np.full((1, capacity), reference.KEY_NONE, dtype=np.uint64)
     is_expanded = {}
     for node, (distance, expanded) in enumerate(seen):
         is_expanded[node] = expanded
         key = keys.make_key(np.float32(distance), node) | np.uint64(expanded)
-        beam.insert(slots, 0, size, capacity, key)
-        size = min(size + 1, capacity)
-    kept = slots[0, :size]
+        beam.insert(slots, 0, capacity, key)
+    kept = slots[0, : len(seen)]
     wanted = sorted(
         (reference.ordered(np.float32(distance)), node) for node, (distance, _) in enumerate(seen)
     )

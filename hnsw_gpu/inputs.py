@@ -17,6 +17,7 @@ ALIASES = {
     "cos": "cosine",
     "angular": "cosine",
 }
+LEAST_RERANK = 20  # nodes that refine rows re-rank: more gain nothing at k = 10
 MOST_NODES = 2**31 - 1
 LARGEST_LABEL = 2**63 - 1
 REFINE = {False: "", "": "", True: "fp32", "fp32": "fp32", "fp16": "fp16"}
@@ -81,6 +82,8 @@ def refine(value: bool | str, dtype: str) -> str:
     if value not in REFINE:
         raise ValueError(f"refine={value!r}: expected True, False, 'fp32' or 'fp16'")
     kept = REFINE[value]
+    if dtype == "int4" and not kept:
+        kept = "fp16"
     if kept and np.dtype(STORAGE[kept]).itemsize <= np.dtype(STORAGE[dtype]).itemsize:
         raise ValueError(f"refine={value!r}: {kept} rows are no finer than dtype={dtype!r}")
     return kept
@@ -91,10 +94,21 @@ def threads(value: int | None) -> int:
     return thread_count(None if value is None else integer("threads", value, 1))
 
 
-def walk(k: int, ef: int, threads_given: int | None, expand: int, ef_upper: int = 1) -> Walk:
+def walk(
+    k: int,
+    ef: int,
+    threads_given: int | None,
+    expand: int,
+    ef_upper: int = 1,
+    rerank: int | str | None = "auto",
+) -> Walk:
     """The numbers of a search."""
+    k = integer("k", k, 1, MOST_NODES)
+    if rerank == "auto":
+        rerank = max(2 * k, LEAST_RERANK)
     return Walk(
-        k=integer("k", k, 1, MOST_NODES),
+        k=k,
+        rerank=0 if rerank is None else integer("rerank", rerank, 1),
         ef=integer("ef", ef, 1),
         expand=integer("expand", expand, 1, 32),
         ef_upper=integer("ef_upper", ef_upper, 1, 65536),

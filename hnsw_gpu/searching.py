@@ -46,6 +46,7 @@ class Searching:
         allow: ArrayLike | None = None,
         expand: int | None = None,
         ef_upper: int = 1,
+        rerank: int | str | None = "auto",
         threads: int | None = None,
         stream: Any = None,
         out: tuple[Any, Any] | None = None,
@@ -57,6 +58,8 @@ class Searching:
             (`np.packbits(mask, axis=-1, bitorder="little")`); or int labels (m,).
         expand: nodes expanded in one step, 1 to 32. None: 1 on the CPU; on a GPU 4, below ef 48 it
             is 2. Devices answer alike at the same `expand`. ef_upper: beam capacity above layer 0.
+        rerank: nearest nodes of the beam whose refine rows are compared, k or more; "auto": 2 k, 20
+            or more; None: all ef.
         stream: of a GPU, for queries that lie there; None: CuPy's current one.
         out: arrays (labels int64, distances float32), each (q, k), that take the result.
 
@@ -69,7 +72,8 @@ class Searching:
         is a filter or something was deleted. They are not checked: one with NaN finds nothing, as
         does any that would be refused.
         """
-        walk = inputs.walk(k, ef, threads, self._expand(ef) if expand is None else expand, ef_upper)
+        expand = self._expand(ef) if expand is None else expand
+        walk = inputs.walk(k, ef, threads, expand, ef_upper, rerank)
         if inputs.is_on_gpu(queries) and self._gpu is not None:
             return self._search_on_gpu(queries, walk, allow, stream, out)
         if stream is not None:

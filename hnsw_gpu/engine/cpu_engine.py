@@ -40,7 +40,7 @@ class CpuEngine(NamedTuple):
             self.rows,
             self._encoded(queries, self.rows, self.dtype),
             self.metric,
-            k=walk.k if self.refine_rows is None else walk.ef,
+            k=walk.kept(self.refine),
             ef=walk.capacity,
             expand=walk.expand,
             ef_upper=walk.ef_upper,

@@ -162,6 +162,77 @@ def _code_dot(context, builder, query, row, row_bytes):
     return builder.add(*sums)
 
 
+def _nibble_dot(context, builder, query, row, row_bytes):
+    """int32 dot product of four-bit row codes and signed query codes, 32 bytes a block.
+
+    The query's bytes that meet the low bits of the row lie before those that meet the high ones.
+    """
+    features = context.codegen().magic_tuple()[2]
+    has_vnni = "+avx512vnni" in features and "+avx512vl" in features
+    has_vnni_256 = has_vnni or "+avxvnni" in features
+    has_avx2 = "+avx2" in features
+
+    def constant(element, lanes, value):
+        return ir.Constant(ir.VectorType(element, lanes), [element(value)] * lanes)
+
+    def add_products(total, codes, q, lanes):
+        """total + dot products of four neighbours, of unsigned codes below 16 and signed q."""
+        sums = ir.VectorType(I32, lanes // 4)
+        if has_vnni_256:
+            name = f"llvm.x86.avx512.vpdpbusd.{lanes * 8}"
+            operands = [total, builder.bitcast(codes, sums), builder.bitcast(q, sums)]
+            return _call(builder, name, sums, operands)
+        if has_avx2 and lanes == 32:
+            words = ir.VectorType(I16, 16)
+            pairs = _call(builder, "llvm.x86.avx2.pmadd.ub.sw", words, [codes, q])
+            ones = constant(I16, 16, 1)
+            return builder.add(
+                total, _call(builder, "llvm.x86.avx2.pmadd.wd", sums, [pairs, ones])
+            )
+        words = ir.VectorType(I32, lanes)
+        products = builder.mul(builder.zext(codes, words), builder.sext(q, words))
+        for _ in range(2):
+            lanes //= 2
+            undefined = ir.Constant(products.type, ir.Undefined)
+            even = ir.Constant(ir.VectorType(I32, lanes), list(range(0, 2 * lanes, 2)))
+            odd = ir.Constant(ir.VectorType(I32, lanes), list(range(1, 2 * lanes, 2)))
+            products = builder.add(
+                builder.shuffle_vector(products, undefined, even),
+                builder.shuffle_vector(products, undefined, odd),
+            )
+        return builder.add(total, products)
+
+    def add_block(offset, lanes, total):
+        codes = _load(builder, row, offset, I8, lanes)
+        low = builder.and_(codes, constant(I8, lanes, 15))
+        high = builder.lshr(codes, constant(I8, lanes, 4))
+        q_low = _load(builder, query, offset, I8, lanes)
+        q_high = _load(builder, query, builder.add(offset, row_bytes), I8, lanes)
+        value = add_products(builder.load(total), low, q_low, lanes)
+        builder.store(add_products(value, high, q_high, lanes), total)
+
+    wide_lanes = 64 if has_vnni or not has_avx2 else 32
+    totals = {64: 16, 32: 8}
+    zero = ir.Constant(I32, 0)
+    total = {
+        lanes: cgutils.alloca_once_value(
+            builder, ir.Constant(ir.VectorType(I32, width), [zero] * width)
+        )
+        for lanes, width in totals.items()
+    }
+    whole = builder.and_(row_bytes, I64(-wide_lanes))
+    with cgutils.for_range_slice(builder, I64(0), whole, I64(wide_lanes), I64) as (offset, _):
+        add_block(offset, wide_lanes, total[wide_lanes])
+    if wide_lanes == 64:
+        with cgutils.if_unlikely(builder, builder.icmp_signed("<", whole, row_bytes)):
+            add_block(whole, 32, total[32])
+    sums = [
+        _call(builder, f"llvm.vector.reduce.add.v{totals[lanes]}i32", I32, [builder.load(total[lanes])])
+        for lanes in sorted({wide_lanes, 32})
+    ]
+    return sums[0] if len(sums) == 1 else builder.add(*sums)
+
+
 def _float_intrinsic(is_l2):
     """Intrinsic (queries, q, rows, i) -> float32: sum of squared differences, or of products."""
 
@@ -194,6 +265,29 @@ def _codes(typingctx, queries, q, rows, i):
         return _code_dot(context, builder, query, row, row_bytes)
 
     return types.int32(queries, types.int64, rows, types.int64), codegen
+
+
+@intrinsic
+def _nibbles(typingctx, queries, q, rows, i):
+    """int32 dot product of query codes and four-bit row codes."""
+
+    def codegen(context, builder, signature, arguments):
+        query_array, q_index, row_array, row_index = arguments
+        query, _ = _row_pointer(context, builder, queries, query_array, q_index)
+        row, row_bytes = _row_pointer(context, builder, rows, row_array, row_index)
+        return _nibble_dot(context, builder, query, row, row_bytes)
+
+    return types.int32(queries, types.int64, rows, types.int64), codegen
+
+
+@intrinsic
+def _fused(typingctx, a, b, c):
+    """a * b + c, rounded once."""
+
+    def codegen(context, builder, signature, arguments):
+        return _call(builder, "llvm.fma.f32", F32, list(arguments))
+
+    return types.float32(types.float32, types.float32, types.float32), codegen
 
 
 @intrinsic
@@ -234,6 +328,24 @@ def _load_intrinsic(element, numba_type):
     return load
 
 
+def _store_intrinsic(element, numba_type):
+    """Intrinsic (array, i, offset, value): write the `element` at byte `offset` of row `i`."""
+
+    @intrinsic
+    def store(typingctx, array, i, offset, value):
+        def codegen(context, builder, signature, arguments):
+            pointer, _ = _row_pointer(context, builder, array, *arguments[:2])
+            address = builder.gep(pointer, [arguments[2]])
+            builder.store(arguments[3], builder.bitcast(address, element.as_pointer()), align=1)
+            return context.get_dummy_value()
+
+        return types.void(array, types.int64, types.int64, numba_type), codegen
+
+    return store
+
+
+_store_float = _store_intrinsic(F32, types.float32)
+_store_int = _store_intrinsic(I32, types.int32)
 _float_at = _load_intrinsic(F32, types.float32)
 _int_at = _load_intrinsic(I32, types.int32)
 _half_at = _load_intrinsic(I16, types.float32)
@@ -259,6 +371,20 @@ def _distance(metric, queries, q, rows, i):
             return max(np.float32(0), norms - np.float32(2) * dot)
 
         return int8_distance
+
+    if rows.dtype == types.uint8:
+
+        def int4_distance(metric, queries, q, rows, i):
+            row_end, query_end = rows.shape[1], queries.shape[1]
+            dot = np.int32(2) * _nibbles(queries, q, rows, i) - _int_at(queries, q, query_end - 4)
+            dot = np.float32(np.int32(dot))
+            scale = _float_at(queries, q, query_end - 12) * _float_at(rows, i, row_end - 12)
+            if metric != L2:
+                return _fused(-scale, dot, np.float32(metric == COSINE))
+            norms = _float_at(queries, q, query_end - 8) + _float_at(rows, i, row_end - 8)
+            return _fused(np.float32(-2) * scale, dot, norms)
+
+        return int4_distance
 
     def float_distance(metric, queries, q, rows, i):
         if metric == L2:
@@ -286,6 +412,23 @@ def _as_query(rows, i, queries, q):
                 queries[q, queries.shape[1] - TAIL_BYTES + j] = np.uint8(rows[i, codes + j])
 
         return int8_as_query
+
+    if rows.dtype == types.uint8:
+
+        def int4_as_query(rows, i, queries, q):
+            end, query_end = rows.shape[1], queries.shape[1]
+            codes = end - TAIL_BYTES
+            for j in range(codes):  # what meets no code of a row meets a zero
+                queries[q, j] = 2 * np.int64(rows[i, j] & 15) - 15
+                queries[q, end + j] = 2 * np.int64(rows[i, j] >> 4) - 15
+            for j in range(TAIL_BYTES):
+                queries[q, codes + j] = 0
+                queries[q, end + codes + j] = 0
+            _store_float(queries, q, query_end - 12, _float_at(rows, i, end - 12))
+            _store_float(queries, q, query_end - 8, _float_at(rows, i, end - 8))
+            _store_int(queries, q, query_end - 4, np.int32(15) * _int_at(rows, i, end - 4))
+
+        return int4_as_query
 
     if rows.dtype == types.uint16:
 

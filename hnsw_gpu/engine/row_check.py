@@ -19,6 +19,7 @@ DEFECTS = (
     "a norm that is not that of its codes",
     "values in the padding",
     "a length other than 1, which cosine needs",
+    "a length that is negative or not finite",
 )
 
 
@@ -30,6 +31,8 @@ def row_problems(name, rows, dim, metric, dtype):
     def look(start, stop):
         if dtype == "int8":
             found = _int8_defect(rows, dim, start, stop)
+        elif dtype == "int4":
+            found = _int4_defect(rows, dim, metric == "cosine", start, stop)
         elif dtype == "fp16":
             found = _fp16_defect(rows.view(np.uint16), dim, start, stop)
         else:
@@ -95,4 +98,29 @@ def _int8_defect(rows, dim, start, stop):
         expected = np.float64(scale) * np.float64(scale) * squares
         if not abs(norm - expected) <= NORM_ERROR * expected + TINY:
             return 4, i
+    return 0, -1
+
+
+@jit
+def _int4_defect(rows, dim, is_unit, start, stop):
+    """As `_fp32_defect`, of four-bit codes with their tail."""
+    end = rows.shape[1] - TAIL_BYTES
+    for i in range(start, stop):
+        tail = rows[i, end:]
+        scale, norm = tail[:4].view(np.float32)[0], tail[4:8].view(np.float32)[0]
+        total = np.int64(0)
+        for j in range(2 * end):
+            code = np.int64(rows[i, j] & 15 if j < end else rows[i, j - end] >> 4)
+            if j < dim:
+                total += 2 * code - 15
+            elif code != 0:
+                return 5, i
+        if not 0 <= scale < np.inf:
+            return 2, i
+        if not 0 <= norm < np.inf:
+            return 7, i
+        if tail[8:12].view(np.int32)[0] != total:
+            return 3, i
+        if is_unit and abs(norm - np.float32(1)) > np.float32(UNIT_ERROR):
+            return 6, i
     return 0, -1

@@ -9,12 +9,13 @@ Under cosine every row and query is scaled to unit length first.
 
 import numpy as np
 
+from hnsw_gpu.engine import four_bits
 from hnsw_gpu.engine.alignment import empty_aligned
 from hnsw_gpu.engine.compiled import jit
 from hnsw_gpu.engine.distance import COSINE, IP, L2, TAIL_BYTES, as_query
 
 METRICS = {"l2": L2, "ip": IP, "cosine": COSINE}
-STORAGE = {"fp32": np.float32, "fp16": np.float16, "int8": np.int8}
+STORAGE = {"fp32": np.float32, "fp16": np.float16, "int8": np.int8, "int4": np.uint8}
 BLOCK_BYTES = 32
 
 
@@ -22,6 +23,8 @@ def row_length(dim, dtype):
     """Elements of one encoded row."""
     item = np.dtype(STORAGE[dtype]).itemsize
     used = dim * item + (TAIL_BYTES if dtype == "int8" else 0)
+    if dtype == "int4":
+        used = -(-dim // 2) + TAIL_BYTES
     return -(-used // BLOCK_BYTES) * BLOCK_BYTES // item
 
 
@@ -53,6 +56,9 @@ def encode(vectors, metric, dtype):
         vectors = _unit(vectors)
     count, dim = vectors.shape
     rows = empty_rows(count, dim, dtype)
+    if dtype == "int4":
+        four_bits.encode_int4(vectors, rows)
+        return rows
     if dtype != "int8":
         rows[:, :dim] = vectors
         rows[:, :dim] += 0  # -0.0 becomes 0.0: equal vectors are equal bytes
@@ -74,6 +80,8 @@ def encode(vectors, metric, dtype):
 
 def decode(rows, dim, dtype):
     """float32 vectors (n, dim) that encoded rows stand for."""
+    if dtype == "int4":
+        return four_bits.decode_int4(rows, dim)
     if dtype != "int8":
         return rows[:, :dim].astype(np.float32)
     scales = np.ascontiguousarray(rows[:, -TAIL_BYTES : -TAIL_BYTES + 4]).view(np.float32)
@@ -86,6 +94,10 @@ def encode_queries(vectors, metric, dtype):
         return rows_as_queries(encode(vectors, metric, dtype))
     if metric == "cosine":
         vectors = _unit(vectors)
+    if dtype == "int4":
+        queries = _empty_int4_queries(len(vectors), row_length(vectors.shape[1], dtype))
+        four_bits.encode_int4_queries(vectors, queries)
+        return queries
     queries = empty_aligned((len(vectors), row_length(vectors.shape[1], dtype)), np.float32)
     queries[:, : vectors.shape[1]] = vectors
     queries[:, vectors.shape[1] :] = 0
@@ -94,9 +106,15 @@ def encode_queries(vectors, metric, dtype):
 
 def empty_queries(count, rows):
     """Uninitialised encoded queries (count, ...) for searching `rows`."""
+    if rows.dtype == np.uint8:
+        return _empty_int4_queries(count, rows.shape[1])
     if rows.dtype == np.int8:
         return empty_aligned((count, rows.shape[1] + BLOCK_BYTES), np.uint8)
     return empty_aligned((count, rows.shape[1]), np.float32)
+
+
+def _empty_int4_queries(count, row_bytes):
+    return empty_aligned((count, 2 * row_bytes + TAIL_BYTES), np.int8)
 
 
 def rows_as_queries(rows):

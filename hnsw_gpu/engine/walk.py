@@ -27,10 +27,11 @@ class Walk(NamedTuple):
     """How the graph is walked (R3-R10), by whatever engine."""
 
     k: int
-    ef: int  # keys of the final beam that count: the refine rows re-rank these
+    ef: int  # keys of the final beam that count
     expand: int = 1
     ef_upper: int = 1  # beam capacity above layer 0
     threads: int = 1  # of the CPU
+    rerank: int = 0  # nearest keys that the refine rows re-rank, k or more; 0: all ef
     capacity: int = 0  # of the beam on layer 0, where a filter wants more than ef; 0: ef
 
     def within(self, nodes: int) -> "Walk":
@@ -39,3 +40,9 @@ class Walk(NamedTuple):
         k = min(self.k, most)
         ef = min(max(self.ef, k), most)
         return self._replace(k=k, ef=ef, capacity=min(self.capacity or ef, most))
+
+    def kept(self, refine: str) -> int:
+        """Keys of the final beam that are taken on, where the refine rows re-rank them or not."""
+        if not refine:
+            return self.k
+        return min(max(self.rerank, self.k), self.ef) if self.rerank else self.ef

@@ -248,7 +248,7 @@ class GpuEngine:
         walk = walk.within(self.node_count)
         return launch_plan.BeamShape(
             ef=walk.capacity,
-            k=walk.ef if self._refine else walk.k,
+            k=walk.kept(self._refine),
             ef_upper=min(walk.ef_upper, max(self.node_count, 1)),
             expand=walk.expand,
             has_allowed_keys=keeps_allowed,

@@ -103,6 +103,12 @@ def key(distance: np.float32, node: int) -> int:
     return ordered(distance) << 32 | node << 1
 
 
+def distance_of(key: int) -> np.float32:
+    bits = key >> 32
+    bits ^= 0x80000000 if bits >> 31 else 0xFFFFFFFF
+    return np.uint32(bits).view(np.float32)
+
+
 def node_of(key: int) -> int:
     return (key & 0xFFFFFFFF) >> 1
 
@@ -254,18 +260,25 @@ def search(
 # --- building -------------------------------------------------------------------------------------
 
 
-def select(candidates: Iterable[int], table: KeyTable, limit: int) -> list[int]:
+RELAXED = 1.1  # layer 0 but under ip: distances between neighbours count for more
+
+
+def select(
+    candidates: Iterable[int], table: KeyTable, limit: int, factor: float = 1.0
+) -> list[int]:
     """The paper's algorithm 4, strict: ids of the neighbours kept, nearest first.
 
     candidates: keys of nodes by their distance to the point; `table[a][b]` is the key of b for a.
-    One is kept only if it is strictly nearer to the point than to every neighbour kept before it.
+    One is kept only if it is strictly nearer to the point than `factor` times its distance to
+    every neighbour kept before it.
     """
     kept: list[int] = []
     for candidate in sorted(candidates):
         if len(kept) == limit:
             break
         node = node_of(candidate)
-        if all(candidate >> 32 < table[other][node] >> 32 for other in kept):
+        between = [np.float32(factor) * distance_of(table[other][node]) for other in kept]
+        if all(candidate >> 32 < ordered(distance) for distance in between):
             kept.append(node)
     return kept
 
@@ -301,6 +314,7 @@ def insert_nodes(
     seed: int,
     growth: int = 50,
     largest_batch: int = 2048,
+    factor: float = RELAXED,
 ) -> Graph:
     """The graph of nodes ..stop, grown from a graph of fewer, in batches of 1/growth of it."""
     M = graph.neighbors.shape[1]
@@ -309,7 +323,7 @@ def insert_nodes(
     while start < stop:
         batch = range(start, min(stop, start + max(1, min(start // growth, largest_batch))))
         levels = {point: draw_level(seed, point, M) for point in batch}
-        insert_batch(layers, table, levels, M, ef_construction)
+        insert_batch(layers, table, levels, M, ef_construction, factor)
         start = batch.stop
     return graph_of(layers, M)
 
@@ -320,6 +334,7 @@ def insert_batch(
     levels: dict[int, int],
     M: int,
     ef_construction: int,
+    factor: float,
 ) -> None:
     """Insert the points `levels` names, one level each, into `layers`."""
     own_links: dict[tuple[int, int], list[int]] = {}
@@ -329,7 +344,9 @@ def insert_batch(
             mates = [mate for mate in levels if mate < point and levels[mate] >= layer]
             candidates = beams.get(layer, []) + [table[point][mate] for mate in mates]
             nearest = sorted(candidates)[:ef_construction]
-            own_links[layer, point] = select(nearest, table, M)
+            own_links[layer, point] = (
+                select(nearest, table, M) if layer else select(nearest, table, M + M // 2, factor)
+            )
 
     layers += [{} for _ in range(len(layers), max(levels.values()) + 1)]
     sources: dict[tuple[int, int], list[int]] = {}
@@ -338,7 +355,10 @@ def insert_batch(
         for target in targets:
             sources.setdefault((layer, target), []).append(point)
     for (layer, target), points in sources.items():
-        relink(layers[layer], target, points, table, M if layer else 2 * M)
+        if layer:
+            relink(layers[layer], target, points, table, M, 1.0)
+        else:
+            relink(layers[layer], target, points, table, 2 * M, factor)
 
 
 def point_beams(
@@ -356,7 +376,12 @@ def point_beams(
 
 
 def relink(
-    links: dict[int, list[int]], target: int, sources: list[int], table: KeyTable, width: int
+    links: dict[int, list[int]],
+    target: int,
+    sources: list[int],
+    table: KeyTable,
+    width: int,
+    factor: float,
 ) -> None:
     """Give a target its reverse links: nearest first where they fit, else selected with the old."""
     old = links[target]
@@ -364,7 +389,7 @@ def relink(
     if len(old) + len(new) <= width:
         links[target] = old + [node_of(key) for key in new]
     else:
-        links[target] = select([table[target][node] for node in old] + new, table, width)
+        links[target] = select([table[target][node] for node in old] + new, table, width, factor)
 
 
 def empty_graph(M: int) -> Graph:

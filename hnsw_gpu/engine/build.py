@@ -8,14 +8,17 @@ least 1 and at most BATCH. For a batch:
    batch is never blind to itself, however clustered or sorted the data is, and yet the first
    point of a new cluster gets its links to the world outside, as if it had been inserted alone.
    The `ef_construction` smallest keys are the candidates; `_select` keeps at most M of them,
-   nearest first, as the point's own links, on layer 0 too.
+   nearest first, as the point's own links, on layer 0 half as many again.
 2. The reverse links (target, source) are grouped by target, ordered by (distance, source).
 3. Every target takes its new links: appended where they fit, else selected again, at most M (M0 on
    layer 0), among old and new.
 
 Each row is written by one iteration of one loop, so the threads need no locks and leave no trace.
 Selection is algorithm 4 of Malkov & Yashunin in its strict form: a candidate is kept only if it is
-nearer to the point than to every neighbour kept before it; a tie is rejected.
+nearer to the point than to every neighbour kept before it; a tie is rejected. On layer 0 "nearer" is
+relaxed by RELAXED (Subramanya et al. 2019, DiskANN: their alpha), but under inner product, whose
+distances have no zero to be measured from. Measured, hops at recall 0.95 and 0.99 beside M own links
+and no relaxing, 60,000 rows, M = 16: GloVe 0.82 and 0.79, verses 0.81 and 0.64.
 Afterwards `repair` sees to it that layer 0 leads from every node to every other.
 """
 
@@ -27,7 +30,7 @@ import numpy as np
 from hnsw_gpu.engine.alignment import empty_aligned, taken_aligned
 from hnsw_gpu.engine.beam import insert, size
 from hnsw_gpu.engine.compiled import jit
-from hnsw_gpu.engine.distance import as_query, distance
+from hnsw_gpu.engine.distance import IP, as_query, distance
 from hnsw_gpu.engine.graph import Graph
 from hnsw_gpu.engine.keys import KEY_NONE, key_node, make_key
 from hnsw_gpu.engine.search import Task, walk
@@ -37,6 +40,7 @@ from hnsw_gpu.engine.workers import run_chunks
 BATCH = 2048  # comparing a batch with itself then costs a few percent of its searches
 BATCH_DIVISOR = 50  # larger batches give their targets too many links at once, all chosen blindly
 LINK_CHUNK = 64  # points or targets that a thread takes at a time
+RELAXED = np.float32(1.1)  # a kept neighbour rejects what is nearer to it by this factor or more
 BITS_OF_DISTANCE = np.uint64(0xFFFFFFFF00000000)
 NOBODY = np.iinfo(np.int32).max  # in `nodes`, where a layer has room: behind every id
 
@@ -241,8 +245,9 @@ def _insert_batch(graph, growth, levels, ef_construction, threads):
         walk(graph, growth.rows, task, threads=threads)
     # One row a point and layer. Targets are numbered through all layers: first the rows of
     # `neighbors0`, then those of `neighbors`.
-    targets = np.full((ends[-1], M), -1, np.int64)
-    sources = np.empty((ends[-1], M), np.uint64)
+    own_links = M + M // 2
+    targets = np.full((ends[-1], own_links), -1, np.int64)
+    sources = np.empty((ends[-1], own_links), np.uint64)
 
     def link(start, stop):
         selection = _new_selection(growth, 0)
@@ -306,7 +311,8 @@ def _link_points(growth, task, selection, first, start, stop, targets, sources):
             own = _number(graph, layer, first + q)
             _add_batch_mates(growth, task, first, q, layer)
             candidates = size(task.keys, row)
-            count = _select(growth, layer, task.keys, row, candidates, targets.shape[1], selection)
+            limit = graph.neighbors.shape[1] if layer else targets.shape[1]
+            count = _select(growth, layer, task.keys, row, candidates, limit, selection)
             layer_start = graph.layer_offsets[layer - 1] if layer else np.int64(0)
             first_target = graph.neighbors0.shape[0] + layer_start if layer else np.int64(0)
             for j in range(count):
@@ -342,13 +348,15 @@ def _select(growth, layer, keys, row, candidates, limit, selection):
     The candidates are keys[row, :candidates], ascending by distance to the point.
     """
     count = 0
+    is_relaxed = layer == 0 and growth.metric != IP
+    factor = RELAXED if is_relaxed else np.float32(1)
     for i in range(candidates):
         key = keys[row, i]
         node = _node(growth.graph, layer, key_node(key))
         is_kept = True
         for j in range(count):
             between = distance(growth.metric, selection.kept, j, growth.rows, node)
-            if make_key(between, 0) <= key & BITS_OF_DISTANCE:
+            if make_key(factor * between, 0) <= key & BITS_OF_DISTANCE:
                 is_kept = False
                 break
         if is_kept:

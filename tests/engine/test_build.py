@@ -66,6 +66,7 @@ def twin(
     stops: tuple[int, ...] = (),
     growth: int = 50,
     largest_batch: int = 2048,
+    metric: str = "l2",
 ) -> Graph:
     """The oracle's graph."""
     made = reference.empty_graph(M)
@@ -78,6 +79,7 @@ def twin(
             seed=seed,
             growth=growth,
             largest_batch=largest_batch,
+            factor=1 if metric == "ip" else reference.RELAXED,
         )
     return made
 
@@ -127,7 +129,7 @@ def test_graph_equals_the_oracle(metric: str, dtype: str) -> None:
     table = reference.node_table(vectors, metric, dtype)
     for M, ef_construction in itertools.product((2, 4, 8), (1, 5, 40)):
         settings: dict[str, Any] = {"M": M, "ef_construction": ef_construction, "seed": M}
-        wanted = twin(table, **settings)
+        wanted = twin(table, **settings, metric=metric)
         for threads in (1, 2):
             assert_same(built(rows, metric, **settings, threads=threads), wanted, settings)
 
@@ -148,7 +150,7 @@ def test_adding_in_pieces(stops: tuple[int, ...]) -> None:
     rows = encode(vectors, "ip", "fp32")
     table = reference.node_table(vectors, "ip", "fp32")
     for M in (2, 6):
-        wanted = twin(table, M=M, ef_construction=24, stops=stops)
+        wanted = twin(table, M=M, ef_construction=24, stops=stops, metric="ip")
         assert_same(built(rows, "ip", M=M, ef_construction=24, stops=stops, threads=2), wanted)
 
 
@@ -217,6 +219,11 @@ def test_oracle_selects_strictly() -> None:
     triangle = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1]], dtype=np.float32)
     table = reference.node_table(triangle, "l2", "fp32")
     assert reference.select(table[0][1:], table, limit=5) == [1]
+    # Relaxed, a tie is kept, and so is what is nearer to 1 by less than the factor; no copy is.
+    assert reference.select(table[0][1:], table, limit=5, factor=1.1) == [1, 2]
+    near = np.array([0, 2, 3.9, 4.1, 2], dtype=np.float32)[:, None]
+    table = reference.node_table(near, "l2", "fp32")
+    assert reference.select(table[0][1:], table, limit=5, factor=4.2) == [1, 3]
 
 
 # --- what comes of it -----------------------------------------------------------------------------

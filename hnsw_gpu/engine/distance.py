@@ -32,7 +32,7 @@ TAIL_BYTES = 12  # end of an int8 row: float32 scale, float32 norm, int32 sum of
 PREFETCH_LINES = 16  # of one row; the hardware prefetcher follows a longer one by itself
 
 
-def _row_pointer(context, builder, array_type, array, index):
+def row_pointer(context, builder, array_type, array, index):
     """Pointer to the first byte of row `index` of a C-contiguous 2-D array, and the row's bytes."""
     data = context.make_array(array_type)(context, builder, array)
     _, columns = cgutils.unpack_tuple(builder, data.shape)
@@ -47,7 +47,7 @@ def _load(builder, pointer, offset, element, lanes):
     return builder.load(address, align=1)
 
 
-def _call(builder, name, result, arguments):
+def call(builder, name, result, arguments):
     function = cgutils.get_or_insert_function(
         builder.module, ir.FunctionType(result, [a.type for a in arguments]), name
     )
@@ -74,7 +74,7 @@ def _accumulate(builder, is_l2, query, row, total):
     name = f"llvm.fma.v{row.type.count}f32"
     if is_l2:
         query = row = builder.fsub(query, row)
-    return _call(builder, name, row.type, [query, row, total])
+    return call(builder, name, row.type, [query, row, total])
 
 
 def _float_sum(context, builder, is_l2, query, row, row_bytes, is_half):
@@ -119,118 +119,112 @@ def _float_sum(context, builder, is_l2, query, row, row_bytes, is_half):
     return builder.fadd(wide_sum, _lanes_sum(builder, builder.load(tail)))
 
 
-def _code_dot(context, builder, query, row, row_bytes):
-    """int32 dot product of unsigned query codes and signed row codes, 32 bytes a block."""
-    zero = ir.Constant(I32, 0)
-    features = context.codegen().magic_tuple()[2]
-    has_vnni = "+avx512vnni" in features and "+avx512vl" in features
+class Codes:
+    """How rows of integer codes meet queries of them, in the instructions of one processor.
 
-    def add_block(offset, lanes, total):
-        sums = ir.VectorType(I32, lanes // 4)
-        q = _load(builder, query, offset, I8, lanes)
-        r = _load(builder, row, offset, I8, lanes)
-        if has_vnni:
+    int8: unsigned query codes (offset 128) and signed row codes. int4: signed query codes, those
+    that meet the low bits of a row before those that meet the high ones, and unsigned row codes.
+    A sum of integers has no order: every way below gives the same.
+    """
+
+    def __init__(self, context, builder, is_int4):
+        features = context.codegen().magic_tuple()[2]
+        self.builder, self.is_int4 = builder, is_int4
+        self.has_avx2 = "+avx2" in features
+        is_wide = "+avx512vnni" in features and "+avx512vl" in features
+        self.has_vnni = is_wide or "+avxvnni" in features
+        # bytes of a row that are taken at once; what is left is one block of 32
+        self.lanes = 64 if is_wide or not self.has_avx2 else 32
+
+    def queries(self, query, offset, row_bytes, lanes):
+        """The query's codes that meet `lanes` bytes of a row at `offset`."""
+        first = _load(self.builder, query, offset, I8, lanes)
+        if not self.is_int4:
+            return [first]
+        return [first, _load(self.builder, query, self.builder.add(offset, row_bytes), I8, lanes)]
+
+    def add(self, total, row, offset, queries, lanes):
+        """`total`, int32 (lanes / 4,), and the products of `lanes` bytes of a row and `queries`."""
+        builder = self.builder
+        codes = _load(builder, row, offset, I8, lanes)
+        if not self.is_int4:
+            return self._products(total, queries[0], codes, lanes)
+        low = builder.and_(codes, splat(I8(15), lanes))
+        high = builder.lshr(codes, splat(I8(4), lanes))
+        total = self._products(total, low, queries[0], lanes)
+        return self._products(total, high, queries[1], lanes)
+
+    def _products(self, total, unsigned, signed, lanes):
+        builder, sums = self.builder, total.type
+        if self.has_vnni:
             name = f"llvm.x86.avx512.vpdpbusd.{lanes * 8}"
-            operands = [builder.load(total), builder.bitcast(q, sums), builder.bitcast(r, sums)]
-            builder.store(_call(builder, name, sums, operands), total)
-            return
+            operands = [total, builder.bitcast(unsigned, sums), builder.bitcast(signed, sums)]
+            return call(builder, name, sums, operands)
+        if self.has_avx2 and self.is_int4:  # 2 * 15 * 127 fits 16 bits
+            words = ir.VectorType(I16, 16)
+            pairs = call(builder, "llvm.x86.avx2.pmadd.ub.sw", words, [unsigned, signed])
+            quads = call(builder, "llvm.x86.avx2.pmadd.wd", sums, [pairs, splat(I16(1), 16)])
+            return builder.add(total, quads)
         words = ir.VectorType(I32, lanes)
-        products = builder.mul(builder.zext(q, words), builder.sext(r, words))
+        products = builder.mul(builder.zext(unsigned, words), builder.sext(signed, words))
         # Even and odd products are added first: the pattern that becomes `pmaddwd`.
         for _ in range(2):
             lanes //= 2
-            undefined = ir.Constant(products.type, ir.Undefined)
-            even = ir.Constant(ir.VectorType(I32, lanes), list(range(0, 2 * lanes, 2)))
-            odd = ir.Constant(ir.VectorType(I32, lanes), list(range(1, 2 * lanes, 2)))
             products = builder.add(
-                builder.shuffle_vector(products, undefined, even),
-                builder.shuffle_vector(products, undefined, odd),
-            )
-        builder.store(builder.add(builder.load(total), products), total)
-
-    wide = cgutils.alloca_once_value(builder, ir.Constant(ir.VectorType(I32, 16), [zero] * 16))
-    tail = cgutils.alloca_once_value(builder, ir.Constant(ir.VectorType(I32, 8), [zero] * 8))
-    whole = builder.and_(row_bytes, I64(-64))
-    with cgutils.for_range_slice(builder, I64(0), whole, I64(64), I64) as (offset, _):
-        add_block(offset, 64, wide)
-    with cgutils.if_unlikely(builder, builder.icmp_signed("<", whole, row_bytes)):
-        add_block(whole, 32, tail)
-    sums = [
-        _call(builder, f"llvm.vector.reduce.add.v{lanes}i32", I32, [builder.load(total)])
-        for lanes, total in ((16, wide), (8, tail))
-    ]
-    return builder.add(*sums)
-
-
-def _nibble_dot(context, builder, query, row, row_bytes):
-    """int32 dot product of four-bit row codes and signed query codes, 32 bytes a block.
-
-    The query's bytes that meet the low bits of the row lie before those that meet the high ones.
-    """
-    features = context.codegen().magic_tuple()[2]
-    has_vnni = "+avx512vnni" in features and "+avx512vl" in features
-    has_vnni_256 = has_vnni or "+avxvnni" in features
-    has_avx2 = "+avx2" in features
-
-    def constant(element, lanes, value):
-        return ir.Constant(ir.VectorType(element, lanes), [element(value)] * lanes)
-
-    def add_products(total, codes, q, lanes):
-        """total + dot products of four neighbours, of unsigned codes below 16 and signed q."""
-        sums = ir.VectorType(I32, lanes // 4)
-        if has_vnni_256:
-            name = f"llvm.x86.avx512.vpdpbusd.{lanes * 8}"
-            operands = [total, builder.bitcast(codes, sums), builder.bitcast(q, sums)]
-            return _call(builder, name, sums, operands)
-        if has_avx2 and lanes == 32:
-            words = ir.VectorType(I16, 16)
-            pairs = _call(builder, "llvm.x86.avx2.pmadd.ub.sw", words, [codes, q])
-            ones = constant(I16, 16, 1)
-            return builder.add(
-                total, _call(builder, "llvm.x86.avx2.pmadd.wd", sums, [pairs, ones])
-            )
-        words = ir.VectorType(I32, lanes)
-        products = builder.mul(builder.zext(codes, words), builder.sext(q, words))
-        for _ in range(2):
-            lanes //= 2
-            undefined = ir.Constant(products.type, ir.Undefined)
-            even = ir.Constant(ir.VectorType(I32, lanes), list(range(0, 2 * lanes, 2)))
-            odd = ir.Constant(ir.VectorType(I32, lanes), list(range(1, 2 * lanes, 2)))
-            products = builder.add(
-                builder.shuffle_vector(products, undefined, even),
-                builder.shuffle_vector(products, undefined, odd),
+                shuffled(builder, products, products, range(0, 2 * lanes, 2)),
+                shuffled(builder, products, products, range(1, 2 * lanes, 2)),
             )
         return builder.add(total, products)
 
-    def add_block(offset, lanes, total):
-        codes = _load(builder, row, offset, I8, lanes)
-        low = builder.and_(codes, constant(I8, lanes, 15))
-        high = builder.lshr(codes, constant(I8, lanes, 4))
-        q_low = _load(builder, query, offset, I8, lanes)
-        q_high = _load(builder, query, builder.add(offset, row_bytes), I8, lanes)
-        value = add_products(builder.load(total), low, q_low, lanes)
-        builder.store(add_products(value, high, q_high, lanes), total)
 
-    wide_lanes = 64 if has_vnni or not has_avx2 else 32
-    totals = {64: 16, 32: 8}
-    zero = ir.Constant(I32, 0)
-    total = {
-        lanes: cgutils.alloca_once_value(
-            builder, ir.Constant(ir.VectorType(I32, width), [zero] * width)
-        )
-        for lanes, width in totals.items()
+def splat(value, lanes):
+    return ir.Constant(ir.VectorType(value.type, lanes), [value] * lanes)
+
+
+def shuffled(builder, a, b, places):
+    """The lanes of a, then of b, at `places`."""
+    places = list(places)
+    mask = ir.Constant(ir.VectorType(I32, len(places)), places)
+    return builder.shuffle_vector(a, b, mask)
+
+
+def code_sums(context, builder, is_int4, query, rows, row_bytes):
+    """Dot products of a query's codes and those of each of `rows` (pointers): int32 vectors.
+
+    Each is two vectors, which are to be added up over all lanes: of 64-byte and of 32-byte blocks,
+    or the latter alone.
+    """
+    codes = Codes(context, builder, is_int4)
+    widths = sorted({codes.lanes, 32}, reverse=True)
+    totals = {
+        lanes: [cgutils.alloca_once_value(builder, splat(I32(0), lanes // 4)) for _ in rows]
+        for lanes in widths
     }
-    whole = builder.and_(row_bytes, I64(-wide_lanes))
-    with cgutils.for_range_slice(builder, I64(0), whole, I64(wide_lanes), I64) as (offset, _):
-        add_block(offset, wide_lanes, total[wide_lanes])
-    if wide_lanes == 64:
+
+    def add_block(offset, lanes):
+        queries = codes.queries(query, offset, row_bytes, lanes)
+        for row, total in zip(rows, totals[lanes], strict=True):
+            builder.store(codes.add(builder.load(total), row, offset, queries, lanes), total)
+
+    whole = builder.and_(row_bytes, I64(-codes.lanes))
+    with cgutils.for_range_slice(builder, I64(0), whole, I64(codes.lanes), I64) as (offset, _):
+        add_block(offset, codes.lanes)
+    if codes.lanes != 32:
         with cgutils.if_unlikely(builder, builder.icmp_signed("<", whole, row_bytes)):
-            add_block(whole, 32, total[32])
-    sums = [
-        _call(builder, f"llvm.vector.reduce.add.v{totals[lanes]}i32", I32, [builder.load(total[lanes])])
-        for lanes in sorted({wide_lanes, 32})
-    ]
-    return sums[0] if len(sums) == 1 else builder.add(*sums)
+            add_block(whole, 32)
+    return [[builder.load(totals[lanes][i]) for lanes in widths] for i in range(len(rows))]
+
+
+def eight_lanes(builder, vectors):
+    """int32 (8,) with the same sum over all lanes as `vectors`."""
+    halves = []
+    for vector in vectors:
+        for start in range(0, vector.type.count, 8):
+            halves.append(shuffled(builder, vector, vector, range(start, start + 8)))
+    total = halves[0]
+    for half in halves[1:]:
+        total = builder.add(total, half)
+    return total
 
 
 def _float_intrinsic(is_l2):
@@ -241,8 +235,8 @@ def _float_intrinsic(is_l2):
         is_half = rows.dtype == types.uint16  # numba has no float16 arrays on the CPU
 
         def codegen(context, builder, signature, arguments):
-            query, _ = _row_pointer(context, builder, queries, *arguments[:2])
-            row, row_bytes = _row_pointer(context, builder, rows, *arguments[2:])
+            query, _ = row_pointer(context, builder, queries, *arguments[:2])
+            row, row_bytes = row_pointer(context, builder, rows, *arguments[2:])
             return _float_sum(context, builder, is_l2, query, row, row_bytes, is_half)
 
         return types.float32(queries, types.int64, rows, types.int64), codegen
@@ -256,26 +250,15 @@ _products = _float_intrinsic(is_l2=False)
 
 @intrinsic
 def _codes(typingctx, queries, q, rows, i):
-    """int32 dot product of query codes (offset 128) and row codes."""
+    """int32 dot product of query codes and row codes, as they are stored."""
 
     def codegen(context, builder, signature, arguments):
         query_array, q_index, row_array, row_index = arguments
-        query, _ = _row_pointer(context, builder, queries, query_array, q_index)
-        row, row_bytes = _row_pointer(context, builder, rows, row_array, row_index)
-        return _code_dot(context, builder, query, row, row_bytes)
-
-    return types.int32(queries, types.int64, rows, types.int64), codegen
-
-
-@intrinsic
-def _nibbles(typingctx, queries, q, rows, i):
-    """int32 dot product of query codes and four-bit row codes."""
-
-    def codegen(context, builder, signature, arguments):
-        query_array, q_index, row_array, row_index = arguments
-        query, _ = _row_pointer(context, builder, queries, query_array, q_index)
-        row, row_bytes = _row_pointer(context, builder, rows, row_array, row_index)
-        return _nibble_dot(context, builder, query, row, row_bytes)
+        query, _ = row_pointer(context, builder, queries, query_array, q_index)
+        row, row_bytes = row_pointer(context, builder, rows, row_array, row_index)
+        (sums,) = code_sums(context, builder, rows.dtype == types.uint8, query, [row], row_bytes)
+        total = eight_lanes(builder, sums)
+        return call(builder, "llvm.vector.reduce.add.v8i32", I32, [total])
 
     return types.int32(queries, types.int64, rows, types.int64), codegen
 
@@ -285,7 +268,7 @@ def _fused(typingctx, a, b, c):
     """a * b + c, rounded once."""
 
     def codegen(context, builder, signature, arguments):
-        return _call(builder, "llvm.fma.f32", F32, list(arguments))
+        return call(builder, "llvm.fma.f32", F32, list(arguments))
 
     return types.float32(types.float32, types.float32, types.float32), codegen
 
@@ -295,11 +278,11 @@ def prefetch_row(typingctx, rows, i):
     """Ask for the cache lines of row `i`, the first PREFETCH_LINES of them."""
 
     def codegen(context, builder, signature, arguments):
-        pointer, row_bytes = _row_pointer(context, builder, rows, *arguments)
+        pointer, row_bytes = row_pointer(context, builder, rows, *arguments)
 
         def prefetch(offset):
             address = builder.gep(pointer, [offset])
-            _call(builder, "llvm.prefetch.p0", ir.VoidType(), [address, I32(0), I32(3), I32(1)])
+            call(builder, "llvm.prefetch.p0", ir.VoidType(), [address, I32(0), I32(3), I32(1)])
 
         most = I64(PREFETCH_LINES * CACHE_LINE)
         is_short = builder.icmp_signed("<", row_bytes, most)
@@ -318,7 +301,7 @@ def _load_intrinsic(element, numba_type):
     @intrinsic
     def load(typingctx, array, i, offset):
         def codegen(context, builder, signature, arguments):
-            pointer, _ = _row_pointer(context, builder, array, *arguments[:2])
+            pointer, _ = row_pointer(context, builder, array, *arguments[:2])
             address = builder.gep(pointer, [arguments[2]])
             value = builder.load(builder.bitcast(address, element.as_pointer()), align=1)
             return half_to_float(context, builder, value) if element == I16 else value
@@ -334,7 +317,7 @@ def _store_intrinsic(element, numba_type):
     @intrinsic
     def store(typingctx, array, i, offset, value):
         def codegen(context, builder, signature, arguments):
-            pointer, _ = _row_pointer(context, builder, array, *arguments[:2])
+            pointer, _ = row_pointer(context, builder, array, *arguments[:2])
             address = builder.gep(pointer, [arguments[2]])
             builder.store(arguments[3], builder.bitcast(address, element.as_pointer()), align=1)
             return context.get_dummy_value()
@@ -376,7 +359,7 @@ def _distance(metric, queries, q, rows, i):
 
         def int4_distance(metric, queries, q, rows, i):
             row_end, query_end = rows.shape[1], queries.shape[1]
-            dot = np.int32(2) * _nibbles(queries, q, rows, i) - _int_at(queries, q, query_end - 4)
+            dot = np.int32(2) * _codes(queries, q, rows, i) - _int_at(queries, q, query_end - 4)
             dot = np.float32(np.int32(dot))
             scale = _float_at(queries, q, query_end - 12) * _float_at(rows, i, row_end - 12)
             if metric != L2:

@@ -35,6 +35,7 @@ from typing import NamedTuple
 import numpy as np
 
 from hnsw_gpu.engine.beam import LANES, first_unexpanded, insert
+from hnsw_gpu.engine.block import EIGHT, write_keys
 from hnsw_gpu.engine.compiled import jit
 from hnsw_gpu.engine.distance import distance, prefetch_row
 from hnsw_gpu.engine.keys import EXPANDED, KEY_NONE, key_node, make_key
@@ -74,8 +75,8 @@ class Scratch(NamedTuple):
     visited: np.ndarray  # (SLOTS, words) uint32
     touched: np.ndarray  # (SLOTS, TOUCHED) int32
     picked: np.ndarray  # (SLOTS, expand) int32
-    pending: np.ndarray  # (SLOTS, expand * M0) int32
-    keys: np.ndarray  # (expand * M0,) uint64 of the pending ones
+    pending: np.ndarray  # (SLOTS, expand * M0 and EIGHT more) int32
+    keys: np.ndarray  # (expand * M0 and EIGHT more,) uint64 of the pending ones
     entering: np.ndarray  # (expand * M0,) uint64, those of them that enter
 
 
@@ -161,8 +162,8 @@ def _new_scratch(graph, task, expand, chunk):
         visited=np.zeros((slots, (count + 31) >> 5), np.uint32),
         touched=np.empty((slots, TOUCHED), np.int32),
         picked=np.empty((slots, expand), np.int32),
-        pending=np.empty((slots, expand * width), np.int32),
-        keys=np.empty(expand * width, np.uint64),
+        pending=np.zeros((slots, expand * width + EIGHT), np.int32),
+        keys=np.empty(expand * width + EIGHT, np.uint64),
         entering=np.empty(expand * width, np.uint64),
     )
 
@@ -355,11 +356,14 @@ def _compute(graph, rows, task, scratch, s):
     """End of a step: the pending neighbours' keys, merged (R5)."""
     slots = scratch.slots
     q, layer, count = slots[s, QUERY], slots[s, LAYER], slots[s, PENDING]
-    start = _layer_start(graph, layer) if layer else 0
-    for j in range(count):
-        number = np.int64(scratch.pending[s, j])
-        node = np.int64(graph.nodes[start + number]) if layer else number
-        scratch.keys[j] = make_key(distance(task.metric, task.queries, q, rows, node), number)
+    if layer == 0:
+        write_keys(task.metric, task.queries, q, rows, scratch.pending, s, count, scratch.keys)
+    else:
+        start = _layer_start(graph, layer)
+        for j in range(count):
+            number = np.int64(scratch.pending[s, j])
+            node = np.int64(graph.nodes[start + number])
+            scratch.keys[j] = make_key(distance(task.metric, task.queries, q, rows, node), number)
     _offer(task, scratch, s, count)
     slots[s, READ] += count
     slots[s, PENDING] = 0

@@ -4,6 +4,7 @@ Rows of codes are taken EIGHT at a time: their integer sums are turned into one 
 as one distance does in `distance.py`, by the same operations, so to the same bits.
 """
 
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -19,28 +20,29 @@ INTS = ir.VectorType(I32, EIGHT)
 LONGS = ir.VectorType(I64, EIGHT)
 
 
-def write_keys(metric, queries, q, rows, ids, s, count, keys):
-    """keys[:count] = keys (R1, R2) of rows ids[s, :count] for query `q`; compiled code only.
+def write_keys(metric, queries, q, rows, ids, s, start, count, keys):
+    """keys[:count] = keys (R1, R2) of rows ids[s, start : start + count]; compiled code only.
 
-    ids[s] has EIGHT more places behind the last, all valid ids; keys, as many: they become KEY_NONE
-    up to a multiple of EIGHT.
+    ids[s] has EIGHT more places behind the last, all of them valid ids, and keys has as many: they
+    become KEY_NONE up to a multiple of EIGHT.
     """
     raise NotImplementedError("called from compiled code only")
 
 
 @overload(write_keys, jit_options=NO_REFCOUNT)
-def _write_keys(metric, queries, q, rows, ids, s, count, keys):
+def _write_keys(metric, queries, q, rows, ids, s, start, count, keys):
     if rows.dtype in (types.int8, types.uint8):
 
-        def code_keys(metric, queries, q, rows, ids, s, count, keys):
+        def code_keys(metric, queries, q, rows, ids, s, start, count, keys):
             for first in range(0, count, EIGHT):
-                _eight_keys(metric, queries, q, rows, ids, s, first, count, keys)
+                _eight_keys(metric, queries, q, rows, ids, s, start, first, count, keys)
 
         return code_keys
 
-    def float_keys(metric, queries, q, rows, ids, s, count, keys):
+    def float_keys(metric, queries, q, rows, ids, s, start, count, keys):
         for j in range(count):
-            keys[j] = make_key(distance(metric, queries, q, rows, ids[s, j]), ids[s, j])
+            node = np.int64(ids[s, start + j])
+            keys[j] = make_key(distance(metric, queries, q, rows, node), node)
         for j in range(count, (count + EIGHT - 1) & -EIGHT):
             keys[j] = KEY_NONE
 
@@ -48,14 +50,14 @@ def _write_keys(metric, queries, q, rows, ids, s, count, keys):
 
 
 @intrinsic
-def _eight_keys(typingctx, metric, queries, q, rows, ids, s, first, count, keys):
+def _eight_keys(typingctx, metric, queries, q, rows, ids, s, start, first, count, keys):
     is_int4 = rows.dtype == types.uint8
 
     def codegen(context, builder, signature, arguments):
-        metric, query_array, q, row_array, id_array, s, first, count, key_array = arguments
+        metric, query_array, q, row_array, id_array, s, start, first, count, key_array = arguments
         query, query_bytes = one.row_pointer(context, builder, queries, query_array, q)
         id_row, _ = one.row_pointer(context, builder, ids, id_array, s)
-        id_row = builder.gep(id_row, [builder.mul(first, I64(4))])
+        id_row = builder.gep(id_row, [builder.mul(builder.add(start, first), I64(4))])
         numbers = builder.load(builder.bitcast(id_row, INTS.as_pointer()), align=4)
         pointers = []
         for i in range(EIGHT):
@@ -131,7 +133,7 @@ def _eight_keys(typingctx, metric, queries, q, rows, ids, s, first, count, keys)
         builder.store(made, place, align=8)
         return context.get_dummy_value()
 
-    return types.void(metric, queries, q, rows, ids, s, first, count, keys), codegen
+    return types.void(metric, queries, q, rows, ids, s, start, first, count, keys), codegen
 
 
 def _turned(builder, vectors):

@@ -45,9 +45,9 @@ from hnsw_gpu.engine.workers import run_chunks
 SLOTS = 4  # queries that one thread walks in turn
 CHUNK = 256  # queries that a thread takes at a time
 LEAST_CHUNK = 8  # fewer are not worth another thread
-TOUCHED = 1 << 15  # ids remembered for clearing the visited set; beyond, all of it is cleared
+REMEMBERED = 1 << 15  # visits a query by which its visited set is cleared; beyond, all of it is
 # int64 fields of a slot
-QUERY, LAYER, PHASE, CAPACITY, PICKED, PENDING, TOUCH, HOPS, READ = range(9)
+QUERY, LAYER, PHASE, CAPACITY, PICKED, PENDING, VISITS, HAS_FORGOTTEN, HOPS, READ = range(10)
 IDLE, FREE, GATHER, COMPUTE = range(4)
 
 
@@ -73,10 +73,9 @@ class Scratch(NamedTuple):
     beam: np.ndarray  # (SLOTS, ef or ef_upper, rounded up to LANES) uint64
     allowed_keys: np.ndarray  # (SLOTS, k) uint64, the k smallest (R8)
     visited: np.ndarray  # (SLOTS, words) uint32
-    touched: np.ndarray  # (SLOTS, TOUCHED) int32
+    visits: np.ndarray  # (SLOTS, REMEMBERED, expand * M0 and EIGHT) int32, the last are pending
     picked: np.ndarray  # (SLOTS, expand) int32
-    pending: np.ndarray  # (SLOTS, expand * M0 and EIGHT more) int32
-    keys: np.ndarray  # (expand * M0 and EIGHT more,) uint64 of the pending ones
+    keys: np.ndarray  # (expand * M0 and EIGHT more,) uint64 of the pending nodes
     entering: np.ndarray  # (expand * M0,) uint64, those of them that enter
 
 
@@ -156,13 +155,12 @@ def _new_scratch(graph, task, expand, chunk):
     slots = min(SLOTS, chunk)
     count, width = graph.neighbors0.shape
     return Scratch(
-        slots=np.zeros((slots, 9), np.int64),
+        slots=np.zeros((slots, 10), np.int64),
         beam=np.empty((slots, _whole_lanes(max(task.ef, task.ef_upper))), np.uint64),
         allowed_keys=np.empty((slots, task.keys.shape[1]), np.uint64),
         visited=np.zeros((slots, (count + 31) >> 5), np.uint32),
-        touched=np.empty((slots, TOUCHED), np.int32),
+        visits=np.zeros((slots, REMEMBERED + expand * width + EIGHT), np.int32),
         picked=np.empty((slots, expand), np.int32),
-        pending=np.zeros((slots, expand * width + EIGHT), np.int32),
         keys=np.empty(expand * width + EIGHT, np.uint64),
         entering=np.empty(expand * width, np.uint64),
     )
@@ -211,23 +209,31 @@ def _layer_start(graph, layer):
 @jit(is_inlined=True)
 def _visit(scratch, s, node):
     """Mark a node visited, known to be new."""
-    word = node >> 5
-    scratch.visited[s, word] |= np.uint32(1) << np.uint32(node & 31)
-    touched = scratch.slots[s, TOUCH]
-    scratch.touched[s, touched & (TOUCHED - 1)] = word
-    scratch.slots[s, TOUCH] = touched + 1
+    count = _room_for_visits(scratch, s)
+    scratch.visited[s, node >> 5] |= np.uint32(1) << np.uint32(node & 31)
+    scratch.visits[s, count] = node
+    scratch.slots[s, VISITS] = count + 1
+
+
+@jit(is_inlined=True)
+def _room_for_visits(scratch, s):
+    """Where the next visits are written: at the beginning again when there is no more room."""
+    if scratch.slots[s, VISITS] > REMEMBERED:
+        scratch.slots[s, VISITS] = 0
+        scratch.slots[s, HAS_FORGOTTEN] = 1
+    return scratch.slots[s, VISITS]
 
 
 @jit(is_inlined=True)
 def _clear_visited(scratch, s):
     """Clear the visited set."""
-    touched = scratch.slots[s, TOUCH]
-    if touched < TOUCHED:  # a full list may have been written over, at its beginning
-        for i in range(touched):
-            scratch.visited[s, scratch.touched[s, i]] = 0
-    else:
+    if scratch.slots[s, HAS_FORGOTTEN]:
         scratch.visited[s, :] = 0
-    scratch.slots[s, TOUCH] = 0
+    else:
+        for i in range(scratch.slots[s, VISITS]):
+            scratch.visited[s, np.uintp(scratch.visits[s, i]) >> np.uintp(5)] = 0
+    scratch.slots[s, VISITS] = 0
+    scratch.slots[s, HAS_FORGOTTEN] = 0
 
 
 @jit(is_inlined=True)
@@ -309,59 +315,57 @@ def _begin(graph, rows, task, scratch, s, q):
 
 @jit(is_inlined=True)
 def _list_unvisited(links, row, scratch, s, count):
-    """Append the unvisited links of a row to the pending list, mark them; returns its length.
+    """Append the unvisited links of a row to the visits, mark them; returns how many there are.
 
     Whether a link was visited is close to random, so it is counted, not branched on.
     """
-    touched = scratch.slots[s, TOUCH]
     for j in range(links.shape[1]):
         link = links[row, j]
         if link < 0:
             break
-        word, shift = link >> 5, np.uint32(link & 31)
+        word, bit = np.uintp(link) >> np.uintp(5), np.uint32(1) << np.uint32(link & 31)
         old = scratch.visited[s, word]
-        is_new = np.int64((old >> shift & np.uint32(1)) ^ np.uint32(1))
-        scratch.visited[s, word] = old | np.uint32(1) << shift
-        scratch.touched[s, touched & (TOUCHED - 1)] = word
-        scratch.pending[s, count] = link
-        touched += is_new
-        count += is_new
-    scratch.slots[s, TOUCH] = touched
+        scratch.visited[s, word] = old | bit
+        scratch.visits[s, np.uintp(count)] = link
+        count += (old & bit) == 0
     return count
 
 
 @jit(is_inlined=True)
 def _gather(graph, rows, scratch, s):
     """Second half of a step: list the unvisited neighbours and ask for their rows (R5, R7)."""
-    slots, pending = scratch.slots, scratch.pending
-    layer, count = slots[s, LAYER], 0
+    slots, visits, layer = scratch.slots, scratch.visits, scratch.slots[s, LAYER]
+    first = _room_for_visits(scratch, s)
+    count = first
     if layer == 0:
         for p in range(slots[s, PICKED]):
             count = _list_unvisited(graph.neighbors0, scratch.picked[s, p], scratch, s, count)
-        for j in range(count):
-            prefetch_row(rows, pending[s, j])
+        for j in range(first, count):
+            prefetch_row(rows, visits[s, np.uintp(j)])
     else:
         start = _layer_start(graph, layer)
         for p in range(slots[s, PICKED]):
             row = start + scratch.picked[s, p]
             count = _list_unvisited(graph.neighbors, row, scratch, s, count)
-        for j in range(count):
-            prefetch_row(rows, graph.nodes[start + pending[s, j]])
-    slots[s, PENDING] = count
+        for j in range(first, count):
+            prefetch_row(rows, graph.nodes[start + visits[s, j]])
+    slots[s, VISITS] = count
+    slots[s, PENDING] = count - first
     slots[s, PHASE] = COMPUTE
 
 
 @jit(is_inlined=True)
 def _compute(graph, rows, task, scratch, s):
-    """End of a step: the pending neighbours' keys, merged (R5)."""
-    slots = scratch.slots
+    """End of a step: the pending nodes' keys, merged (R5)."""
+    slots, visits = scratch.slots, scratch.visits
     q, layer, count = slots[s, QUERY], slots[s, LAYER], slots[s, PENDING]
+    first = slots[s, VISITS] - count
     if layer == 0:
-        write_keys(task.metric, task.queries, q, rows, scratch.pending, s, count, scratch.keys)
+        write_keys(task.metric, task.queries, q, rows, visits, s, first, count, scratch.keys)
     else:
         start = _layer_start(graph, layer)
         for j in range(count):
-            number = np.int64(scratch.pending[s, j])
+            number = np.int64(visits[s, first + j])
             node = np.int64(graph.nodes[start + number])
             scratch.keys[j] = make_key(distance(task.metric, task.queries, q, rows, node), number)
     _offer(task, scratch, s, count)

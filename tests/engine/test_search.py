@@ -12,7 +12,7 @@ import reference
 
 from hnsw_gpu.engine import vectors as vectors_module
 from hnsw_gpu.engine.graph import Graph, check_graph
-from hnsw_gpu.engine.search import TOUCHED, search_graph
+from hnsw_gpu.engine.search import REMEMBERED, search_graph
 
 METRICS = ["l2", "ip", "cosine"]
 DTYPES = ["fp32", "fp16", "int8"]
@@ -252,7 +252,7 @@ def wide_tree(visited: int, width: int) -> Graph:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("visited", [TOUCHED, TOUCHED + 1])
+@pytest.mark.parametrize("visited", [REMEMBERED, REMEMBERED + 1])
 def test_forgetting_around_the_undo_list(visited: int) -> None:
     # The first queries visit everything from node 0, alone in its word of the visited set. Those
     # that follow in the same scratch come to node 0 by a link: it must be new to them.

@@ -1,6 +1,7 @@
-"""ASGI middleware: counts responses, and checks the token."""
+"""ASGI middleware: counts responses, says whose they are, and checks the token."""
 
 import hmac
+import re
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -24,6 +25,26 @@ class CountResponses:
             await send(message)
 
         await self._app(scope, receive, count_and_send)
+
+
+class EchoCallId:
+    """Repeats a request's X-Call-Id in the answer, so that a caller knows it for its own."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        call_id = dict(scope.get("headers", ())).get(b"x-call-id", b"")
+        if not re.fullmatch(rb"[\w.-]{1,64}", call_id):
+            await self._app(scope, receive, send)
+            return
+
+        async def name_and_send(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message["headers"], (b"x-call-id", call_id)]}
+            await send(message)
+
+        await self._app(scope, receive, name_and_send)
 
 
 class RequireToken:

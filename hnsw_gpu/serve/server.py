@@ -26,7 +26,7 @@ from hnsw_gpu.serve.batcher import Batcher, QueueFullError
 from hnsw_gpu.serve.disconnect import unless_disconnected
 from hnsw_gpu.serve.live_index import LiveIndex
 from hnsw_gpu.serve.metrics import CONTENT_TYPE, Metrics
-from hnsw_gpu.serve.middleware import CountResponses, RequireToken
+from hnsw_gpu.serve.middleware import CountResponses, EchoCallId, RequireToken
 from hnsw_gpu.serve.problem import Problem, message_of
 from hnsw_gpu.serve.request import (
     LARGE,
@@ -92,7 +92,7 @@ class Server:
         routed.router.redirect_slashes = False
         token = self.settings.token
         guarded = routed if token is None else RequireToken(routed, token)
-        return CountResponses(guarded, self.metrics, {route.path for route in routes})
+        return CountResponses(EchoCallId(guarded), self.metrics, {route.path for route in routes})
 
     # ---------------------------------------------------------------- searching
 

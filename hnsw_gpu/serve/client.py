@@ -232,7 +232,7 @@ class Client:
         except BaseException:  # also a Ctrl-C
             connection.close()
             raise
-        if connection.is_reusable:
+        if connection.is_reusable and "kept" not in self._local.__dict__:  # by a call within this
             self._local.kept = os.getpid(), connection
         else:
             connection.close()

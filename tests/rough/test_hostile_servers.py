@@ -56,7 +56,7 @@ class Peer:
 
     def read(self) -> Request | None:
         """The next request; None: the client has left."""
-        line = self._file.readline().decode()
+        line = "" if self._file.closed else self._file.readline().decode()
         if not line:
             return None
         method, target, _ = line.split()
@@ -186,20 +186,18 @@ SLOW = {
     "chunks": after(CHUNKED, b"1\r\nx\r\n"),
     "the size of a chunk": after(CHUNKED, b"0"),
     "trailers": after(CHUNKED + b"0\r\n", b"A: b\r\n"),
-    "busy": replying(lambda peer, _: (peer.leaves.wait(0.1), peer.answer(b"", "503 Busy"))),
+    "busy": replying(lambda peer, _: (peer.leaves.wait(0.2), peer.answer(b"", "503 Busy"))),
 }
 
 
 @pytest.mark.parametrize("kind", SLOW)
 def test_a_byte_a_moment_does_not_outlast_the_timeout(kind: str) -> None:
-    expected = ServerError if kind == "busy" else TimeoutError
-    with serving(SLOW[kind]) as (url, asked), Client(url, timeout_s=0.25) as asking:
-        with pytest.raises(expected) as failed:
-            asking.search(query(1), 1)
-        if kind == "busy":  # its reason says more than "no answer"
-            assert len(asked) < 4
-        else:
-            assert str(failed.value) == "no answer of 127.0.0.1 within 0.25 s"
+    with (
+        serving(SLOW[kind]) as (url, _),
+        Client(url, timeout_s=0.25) as asking,
+        pytest.raises(TimeoutError, match=r"^no answer of 127\.0\.0\.1 within 0\.25 s$"),
+    ):
+        asking.search(query(1), 1)
 
 
 def test_all_requests_of_a_call_share_the_timeout() -> None:
@@ -217,9 +215,12 @@ def test_all_requests_of_a_call_share_the_timeout() -> None:
 
 
 def test_a_server_that_does_not_read_does_not_outlast_it() -> None:
-    with serving(never_read) as (url, _), Client(url, timeout_s=0.2) as asking:
-        with pytest.raises(TimeoutError, match=r"within 0\.2 s"):
-            asking.search(np.zeros((2000, 1000), np.float32), 1)
+    with (
+        serving(never_read) as (url, _),
+        Client(url, timeout_s=0.2) as asking,
+        pytest.raises(TimeoutError, match=r"within 0\.2 s"),
+    ):
+        asking.search(np.zeros((2000, 1000), np.float32), 1)
 
 
 @pytest.mark.parametrize("wrong", [0, -1, float("-inf")])
@@ -267,9 +268,12 @@ ENDLESS = {
 @pytest.mark.parametrize("kind", ENDLESS)
 def test_an_endless_answer_is_not_taken(kind: str, call: str) -> None:
     sent = [0]
-    with serving(endless(*ENDLESS[kind], sent)) as (url, _), Client(url, retries=0) as asking:
-        with pytest.raises((ServerError, ConnectionError)):
-            asking.search(query(1), 1) if call == "search" else asking.index()
+    with (
+        serving(endless(*ENDLESS[kind], sent)) as (url, _),
+        Client(url, retries=0) as asking,
+        pytest.raises((ServerError, ConnectionError)),
+    ):
+        asking.search(query(1), 1) if call == "search" else asking.index()
     assert sent[0] < 32 * 2**20  # what is not read lies in the system's buffers
 
 
@@ -283,7 +287,7 @@ def test_a_length_is_not_believed(size: str) -> None:
 
     with serving(replying(make)) as (url, _), Client(url, retries=0) as asking:
         for call in (asking.index, lambda: asking.search(query(1), 1)):
-            with pytest.raises(hnsw_gpu.AnswerError, match="200: (a body of|not )"):
+            with pytest.raises(hnsw_gpu.AnswerError, match=r"200: (a body of|not )"):
                 call()
 
 
@@ -337,7 +341,7 @@ def test_descriptions_that_are_none(kind: str) -> None:
     behave = replying(lambda peer, _: peer.answer(DESCRIPTIONS[kind]))
     with serving(behave) as (url, asked), Client(url) as asking:
         for call in (asking.index, lambda: asking.swap("x.hnsw")):
-            with pytest.raises(hnsw_gpu.AnswerError, match="^200: ") as failed:
+            with pytest.raises(hnsw_gpu.AnswerError, match=r"^200: ") as failed:
                 call()
             assert failed.value.status == 200
     assert len(asked) == 2  # what makes no sense is not asked again
@@ -355,7 +359,7 @@ RESULTS = {
     "JSON": (b'{"labels": [[1, 2]], "distances": [[0, 0]]}', "not a .npy"),
     "a page": (b"<html>log in</html>", "not a .npy"),
     "numbers": (formats.write_npy(np.zeros((1, 2), np.float32)), "a result of float32"),
-    "a deep header": (b"\x93NUMPY\x01\x00\xff\x7f" + b"(" * 0x7FFF, "not a .npy"),
+    "a deep header": (b"\x93NUMPY\x01\x00\x00\x30" + b"(" * 0x3000, "not a .npy"),
     "more rows": (result([[1, 2]] * 2, [[0, 0]] * 2), r"results \(2, 2\), expected \(1, 2\)"),
     "no rows": (result(np.zeros((0, 2)), np.zeros((0, 2))), r"results \(0, 2\)"),
     "fewer results": (result([[1]], [[0]]), r"results \(1, 1\), expected \(1, 2\)"),
@@ -370,9 +374,12 @@ RESULTS = {
 def test_results_of_another_shape_than_asked(kind: str) -> None:
     body, words = RESULTS[kind]
     behave = replying(lambda peer, _: peer.answer(body))
-    with serving(behave) as (url, _), Client(url) as asking:
-        with pytest.raises(hnsw_gpu.AnswerError, match=f"^200: .*{words}"):
-            asking.search(query(1), 2)
+    with (
+        serving(behave) as (url, _),
+        Client(url) as asking,
+        pytest.raises(hnsw_gpu.AnswerError, match=f"^200: .*{words}"),
+    ):
+        asking.search(query(1), 2)
 
 
 def test_missing_results_are_an_answer() -> None:
@@ -392,9 +399,12 @@ def test_missing_results_are_an_answer() -> None:
 def test_reasons_are_one_short_line(detail: object, shown: str | None) -> None:
     body = detail if isinstance(detail, str) else json.dumps(detail)
     behave = replying(lambda peer, _: peer.answer(body.encode(), "422 No"))
-    with serving(behave) as (url, _), Client(url) as asking:
-        with pytest.raises(ServerError) as failed:
-            asking.index()
+    with (
+        serving(behave) as (url, _),
+        Client(url) as asking,
+        pytest.raises(ServerError) as failed,
+    ):
+        asking.index()
     assert failed.value.detail.isprintable() and len(failed.value.detail) <= 2_000
     assert shown is None or failed.value.detail == shown
 
@@ -638,7 +648,7 @@ def test_tokens_and_addresses_are_checked() -> None:
         asking.index()
     assert asked[0].headers["authorization"] == "Bearer s3cret"
     for token in ("a\nX-Evil: 1", "", "two words", "gehe\u00efm"):
-        with pytest.raises(ValueError, match="^token: expected one word of printable ASCII$"):
+        with pytest.raises(ValueError, match=r"^token: expected one word of printable ASCII$"):
             Client(url, token=token)
     for wrong in (
         "http://x:99999", "http://x:port", "http://[::1", "http://user:word@x", "http://x/#a",

@@ -77,7 +77,7 @@ class Peer:
 
     def trickle(self, *parts: bytes) -> None:
         """Parts in turn, again and again, each a moment after the other, for a while."""
-        for number in range(400):
+        for number in range(150):
             if self.leaves.wait(0.01):
                 return
             self.send(parts[number % len(parts)])
@@ -167,7 +167,7 @@ def after(begin: bytes, *parts: bytes) -> Behaviour:
     def make(peer: Peer, _: Request) -> None:
         peer.send(begin)
         peer.trickle(*parts)
-        peer.send(b"\r\n")
+        peer.close()
 
     return replying(make)
 

@@ -249,6 +249,7 @@ def endless(begin: bytes, part: bytes, sent: list[int]) -> Behaviour:
         for _number in range(48 * 2**20 // len(part)):
             peer.send(part)
             sent[0] += len(part)
+        peer.close()
 
     return replying(make)
 

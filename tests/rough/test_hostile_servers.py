@@ -487,10 +487,14 @@ print("done")
     assert len(peers) == 4
 
 
-@pytest.mark.skipif(os.name == "nt", reason="signals to a thread are for POSIX")
-@pytest.mark.skipif(
-    threading.current_thread() is not threading.main_thread(), reason="signals reach the main one"
+signals_only = pytest.mark.skipif(
+    not hasattr(signal, "pthread_kill")
+    or threading.current_thread() is not threading.main_thread(),
+    reason="signals reach the main thread, on POSIX",
 )
+
+
+@signals_only
 def test_after_a_ctrl_c_the_next_call_has_a_connection_of_its_own() -> None:
     main = threading.main_thread().ident
     assert main is not None
@@ -508,6 +512,7 @@ def test_after_a_ctrl_c_the_next_call_has_a_connection_of_its_own() -> None:
     assert len(asked) == 2
 
 
+@signals_only
 def test_a_call_within_a_call_has_a_connection_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """As of a signal handler, while the first waits for its answer."""
     is_asked = threading.Event()

@@ -415,11 +415,9 @@ def test_reasons_are_one_short_line(detail: object, shown: str | None) -> None:
 
 def test_an_answer_to_another_call_is_refused() -> None:
     def make(peer: Peer, request: Request) -> None:
-        call_id = request.headers.get("x-call-id", "")
-        peer.answer(request.right, "200 OK", f"X-Call-Id: {call_id if len(number) else 'ffff'}")
-        number.append(1)
+        call_id = request.headers["x-call-id"] if len(peer.asked) > 1 else "ffff"
+        peer.answer(request.right, "200 OK", f"X-Call-Id: {call_id}")
 
-    number: list[int] = []
     with serving(replying(make)) as (url, asked), Client(url) as asking:
         with pytest.raises(hnsw_gpu.AnswerError, match="the answer to call 'ffff', not to "):
             ask(asking, 1)

@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 import hnsw_gpu
 from hnsw_gpu import inputs
 from hnsw_gpu.deduplication import report as reports
@@ -25,9 +23,9 @@ from hnsw_gpu.deduplication.shard_size import shard_rows_within
 from hnsw_gpu.deduplication.shard_steps import ResumableSteps
 from hnsw_gpu.deduplication.sharded_join import no_pairs
 from hnsw_gpu.deduplication.stage_clock import StageClock
-from hnsw_gpu.deduplication.tables import write_tables
+from hnsw_gpu.deduplication.tables import require_writable, write_tables
 from hnsw_gpu.engine import thread_count
-from hnsw_gpu.files import FORMAT_VERSION, Sources, file_checksum, open_sources
+from hnsw_gpu.files import FORMAT_VERSION, Sources, file_checksum, open_sources, ordered_values
 
 
 def dedup_files(
@@ -57,11 +55,11 @@ def dedup_files(
     clock = StageClock()
     sources = open_sources(paths, column=column)
     if write_kept:
-        sources.require_same_columns()
+        require_writable(sources.schema())
     keep = _keep(sources, settings.keep)
-    ids = None if id_column is None else sources.column(id_column)
+    ids = None if id_column is None else _ids(sources, id_column)
     if text_column is not None:
-        sources.take(text_column, np.empty(0, np.int64))  # is it there?
+        sources.column_type(text_column)  # is it there?
     rows_a_shard = shard_rows or shard_rows_within(
         memory_limit, len(sources), sources.dim, settings.M
     )
@@ -143,10 +141,21 @@ def _keep(sources: Sources, keep: str) -> Any:
     if not column:
         return inputs.one_of("keep", keep, KEEP)
     inputs.one_of("keep", which, ("max", "min"))
-    values = sources.column(column).to_numpy()
-    if values.dtype.kind not in "fiub":
-        raise ValueError(f"keep={keep!r}: the column holds {values.dtype}, expected numbers")
-    return which, values
+    try:
+        return which, ordered_values(sources.column(column))
+    except ValueError as error:
+        raise ValueError(f"keep={keep!r}: {error}") from None
+
+
+def _ids(sources: Sources, column: str) -> Any:
+    """Values by which rows are named in the tables; ValueError where they name nothing."""
+    import pyarrow
+
+    kind = sources.column_type(column)
+    if pyarrow.types.is_nested(kind):
+        raise ValueError(f"column {column!r} is {kind}: no names of rows")
+    require_writable(pyarrow.schema([(column, kind)]))
+    return sources.column(column)
 
 
 def _parameters(settings: Settings) -> dict[str, Any]:

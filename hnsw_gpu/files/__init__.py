@@ -1,5 +1,6 @@
 """Bytes and arrays: saved indexes, and files of vectors that other programs wrote."""
 
+from hnsw_gpu.files.arrow_columns import filtered, ordered_values, taken, texts
 from hnsw_gpu.files.page import read_page
 from hnsw_gpu.files.sources import Sources, file_checksum, open_sources
 from hnsw_gpu.files.storage import (
@@ -20,11 +21,15 @@ __all__ = [
     "arrays_checksum",
     "atomic_file",
     "file_checksum",
+    "filtered",
     "open_arrays",
     "open_sources",
+    "ordered_values",
     "read_arrays",
     "read_page",
     "read_vectors",
+    "taken",
+    "texts",
     "write_arrays",
     "write_result",
 ]

@@ -92,7 +92,7 @@ def require_ours(out: Path, read: Sequence[Path], *, is_begun: bool) -> None:
     """
     there = [out / name for name in RESULTS if os.path.lexists(out / name)]
     for path in there:
-        if any(path.exists() and path.samefile(given) for given in read):
+        if any(path.exists() and given.exists() and path.samefile(given) for given in read):
             raise ValueError(f"{path} is an input: it would be overwritten")
     if there and not is_begun and not _is_ours(out / "report.json"):
         raise ValueError(
@@ -104,7 +104,7 @@ def require_ours(out: Path, read: Sequence[Path], *, is_begun: bool) -> None:
 def _is_ours(report: Path) -> bool:
     try:
         found = json.loads(report.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(found, dict) and found.get("made_by") == MADE_BY
 

@@ -2,7 +2,7 @@
 
 from hnsw_gpu.files.arrow_columns import filtered, ordered_values, taken, texts
 from hnsw_gpu.files.page import read_page
-from hnsw_gpu.files.sources import Sources, file_checksum, open_sources
+from hnsw_gpu.files.sources import Sources, file_checksum, list_files, open_sources
 from hnsw_gpu.files.storage import (
     FORMAT_VERSION,
     CorruptIndexError,
@@ -22,6 +22,7 @@ __all__ = [
     "atomic_file",
     "file_checksum",
     "filtered",
+    "list_files",
     "open_arrays",
     "open_sources",
     "ordered_values",

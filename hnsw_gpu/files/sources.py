@@ -247,14 +247,17 @@ class Sources:
         ]
 
 
-def open_sources(
-    paths: Sequence[Path], *, column: str = "embedding", except_for: Sequence[Path] = ()
-) -> Sources:
-    """Files and folders of vectors. ValueError, OSError that name the file.
+def list_files(paths: Sequence[Path], *, except_for: Sequence[Path] = ()) -> list[Path]:
+    """These files, and the files of vectors in these folders.
 
-    except_for: files, or folders with all in them, that are left out where a folder is given.
+    except_for: files, and folders with all in them, that are left out of a folder that holds them.
     """
-    listed = [path for given in paths for path in _listed(Path(given), except_for)]
+    return [path for given in paths for path in _listed(Path(given), except_for)]
+
+
+def open_sources(paths: Sequence[Path], *, column: str = "embedding") -> Sources:
+    """Files and folders of vectors. ValueError, OSError that name the file."""
+    listed = list_files(paths)
     stays_open = len(listed) <= MOST_OPEN
     files = [_opened(path, column, stays_open) for path in listed]
     if not files:
@@ -291,7 +294,6 @@ def _listed(path: Path, except_for: Sequence[Path]) -> list[Path]:
     if not path.is_dir():
         return [path]
     here = path.resolve()
-    # of a folder that is given itself, or lies in one that is left out, all is read
     left_out = [other for other in map(Path.resolve, except_for) if here in other.parents]
     found = [
         file

@@ -8,6 +8,7 @@ import numpy as np
 
 from hnsw_gpu import inputs
 from hnsw_gpu.deduplication import figures
+from hnsw_gpu.deduplication.counting_sort import order_of_pairs
 from hnsw_gpu.deduplication.decision import Decision, NearRows
 from hnsw_gpu.deduplication.limit import distance_of_copies, limit_as_given, limit_of
 from hnsw_gpu.deduplication.linkage import LINKAGES
@@ -95,7 +96,7 @@ class DedupResult:
         of_copies = np.full(rows.copies, distance_of_copies(self._near.metric))
         distance = np.concatenate([pairs.distances, of_copies])
         a, b = np.minimum(a, b), np.maximum(a, b)
-        order = np.lexsort((b, a))
+        order = order_of_pairs(a, b)
         return a[order], b[order], distance[order]
 
     @property

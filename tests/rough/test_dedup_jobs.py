@@ -322,3 +322,21 @@ def test_a_plan_cut_short_is_said(tmp_path, path, ended_early) -> None:
 def test_limits_that_are_no_sizes(tmp_path, path, limit) -> None:
     said = told(path, "-o", tmp_path / "out", f"--memory-limit={limit}", code=2)
     assert f"{limit!r} is no size such as 4G" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seed", "-1"], "seed=-1: expected 0 to"),
+        (["--seed", str(2**64)], f"seed={2**64}: expected 0 to"),
+        (["--M", "0"], "M=0: expected 2 to 128"),
+        (["--M", "1", "--method", "hnsw"], "M=1: expected 2 to 128"),
+        (["--ef", "0"], "ef=0: expected at least 1"),
+        (["--ef-construction", "0"], "ef_construction=0: expected 1 to"),
+    ],
+)
+def test_wrong_parameters_of_the_graph_are_said_before_any_work(
+    tmp_path, path, arguments, message
+) -> None:
+    assert message in told(path, "-o", tmp_path / "out", *arguments, code=1)
+    assert not (tmp_path / "out").exists()

@@ -55,10 +55,10 @@ def dedup_files(
     """Do the job, write into folder `out`; returns the report.
 
     memory_limit: bytes of the whole process, by which `shard_rows` is chosen where it is not given;
-    None: half of the machine's memory. ValueError where `out` holds a run of other input or
-    parameters, or foreign files where ours would be, where an input would be overwritten or changes
-    meanwhile, where another job writes there, and where the limit is too small. Results and work of
-    earlier runs there are no input.
+    None: half of the machine's, or of a container's. Results and work of earlier runs in `out` are
+    no input. ValueError where `out` holds a run of other input or parameters, or foreign files
+    where ours would be, where another job writes there, where an input would be overwritten or
+    changes meanwhile, and where the limit is too small.
     """
     settings.check()
     with held(out):

@@ -89,5 +89,5 @@ def print_facts(facts: dict[str, Any], as_json: bool) -> None:
     for name, value in facts.items():
         shown = f"{value:,}" if name.endswith(("_bytes", "vectors")) else value
         for line in shown if isinstance(shown, list) else [shown]:
-            click.echo(f"{name:<{width}}{'none' if line in ('', None, False) else line}")
+            click.echo(f"{name:<{width}}{'none' if line is False or line in ('', None) else line}")
             name = ""

@@ -109,8 +109,9 @@ class NearRows:
             np.concatenate([self.pairs.b, key_nodes(keys)]),
             np.concatenate([self.pairs.distances, key_distances(keys)]),
         )
-        self.pairs = self.pairs._replace(a=a, b=b, distances=distances)
-        self._lists = None
+        if len(a) > len(self.pairs.a):  # else all of them were there
+            self.pairs = self.pairs._replace(a=a, b=b, distances=distances)
+            self._lists = None
 
     def _decision(self, root: np.ndarray, row_of: np.ndarray) -> Decision:
         """Of root int64 (nodes,), the kept node for each, and the row of each kept node."""

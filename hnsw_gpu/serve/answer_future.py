@@ -50,10 +50,10 @@ class AnswerFuture(Future[SearchResult]):
 
     def settle(self, outcome: SearchResult | BaseException) -> None:
         """The same, however long others keep it waiting."""
-        if self.done() and not self.cancelled():
-            return
-        if not self.set_running_or_notify_cancel():
-            return
+        with self._condition:  # nobody cancels it between these two
+            is_open = self._state in (_base.PENDING, _base.CANCELLED)
+            if not (is_open and self.set_running_or_notify_cancel()):
+                return
         if isinstance(outcome, BaseException):
             self.set_exception(outcome)
         else:

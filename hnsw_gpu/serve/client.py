@@ -33,7 +33,7 @@ LONGEST_TIMEOUT_S = 3600  # that the server takes
 JSON_BYTES = 2**22  # most of a JSON answer
 NPY_HEAD_BYTES = 2**14
 BODY_BYTES, RESULTS = 2**23, 2**20  # most of one request: more are hardly faster
-ANY_BODY_BYTES, ANY_RESULTS = 2**20, 2**16  # beyond these the server is asked for its limits
+ANY_BODY_BYTES, ANY_RESULTS = 2**16, 2**16  # beyond these the server is asked for its limits
 CALL_ID = "X-Call-Id"
 PYTHON_TYPES = {"integer": int, "string": str, "object": dict, "array": list}
 
@@ -134,15 +134,17 @@ class Client:
         """What is served: n, dim, metric, dtype, parameters, checksum, version, filters, limits."""
         return self._describe(self._deadline())
 
-    def swap(self, path: str) -> dict[str, Any]:
+    def swap(self, path: str, *, force: bool = False) -> dict[str, Any]:
         """Make the server load another saved index; `path` is relative to the server's root.
 
-        Returns what `index` returns once the new index is served. Never sent twice.
+        force: also one of another dim or metric. Returns what `index` returns once the new index
+        is served. Never sent twice.
         """
         if not isinstance(path, str):
             raise TypeError(f"path={path!r}: expected str")
         asked = _Asked(
-            "POST", "/v1/index:swap", {"Content-Type": formats.JSON},
+            "POST", "/v1/index:swap" + ("?force=true" if force else ""),
+            {"Content-Type": formats.JSON},
             json.dumps({"path": path}).encode(), JSON_BYTES, is_safe=False,
         )  # fmt: skip
         return _description_of(self._call(asked, self._deadline()))
@@ -170,7 +172,7 @@ class Client:
 
     def _rows_of_a_request(self, queries: np.ndarray, k: int, deadline: float) -> int:
         """How many rows a request may have: by `batch_rows`, by our limits and the server's."""
-        a_row = max(queries.shape[1] * queries.itemsize, 1)
+        a_row = max(queries.shape[1] * 4, 1)  # the server counts numbers as float32
         bytes_, results = BODY_BYTES, RESULTS
         rows = min(len(queries), self._batch_rows)
         if rows > 1 and (rows * a_row > ANY_BODY_BYTES or rows * k > ANY_RESULTS):
@@ -303,7 +305,7 @@ def _result_of(answer: Answer, rows: int, k: int) -> tuple[np.ndarray, np.ndarra
 def _description_of(answer: Answer) -> dict[str, Any]:
     """What `index` returns; AnswerError: it is none."""
     try:
-        found = formats.read_json(answer.body)
+        found = formats.read_object(answer.body)
     except (ValueError, TypeError) as error:
         raise AnswerError(answer.status, str(error)) from None
     schema = SCHEMAS["Index"]
@@ -326,7 +328,7 @@ def _detail(answer: Answer) -> str:
         to = answer.headers.get("Location", "")
         return f"a redirect to {to!r:.200}, which is not followed"
     try:
-        detail = formats.read_json(answer.body)["detail"]
+        detail = formats.read_object(answer.body)["detail"]
     except (ValueError, LookupError, TypeError):
         detail = answer.body[:200].decode("utf-8", "replace")
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(detail)[:2000])

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-import hnsw_gpu
 from hnsw_gpu import cli
 from hnsw_gpu.deduplication import in_files
 from hnsw_gpu.deduplication.checkpoints import PLAN, WORK
@@ -341,11 +340,3 @@ def test_wrong_parameters_of_the_graph_are_said_before_any_work(
 ) -> None:
     assert message in told(path, "-o", tmp_path / "out", *arguments, code=1)
     assert not (tmp_path / "out").exists()
-
-
-def test_info_shows_a_seed_of_zero(tmp_path, rows) -> None:
-    index = hnsw_gpu.Index(16, seed=0)
-    index.add(rows)
-    index.save(tmp_path / "a.hnsw")
-    said = CliRunner().invoke(cli.main, ["info", str(tmp_path / "a.hnsw")]).output
-    assert "seed             0" in said and "refine           none" in said

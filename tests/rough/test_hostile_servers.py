@@ -348,6 +348,14 @@ def test_descriptions_that_are_none(kind: str) -> None:
     assert len(asked) == 2  # what makes no sense is not asked again
 
 
+def test_a_long_description() -> None:
+    """Of as many filters as an index may have."""
+    long = DESCRIPTION | {"filters": [f"customers of {i:,}" for i in range(10_000)]}
+    behave = replying(lambda peer, _: peer.answer(json.dumps(long).encode()))
+    with serving(behave) as (url, _), Client(url) as asking:
+        assert asking.index() == asking.swap("x.hnsw") == long
+
+
 def result(labels: object, distances: object) -> bytes:
     return formats.write_result(
         formats.NPY, np.array(labels, np.int64), np.array(distances, np.float32)

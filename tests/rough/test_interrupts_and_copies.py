@@ -18,6 +18,8 @@ import pytest
 import hnsw_gpu
 import hnsw_gpu.index
 from hnsw_gpu import Batcher, CorruptIndexError, Index
+from hnsw_gpu.results import SearchResult
+from hnsw_gpu.serve.answer_future import AnswerFuture
 
 DIM, ROWS = 8, 300
 VECTORS = oracle.gaussian(ROWS, DIM, seed=1)
@@ -190,6 +192,22 @@ def test_a_cancelled_answer_is_done_for_who_waits() -> None:
         assert future.cancelled() and future.cancel()
         assert concurrent.futures.wait([future], 20).done == {future}
         assert list(concurrent.futures.as_completed([future], 20)) == [future]
+
+
+def test_an_answer_that_comes_after_all_is_nobodys() -> None:
+    """Whoever settles a cancelled future, or one that is settled, goes on to the next."""
+    nothing = SearchResult(np.empty((0, 3), np.int64), np.empty((0, 3), np.float32))
+    cancelled, settled, failed = AnswerFuture(), AnswerFuture(), AnswerFuture()
+    assert cancelled.cancel()
+    for _ in range(2):
+        cancelled.settle(nothing)
+        assert cancelled.settle_now(nothing) is None
+        settled.settle(nothing)
+        failed.settle(ValueError("once"))
+        assert failed.settle_now(nothing) is None
+    assert cancelled.cancelled() and settled.result(0) is nothing
+    with pytest.raises(ValueError, match="once"):
+        failed.result(0)
 
 
 def test_answers_are_had_by_wait_and_as_completed() -> None:

@@ -407,10 +407,11 @@ def test_more_files_than_may_be_open(tmp_path) -> None:
     resource = pytest.importorskip("resource")
     folder = tmp_path / "in"
     folder.mkdir()
-    for i in range(0, 90, 3):
-        write(folder / f"{i:03}.parquet", embedding=lists()[i // 3 : i // 3 + 1])
-        write(folder / f"{i + 1:03}.arrow", embedding=lists()[i // 3 : i // 3 + 1])
-        np.save(folder / f"{i + 2:03}.npy", ROWS[i // 3 : i // 3 + 1])
+    for i in range(30):
+        write(folder / f"{i:02}a.parquet", embedding=lists()[i : i + 1])
+        write(folder / f"{i:02}b.arrow", embedding=lists()[i : i + 1])
+        for part in "cde":  # which, mapped, would be open as long
+            np.save(folder / f"{i:02}{part}.npy", ROWS[i : i + 1])
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     told(write(tmp_path / "small.parquet"), "-o", tmp_path / "warm")  # imports open files
     resource.setrlimit(resource.RLIMIT_NOFILE, (64, before[1]))
@@ -418,10 +419,11 @@ def test_more_files_than_may_be_open(tmp_path) -> None:
         told(folder, "-o", tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
-    assert report(tmp_path / "out")["kept"] == 20 and report(tmp_path / "out")["rows"] == 90
-    parts_read = [list(open_sources([folder]).vectors(start, start + 30)) for start in (0, 30, 60)]
+    assert report(tmp_path / "out")["kept"] == 20 and report(tmp_path / "out")["rows"] == 150
+    spans = [(0, 40), (40, 111), (111, 150)]
+    parts_read = [list(open_sources([folder]).vectors(*span)) for span in spans]
     every = np.concatenate([block for part in parts_read for block in part])
-    np.testing.assert_array_equal(every, np.repeat(ROWS, 3, axis=0))
+    np.testing.assert_array_equal(every, np.repeat(ROWS, 5, axis=0))
 
 
 def test_compressed_arrow_files_are_held_a_batch_at_a_time(tmp_path) -> None:

@@ -478,11 +478,14 @@ assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
 ask(range(200))
 print("done")
 """
-    peers: list[Peer] = []
+    sides: list[set[int]] = []  # of each connection, who asked over it
 
     def behave(peer: Peer) -> None:
-        peers.append(peer)
-        replying(honest)(peer)
+        mine: set[int] = set()
+        sides.append(mine)
+        while (request := peer.read()) is not None:
+            mine.add(int(formats.read_npy(request.body)[0, 0]) // 1000)
+            honest(peer, request)
 
     with serving(behave) as (url, _):
         done = subprocess.run(
@@ -490,7 +493,7 @@ print("done")
             env={**os.environ, "PYTHONPATH": str(Path(hnsw_gpu.__file__).parents[1])},
         )  # fmt: skip
         assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
-    assert len(peers) == 4
+    assert sorted(map(sorted, sides)) == [[0], [1], [2], [3]]
 
 
 signals_only = pytest.mark.skipif(

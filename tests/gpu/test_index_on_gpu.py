@@ -301,3 +301,56 @@ def test_a_search_beside_an_adder(machine):
     for labels in answers:
         assert any(np.array_equal(labels, each) for each in expected)
     np.testing.assert_array_equal(answers[-1], expected[-1])
+
+
+def notes(index: hnsw_gpu.Index) -> int:
+    """How much is noted of links that the GPU has not."""
+    changes = index._gpu._changes
+    assert changes._held == sum(len(ids) + 1 for _, ids in changes._notes)
+    return changes._held
+
+
+def test_adds_that_no_search_follows_keep_few_notes(machine):
+    cpu, gpu = pair()
+    rows = np.random.default_rng(3).permutation(10_000)[:, None] // 4 ** np.arange(DIM) % 4
+    for index in (cpu, gpu):
+        for row in rows.astype(np.float32)[:, None]:
+            index.add(row)
+        assert len(index) == ROWS + 10_000
+    assert notes(gpu) <= ROWS
+    machine.steps.clear()
+    assert_alike(cpu, gpu)
+    whole = machine.sum_of("upload")
+    assert whole > 10_000 * DIM * 4
+    for index in (cpu, gpu):
+        index.add(rows[:3] + 5)
+    assert 0 < notes(gpu) < ROWS
+    machine.steps.clear()
+    assert_alike(cpu, gpu)  # by the notes: little goes up
+    assert machine.sum_of("upload") < whole / 5
+    for index in (cpu, gpu):
+        index.add(rows[:1] + 6)
+    assert len(gpu._gpu._changes._notes) == 1  # what is on the GPU is no longer noted
+    assert_alike(cpu, gpu)
+
+
+def test_an_older_state_comes_up_after_a_failed_upload(machine, monkeypatch):
+    """What was noted and brought before is not there any more."""
+    cpu, gpu = pair()
+    before, engine = gpu._state, gpu._gpu
+    for seed in (5, 6):
+        for one in (cpu, gpu):
+            one.add(vectors(30, seed))
+        assert_alike(cpu, gpu)
+    for one in (cpu, gpu):
+        one.add(vectors(30, seed=7))
+
+    def fail(*given):
+        raise MemoryError("no more")
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError, match="no more"):
+        patch.setattr(device_index.DeviceIndex, "_put", fail)
+        gpu.search(vectors(9, seed=2), 7)
+    nodes = engine.at(before.version, before.cpu, lambda: engine.node_count)
+    assert nodes == (before.node_count,)
+    assert_alike(cpu, gpu)

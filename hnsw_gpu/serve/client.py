@@ -26,6 +26,9 @@ class ServerError(RuntimeError):
         super().__init__(f"{status}: {detail}")
         self.status, self.detail = status, detail
 
+    def __reduce__(self) -> tuple:
+        return type(self), (self.status, self.detail)
+
 
 class Client:
     """Searches an index that `hnsw-gpu serve` serves at `url`, such as "http://127.0.0.1:8080".

@@ -255,8 +255,9 @@ def test_an_error_comes_out_of_another_process() -> None:
     """Whatever it says; one that cannot be unpickled breaks the pool of processes."""
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+        future = pool.submit(refused, built())
         with pytest.raises(ValueError, match=r"^vectors: NaN or infinite values in rows 0, 1$"):
-            pool.submit(refused, built()).result()
+            future.result()
     for error in (
         RowsError("x: bad in row 3", "bad", np.array([3])),
         ServerError(429, "full"),

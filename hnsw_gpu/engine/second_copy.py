@@ -6,6 +6,7 @@ search still reads is left to it, and another one is made.
 """
 
 import weakref
+from collections.abc import Callable
 
 import numpy as np
 
@@ -21,7 +22,7 @@ class SecondCopy:
     def forget(self):
         """Hold nothing; the next `take` copies all."""
         self._free = None
-        self._lease = None  # a weak reference to the last one of `_free`: dead when nobody reads
+        self._lease: Callable[[], object] = lambda: None  # of `_free`; None when nobody reads it
         self._behind = []  # arrays of rows in which it differs from the other
 
     def take(self, current, used, length):

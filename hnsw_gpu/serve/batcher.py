@@ -46,6 +46,9 @@ class QueueFullError(RuntimeError):
         super().__init__(message)
         self.retry_after_s = retry_after_s
 
+    def __reduce__(self) -> tuple:
+        return type(self), (str(self), self.retry_after_s)
+
 
 class Batch(NamedTuple):
     """One call of the engine."""

@@ -45,6 +45,9 @@ class ServerError(RuntimeError):
         super().__init__(f"{status}: {detail}")
         self.status, self.detail = status, detail
 
+    def __reduce__(self) -> tuple:
+        return type(self), (self.status, self.detail)
+
 
 class AnswerError(ServerError):
     """The answer is not what was asked for: garbage, another shape, too long, another call's."""

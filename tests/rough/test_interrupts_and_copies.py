@@ -17,7 +17,8 @@ import pytest
 
 import hnsw_gpu
 import hnsw_gpu.index
-from hnsw_gpu import Batcher, CorruptIndexError, Index
+from hnsw_gpu import AnswerError, Batcher, CorruptIndexError, Index, QueueFullError, ServerError
+from hnsw_gpu.inputs import RowsError
 from hnsw_gpu.results import SearchResult
 from hnsw_gpu.serve.answer_future import AnswerFuture
 
@@ -368,6 +369,46 @@ def test_other_processes_take_an_index(method) -> None:
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
         found = pool.submit(Index.search, index, QUERIES, 5).result()
     oracle.assert_same(found, index.search(QUERIES, 5))
+
+
+def refused(index: Index) -> None:
+    index.add(np.full((2, DIM), np.nan))
+
+
+def test_an_error_comes_out_of_another_process() -> None:
+    """Whatever it says; one that cannot be unpickled breaks the pool of processes."""
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+        future = pool.submit(refused, built())
+        with pytest.raises(ValueError, match=r"^vectors: NaN or infinite values in rows 0, 1$"):
+            future.result()
+    for error in (
+        RowsError("x: bad in row 3", "bad", np.array([3])),
+        ServerError(429, "full"),
+        AnswerError(200, "garbage"),
+        QueueFullError("full", 0.5),
+        CorruptIndexError("x.hnsw: cut"),
+    ):
+        for again in (pickle.loads(pickle.dumps(error)), copy.deepcopy(error)):
+            assert type(again) is type(error) and str(again) == str(error)
+            assert vars(again) == vars(error)
+
+
+@pytest.mark.parametrize("method", ["exact", "hnsw"])
+@pytest.mark.parametrize("against", [None, "index"])
+def test_a_result_of_dedup_can_be_pickled_and_copied(method, against) -> None:
+    """And decides again as the one that it is a copy of."""
+    rows = np.concatenate([VECTORS, VECTORS[:50] + 0.01, VECTORS[:20]])
+    other = built(VECTORS[90:95]) if against else None
+    result = hnsw_gpu.dedup(rows, max_distance=0.5, metric="l2", method=method, against=other)
+    for one in (pickle.loads(pickle.dumps(result)), copy.deepcopy(result), copy.copy(result)):
+        np.testing.assert_array_equal(one.keep, result.keep)
+        for linkage in ("star", "components"):
+            again, expected = (
+                each.regroup(max_distance=1e-4, linkage=linkage) for each in (one, result)
+            )
+            np.testing.assert_array_equal(again.group, expected.group)
+        assert 20 <= (~again.keep).sum() < (~result.keep).sum()
 
 
 def test_a_batcher_cannot_be_pickled() -> None:

@@ -110,17 +110,28 @@ def compile_one(library: str, job: Job) -> Compiled:
 
 def compile_cubin(library: str, job: Job) -> tuple[str, bytes]:
     """The compiler's log, and what it made of a job: nothing where there is an error."""
+    return _compiled(library, job, f"-arch=sm_{job.arch}", "CUBIN")
+
+
+def compile_ptx(library: str, job: Job) -> tuple[str, str]:
+    """The log, and the PTX with its lines."""
+    lined = job._replace(options=(*job.options, "-lineinfo"))
+    log, text = _compiled(library, lined, f"-arch=compute_{job.arch}", "PTX")
+    return log, text.decode().rstrip("\0")
+
+
+def _compiled(library: str, job: Job, arch: str, what: str) -> tuple[str, bytes]:
     nvrtc = ctypes.CDLL(library)
     program = ctypes.c_void_p()
     text, file = job.source.encode(), f"{job.kernel}.cu".encode()
     status = nvrtc.nvrtcCreateProgram(ctypes.byref(program), text, file, 0, None, None)
     assert status == 0, f"nvrtcCreateProgram: error {status}"
-    given = [option.encode() for option in (*job.options, f"-arch=sm_{job.arch}")]
+    given = [option.encode() for option in (*job.options, arch)]
     status = nvrtc.nvrtcCompileProgram(program, len(given), (ctypes.c_char_p * len(given))(*given))
     log = _output(nvrtc, program, "ProgramLog").decode().rstrip("\0")
-    cubin = b"" if status else _output(nvrtc, program, "CUBIN")
+    made = b"" if status else _output(nvrtc, program, what)
     nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
-    return log, cubin
+    return log, made
 
 
 def _output(nvrtc: ctypes.CDLL, program: ctypes.c_void_p, what: str) -> bytes:

@@ -114,6 +114,7 @@ struct Walk {
         beam.keys = shared.beam;
         allowed_keys.keys = shared.allowed_keys;
         allowed_keys.capacity = task.k;
+        query = 0;  // a warp that owns no walk may read it, ahead of the test that it owns none
     }
 
     __device__ __forceinline__ bool is_allowed(uint64 key) const {

@@ -412,8 +412,6 @@ def test_encode(encoding, build) -> None:
     vectors[4:24, 0] = 127 * (3 + 2 * np.arange(20))
     wanted = vectors_module.encode_queries(vectors, build.metric, build.dtype)
     wanted = wanted.view(np.uint8).reshape(150, -1)
-    if build.dtype == "int8":  # what lies between the codes and the tail is not written, nor read
-        wanted[:, -32:-12] = 0
     np.testing.assert_array_equal(emulated.encode(build, vectors, wanted.shape[1]), wanted)
 
 

@@ -175,9 +175,7 @@ def compare(
     return np.sort(keys, axis=1)[:, : k or count]
 
 
-def encode(
-    build: Build, vectors: np.ndarray, width: int, seed: int | None = 0
-) -> np.ndarray:
+def encode(build: Build, vectors: np.ndarray, width: int, seed: int | None = 0) -> np.ndarray:
     """Encoded queries uint8 (q, width) of float32 vectors (q, dim), by encode.cu."""
     queries = np.zeros((len(vectors), width), np.uint8)
     task, held = struct(

@@ -1,5 +1,6 @@
 """Every gate can fail: faults are planted in a copy of the kernels, and each must be caught.
 
+The list FAULTS is the table of which gate finds which: `gate` and, where PTX is executed, `in_ptx`.
 The gates: "parity" (keys or hops are not the oracle's), "count" (distances computed are not the
 oracle's although nothing was forgotten), "seeds" (two schedules differ), "emulator" (it refuses
 what a lane does), and the sanitizers "address" (with undefined behaviour) and "thread".
@@ -17,11 +18,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import emulated
 import emulator
+import kernel_cases
 import numpy as np
+import ptx
 import pytest
 
 from hnsw_gpu.engine.labels import Labels
+from hnsw_gpu.gpu import kernel_source
 
 pytestmark = pytest.mark.slow
 
@@ -32,13 +37,17 @@ BY_ANSWER = {"parity", "seeds", "emulator"}
 
 
 class Fault(NamedTuple):
-    """One edit of one file, and the gate that must catch it when `setting` is run."""
+    """One edit of one file, and the gate that must catch it when `setting` is run.
+
+    in_ptx: what the executor of PTX says, or which answer is not the oracle's.
+    """
 
     name: str
     file: str
     old: str  # occurs once in the file
     new: str
     gate: str
+    in_ptx: str
     setting: str = "narrow"
 
 
@@ -83,6 +92,7 @@ FAULTS = [
         "        sync_warp();\n        if (is_moving && target < beam.capacity)",
         "        if (is_moving && target < beam.capacity)",
         "thread",
+        "race",
     ),
     Fault(
         "the beam is read while it is merged",
@@ -90,6 +100,7 @@ FAULTS = [
         "beam.first = min(beam.first, lowest_place);\n    sync_warp();",
         "beam.first = min(beam.first, lowest_place);",
         "seeds",
+        "race",
     ),
     Fault(
         "picked is read before it is written",
@@ -97,6 +108,7 @@ FAULTS = [
         "    sync_warp();\n    return count;",
         "    return count;",
         "thread",
+        "race",
     ),
     Fault(
         "the stage is read before it is written",
@@ -104,6 +116,7 @@ FAULTS = [
         "            staged += __popc(wanted);\n            sync_warp();",
         "            staged += __popc(wanted);",
         "emulator",
+        "race",
     ),
     Fault(
         "fresh is read before it is written",
@@ -111,6 +124,7 @@ FAULTS = [
         "                sync_group();\n                if (warp == 0) walk.stage(batch, ",
         "                if (warp == 0) walk.stage(batch, ",
         "emulator",
+        "race",
     ),
     Fault(
         "fresh keys are written over before they are read",
@@ -118,6 +132,7 @@ FAULTS = [
         "if (WARPS == 1) sync_warp();",
         "",
         "thread",
+        "race",
     ),
     Fault(
         "fresh is read before other warps wrote it",
@@ -125,6 +140,7 @@ FAULTS = [
         "                sync_group();\n                if (warp == 0) walk.stage(batch, ",
         "                sync_warp();\n                if (warp == 0) walk.stage(batch, ",
         "emulator",
+        "race",
         "four warps",
     ),
     Fault(
@@ -133,6 +149,7 @@ FAULTS = [
         "            sync_group();\n            const int count",
         "            sync_warp();\n            const int count",
         "emulator",
+        "race",
         "four warps",
     ),
     Fault(
@@ -141,6 +158,7 @@ FAULTS = [
         "    if (WARPS == 1)\n        sync_warp",
         "    if (true)\n        sync_warp",
         "thread",
+        "race",
         "four warps",
     ),
     Fault(
@@ -149,6 +167,7 @@ FAULTS = [
         "        sync_group();\n        const int q",
         "        const int q",
         "emulator",
+        "race",
     ),
     Fault(
         "visited is read before it was emptied",
@@ -156,6 +175,7 @@ FAULTS = [
         "visited.buckets[i] = empty;\n    sync_warp();",
         "visited.buckets[i] = empty;",
         "seeds",
+        "race",
     ),
     Fault(
         "a bucket changes hands without a barrier",
@@ -163,6 +183,7 @@ FAULTS = [
         "            is_waiting = false;\n        }\n        sync_warp();",
         "            is_waiting = false;\n        }",
         "thread",
+        "race",
         "forgetful",
     ),
     Fault(
@@ -171,6 +192,7 @@ FAULTS = [
         "is_waiting && lowest(rivals) == lane_number()",
         "is_waiting && rivals",
         "thread",
+        "race",
         "forgetful",
     ),
     Fault(
@@ -179,6 +201,7 @@ FAULTS = [
         "static_cast<int>(atomicAdd(task.next_query, 1u))",
         "static_cast<int>((*task.next_query)++)",
         "thread",
+        "race",
     ),
     # --- lanes ---
     Fault(
@@ -187,6 +210,7 @@ FAULTS = [
         "if (entering == 0) return;",
         "if (!is_new) return;",
         "emulator",
+        "deadlock",
     ),
     Fault(
         "a warp of a group leaves early",
@@ -194,6 +218,7 @@ FAULTS = [
         "if (q >= task.query_count) return;",
         "if (q >= task.query_count || warp > 1) return;",
         "emulator",
+        "bar.sync in a block of which a warp has ended",
         "four warps",
     ),
     Fault(
@@ -202,6 +227,7 @@ FAULTS = [
         "(1u << lane_number()) - 1",
         "(2u << lane_number()) - 1",
         "emulator",
+        "global load out of bounds",
     ),
     Fault(
         "a team's sum lacks a lane",
@@ -209,6 +235,7 @@ FAULTS = [
         "int distance = TEAM_LANES / 2; distance > 0;",
         "int distance = TEAM_LANES / 2; distance > 1;",
         "parity",
+        "keys",
     ),
     # --- beam ---
     Fault(
@@ -217,9 +244,16 @@ FAULTS = [
         "lowest(left)) <= i;",
         "lowest(left)) < i;",
         "emulator",
+        "global load out of bounds",
     ),
     Fault(
-        "a copy enters beside its twin", "beam.cuh", " && !is_known;", ";", "parity", "forgetful"
+        "a copy enters beside its twin",
+        "beam.cuh",
+        " && !is_known;",
+        ";",
+        "parity",
+        "keys",
+        "forgetful",
     ),
     Fault(
         "copies among the lanes all enter",
@@ -227,6 +261,7 @@ FAULTS = [
         "is_copy |= other == key && other_lane < lane_number();",
         "",
         "parity",
+        "race",
         "forgetful",
     ),
     Fault(
@@ -235,14 +270,16 @@ FAULTS = [
         "rank += other < key;",
         "rank += other >> 32 < key >> 32;",
         "parity",
+        "race",
     ),
-    Fault("the expanded flag is lost", "beam.cuh", "= key | EXPANDED;", "= key;", "parity"),
+    Fault("the expanded flag is lost", "beam.cuh", "= key | EXPANDED;", "= key;", "parity", "hops"),
     Fault(
         "more are picked than asked for",
         "beam.cuh",
         "is_open && place < expand",
         "is_open && place <= expand",
         "parity",
+        "keys",
     ),
     Fault(
         "the first unexpanded key is not found again",
@@ -250,6 +287,7 @@ FAULTS = [
         "beam.first = min(beam.first, lowest_place);",
         "",
         "parity",
+        "keys",
     ),
     # --- walk ---
     Fault(
@@ -258,6 +296,7 @@ FAULTS = [
         "base + LANES >= count ? 0 :",
         "base + LANES >= count ? 1 :",
         "parity",
+        "keys",
     ),
     Fault(
         "the beam outlives its query",
@@ -265,6 +304,7 @@ FAULTS = [
         "beam.size = allowed_keys.size = allowed_keys.first = 0;",
         "if (q == 0) beam.size = 0;\n        allowed_keys.size = allowed_keys.first = 0;",
         "emulator",
+        "global load out of bounds",
         "in turn",
     ),
     Fault(
@@ -273,6 +313,7 @@ FAULTS = [
         "beam.size = allowed_keys.size = allowed_keys.first = 0;",
         "beam.size = 0;\n        if (q == 0) allowed_keys.size = allowed_keys.first = 0;",
         "parity",
+        "keys",
         "in turn",
     ),
     Fault(
@@ -281,6 +322,7 @@ FAULTS = [
         "const int width = layer ? M : 2 * M;",
         "const int width = 2 * M;",
         "emulator",
+        "global load out of bounds",
     ),
     Fault(
         "a neighbour beyond the last",
@@ -288,6 +330,7 @@ FAULTS = [
         "if (place < links) {",
         "if (place <= links) {",
         "emulator",
+        "global load out of bounds",
     ),
     Fault(
         "the seeds of a layer are expanded already",
@@ -295,12 +338,14 @@ FAULTS = [
         "static_cast<uint64>(number) << 1;",
         "static_cast<uint64>(number) << 1 | EXPANDED;",
         "parity",
+        "keys",
     ),
     Fault(
         "the seed is not marked visited",
         "search.cu",
         "visit(visited, lane_number() == 0 ? seed : -1);",
         "",
+        "count",
         "count",
         "remembering",
     ),
@@ -310,6 +355,7 @@ FAULTS = [
         "if (!task.allowed) return true;",
         "if (!task.allowed || task.own) return true;",
         "parity",
+        "keys",
         "self per query",
     ),
     Fault(
@@ -318,6 +364,7 @@ FAULTS = [
         "task.allowed + query * task.allowed_stride",
         "task.allowed",
         "parity",
+        "keys",
         "in turn",
     ),
     Fault(
@@ -326,6 +373,7 @@ FAULTS = [
         "__ldg(task.own + query) == node) return false;",
         "__ldg(task.own + query) == node) return true;",
         "parity",
+        "keys",
         "self",
     ),
     Fault(
@@ -334,6 +382,7 @@ FAULTS = [
         "is_wanted |= key < worst(allowed_keys)",
         "is_wanted &= key < worst(allowed_keys)",
         "parity",
+        "keys",
         "self per query",
     ),
     # --- visited ---
@@ -343,6 +392,7 @@ FAULTS = [
         "TAG_BITS == 16 ? number >> visited.bucket_bits",
         "TAG_BITS == 16 ? number >> visited.bucket_bits & 7",
         "parity",
+        "keys",
         "wide",
     ),
     Fault(
@@ -351,6 +401,7 @@ FAULTS = [
         "& 0x80008000u) != 0",
         "& 0x80018001u) != 0",
         "parity",
+        "keys",
         "wide",
     ),
     # --- memory ---
@@ -360,6 +411,7 @@ FAULTS = [
         "static_cast<long long>(nodes[r]) * ROW_BYTES",
         "static_cast<int>(static_cast<uint32>(nodes[r]) * ROW_BYTES)",
         "emulator",
+        "global load out of bounds",
         "far",
     ),
     Fault(
@@ -368,6 +420,7 @@ FAULTS = [
         "static_cast<long long>(shared.picked[row]) * width",
         "static_cast<int>(static_cast<uint32>(shared.picked[row]) * width)",
         "emulator",
+        "global load out of bounds",
         "far",
     ),
     Fault(
@@ -376,6 +429,7 @@ FAULTS = [
         "static_cast<long long>(q) * QUERY_BYTES",
         "static_cast<int>(static_cast<uint32>(q) * QUERY_BYTES)",
         "emulator",
+        "global load out of bounds",
         "far",
     ),
     Fault(
@@ -384,6 +438,7 @@ FAULTS = [
         "nodes[r] >= 0 && chunk < CHUNKS",
         "nodes[r] >= 0",
         "address",
+        "global load out of bounds",
         "part of a chunk",
     ),
     Fault(
@@ -392,6 +447,7 @@ FAULTS = [
         "return (count + 1) & ~1;",
         "return count;",
         "address",
+        "misaligned shared access",
         "odd",
     ),
     Fault(
@@ -400,6 +456,7 @@ FAULTS = [
         "if (chunk == CHUNKS - 1) part.y = part.z = part.w = 0;",
         "",
         "parity",
+        "keys",
         "int8",
     ),
     # --- the other kernels ---
@@ -409,6 +466,7 @@ FAULTS = [
         "beam.size = beam.first = 0;",
         "beam.size = 1;\n    beam.first = 0;",
         "parity",
+        "shared memory is read that was never written",
         "compare",
     ),
     Fault(
@@ -417,6 +475,7 @@ FAULTS = [
         "* gridDim.y + blockIdx.y) * task.k",
         "* gridDim.y) * task.k",
         "parity",
+        "race",
         "compare",
     ),
     Fault(
@@ -425,6 +484,7 @@ FAULTS = [
         "distance = 1; distance < LANES;",
         "distance = 1; distance < LANES / 2;",
         "parity",
+        "race",
         "keys to labels",
     ),
     Fault(
@@ -433,6 +493,7 @@ FAULTS = [
         "METRIC == IP ? 0.0f : 1.0f;",
         "1.0f;",
         "parity",
+        "keys",
         "part of a chunk",
     ),
     Fault(
@@ -441,6 +502,7 @@ FAULTS = [
         "place = count + lane_number(); place < task.k;",
         "place = count + lane_number() + 1; place < task.k;",
         "parity",
+        "keys",
         "keys to labels",
     ),
 ]
@@ -450,8 +512,6 @@ FAULTS = [
 
 def plant(fault: Fault, folder: Path) -> None:
     """A copy of the kernels, with the fault, becomes the kernels."""
-    from hnsw_gpu.gpu import kernel_source
-
     shutil.copytree(kernel_source.folder(), folder)
     text = (folder / fault.file).read_text(encoding="utf-8")
     assert text.count(fault.old) == 1, f"{fault.name}: occurs {text.count(fault.old)} times"
@@ -471,9 +531,6 @@ class Asked(NamedTuple):
 
 
 def asked_of(setting: str, build) -> Asked:
-    import emulated
-    import kernel_cases
-
     row = SETTINGS[setting]
     asked = kernel_cases.question(row)
     made, k = asked.data, asked.settings["k"]
@@ -509,8 +566,6 @@ def asked_of(setting: str, build) -> Asked:
 
 def outcome(fault: Fault, sanitizer: str | None) -> set[str]:
     """The gates that catch it; a sanitizer ends the process instead."""
-    import kernel_cases
-
     row = SETTINGS[fault.setting]
     asked = asked_of(fault.setting, kernel_cases.build_of(row, sanitizer=sanitizer))
     asked.library.limit_s = 10
@@ -539,7 +594,7 @@ def main(name: str, gate: str) -> None:
     sanitizer = gate if gate in SANITIZERS else None
     if not name:
         for setting in sorted({fault.setting for fault in FAULTS if fault.gate == gate}):
-            print(*outcome(Fault("", "", "", "", gate, setting), sanitizer))
+            print(*outcome(Fault("", "", "", "", gate, "", setting), sanitizer))
         return
     fault = next(fault for fault in FAULTS if fault.name == name)
     with tempfile.TemporaryDirectory() as folder:
@@ -599,6 +654,48 @@ def test_nothing_is_caught_without_a_fault(gate) -> None:
     if missing:
         pytest.skip(missing)
     assert caught_by("", gate) == set()
+
+
+# --- in PTX, which is executed in this process: nothing that a kernel does can harm it ------------
+
+
+def shown_in_ptx(setting: str) -> set[str]:
+    """What the executor says of the kernels as they are, and which answers are not the oracle's."""
+    row = SETTINGS[setting]
+    asked = asked_of(setting, kernel_cases.build_of(row, arch=90))
+    shown: set[str] = set()
+    for seed in (None, 1, 2):
+        try:
+            found = asked.answer(seed)
+        except emulator.KernelError as error:
+            shown |= {line.partition(" (")[0] for line in str(error).splitlines()}
+            continue
+        answers = {"keys": 0, "hops": 1} | ({"count": 2} if row["buckets"] == 256 else {})
+        shown |= {
+            what
+            for what, i in answers.items()
+            if not are_equal(found[i : i + 1], asked.wanted[i : i + 1])
+        }
+    return shown
+
+
+needs_ptx = pytest.mark.skipif(bool(ptx.missing()), reason=ptx.missing())
+
+
+@needs_ptx
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name.replace(" ", "_"))
+def test_fault_is_seen_in_ptx(fault, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("ptx.launches.STEPS_LIMIT", 50_000_000)
+    monkeypatch.setattr(kernel_source, "folder", kernel_source.folder)  # to be put back
+    plant(fault, tmp_path / "kernels")
+    shown = shown_in_ptx(fault.setting)
+    assert any(words.startswith(fault.in_ptx) for words in shown), shown
+
+
+@needs_ptx
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_nothing_is_seen_in_ptx_without_a_fault(setting) -> None:
+    assert shown_in_ptx(setting) == set()
 
 
 if __name__ == "__main__":

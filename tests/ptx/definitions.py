@@ -65,9 +65,7 @@ def bfe(is_signed: bool, a: int, b: int, c: int) -> int:
 
 
 def lop3(a: int, b: int, c: int, table: int) -> int:
-    return from_bits(
-        bit(table, bit(a, i) * 4 + bit(b, i) * 2 + bit(c, i)) for i in range(32)
-    )
+    return from_bits(bit(table, bit(a, i) * 4 + bit(b, i) * 2 + bit(c, i)) for i in range(32))
 
 
 def prmt(a: int, b: int, c: int) -> int:

@@ -23,9 +23,7 @@ INSTRUCTION = np.dtype(
     + [("target", np.int32, 4), ("source", np.int32, 6), ("jump", np.int32), ("offset", np.int64)],
     align=True,
 )
-ALLOCATION = np.dtype(
-    [("begin", "u8"), ("size", "u8"), ("is_writable", "u4"), ("was_written", "u4")]
-)
+ALLOCATION = np.dtype([(name, np.uint64) for name in ("begin", "size", "is_writable")])
 CONSTANT = np.dtype([("value", "u8"), ("slot", "i4"), ("width", "u1")], align=True)
 COUNT = np.dtype([(name, np.uint64) for name in ("executions", "lanes", "units", "bytes")])
 

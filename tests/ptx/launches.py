@@ -102,7 +102,7 @@ class Library:
         grid_x, grid_y = (*grid, 1)[:2]
         parameters = self._parameters(args)
         allocations = np.array(
-            [(one.ctypes.data, one.nbytes, one.flags.writeable, 0) for one in memory], ALLOCATION
+            [(one.ctypes.data, one.nbytes, one.flags.writeable) for one in memory], ALLOCATION
         )
         program, counts = self.program, np.zeros(len(self.program.code), COUNT)
         launch = Launch(

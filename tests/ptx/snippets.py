@@ -1,6 +1,7 @@
 """A few instructions of PTX, run by every thread on numbers of its own."""
 
 import numpy as np
+
 import ptx
 
 _HEAD = """.version 8.0
@@ -10,11 +11,13 @@ _HEAD = """.version 8.0
 .visible .entry snippet(.param .align 8 .b8 snippet_param_0[40])
 {
     .reg .pred %p<9>; .reg .b16 %h<9>; .reg .b32 %r<20>; .reg .b64 %d<20>;
-    .reg .b32 %thread, %own, %base, %never; .reg .b64 %in<4>, %at<4>, %out0, %out1, %result, %offset;
+    .reg .b32 %thread, %own, %base, %never;
+    .reg .b64 %in<4>, %at<4>, %out0, %out1, %result, %offset;
     ld.param.u64 %at0, [snippet_param_0]; ld.param.u64 %at1, [snippet_param_0+8];
     ld.param.u64 %at2, [snippet_param_0+16]; ld.param.u64 %at3, [snippet_param_0+24];
     ld.param.u64 %result, [snippet_param_0+32];
-    mov.u32 %thread, %tid.x; mov.u32 %base, memory; shl.b32 %own, %thread, 2; add.s32 %own, %own, %base;
+    mov.u32 %thread, %tid.x; mov.u32 %base, memory;
+    shl.b32 %own, %thread, 2; add.s32 %own, %own, %base;
     mul.wide.u32 %offset, %thread, 8;
     add.s64 %at0, %at0, %offset; add.s64 %at1, %at1, %offset;
     add.s64 %at2, %at2, %offset; add.s64 %at3, %at3, %offset;

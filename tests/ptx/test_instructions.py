@@ -3,8 +3,9 @@
 import zlib
 
 import numpy as np
-import ptx
 import pytest
+
+import ptx
 
 if ptx.missing():
     pytest.skip(ptx.missing(), allow_module_level=True)
@@ -14,12 +15,16 @@ from ptx.executor_library import operations
 from ptx.snippets import execute
 
 SPECIAL = np.array(
-    [0, 1, 2, 31, 32, 33, 63, 64, 255, 0x7FFF, 0x8000, 0xFFFF, 2**31 - 1, 2**31, 2**32 - 1, 2**63]
-    + [2**64 - 1, 0x3C00, 0x7C00, 0x7E00]  # fp16: 1, infinity, NaN
-    + [0x3F800000, 0x80000000, 1, 0x807FFFFF, 0x00800000, 0x7F7FFFFF, 0x7F800000, 0xFF800000]
-    + [0x7FC00000, 0x4F000000, 0xCF000000, 0x3F000000, 0x3FC00000, 0x40200000]  # 2^31, halves
-    + [0x3FF0000000000000, 0x8000000000000000, 0x7FF0000000000000, 0x7FF8000000000000]
-    + [0x47EFFFFFE0000000, 0x3810000000000000, 0x36A0000000000000],  # float64, at float32's ends
+    [
+        *(0, 1, 2, 31, 32, 33, 63, 64, 255, 0x7FFF, 0x8000, 0xFFFF, 2**31 - 1, 2**31, 2**32 - 1),
+        *(2**63, 2**64 - 1),
+        *(0x3C00, 0x7C00, 0x7E00),  # fp16: 1, infinity, NaN
+        *(0x3F800000, 0x80000000, 0x00000001, 0x807FFFFF, 0x00800000, 0x7F7FFFFF),  # float32
+        *(0x7F800000, 0xFF800000, 0x7FC00000),
+        *(0x4F000000, 0xCF000000, 0x3F000000, 0x3FC00000, 0x40200000),  # 2^31, halves
+        *(0x3FF0000000000000, 0x8000000000000000, 0x7FF0000000000000, 0x7FF8000000000000),
+        *(0x47EFFFFFE0000000, 0x3810000000000000, 0x36A0000000000000),  # float32's ends
+    ],
     np.uint64,
 )
 
@@ -46,7 +51,9 @@ def snippet(mnemonic: str) -> str:
         elif width == "w":
             lines.append(f"cvt.u32.u64 %r{i}, %in{i};")
         sources.append({"p": f"%p{i}", "w": f"%r{i}", "q": f"%in{i}"}[width])
-    targets = [{"p": "%p8", "w": f"%r{8 + i}", "q": "%out0"}[w] for i, w in enumerate(operation.targets)]
+    targets = [
+        {"p": "%p8", "w": f"%r{8 + i}", "q": "%out0"}[w] for i, w in enumerate(operation.targets)
+    ]
     name, first, second = mnemonic, ", ".join(targets), ", ".join(sources)
     if mnemonic.startswith(("pack", "unpack")):
         name = f"mov.{mnemonic.split('.')[1]}"
@@ -86,7 +93,11 @@ def test_every_half() -> None:
 
 
 def test_unknown_instructions_are_refused() -> None:
-    for text in ("sin.approx.f32 %r0, %r1;", "ld.global.weird.u32 %r0, [%at0];", "add.cc.u32 %r0, %r1, %r2;"):
+    for text in (
+        "sin.approx.f32 %r0, %r1;",
+        "ld.global.weird.u32 %r0, [%at0];",
+        "add.cc.u32 %r0, %r1, %r2;",
+    ):
         with pytest.raises(NotImplementedError, match=text.split()[0]):
             execute(text)
 
@@ -123,9 +134,10 @@ def test_vectors_are_stored_and_loaded() -> None:
 
 @pytest.mark.parametrize("seed", [None, 1, 2])
 def test_an_atomic_gives_each_lane_its_own(seed) -> None:
-    body = "sub.s64 %d0, %result, %offset; atom.global.add.u32 %r0, [%d0+8], 5; cvt.u64.u32 %out0, %r0;"
-    body += "bar.sync 0; ld.global.u64 %out1, [%result+8];"
-    found = execute(f"st.global.u64 [%result+8], %out1; bar.sync 0; {body}", threads=96, seed=seed)
+    body = """st.global.u64 [%result+8], %out1; bar.sync 0; sub.s64 %d0, %result, %offset;
+        atom.global.add.u32 %r0, [%d0+8], 5; cvt.u64.u32 %out0, %r0;
+        bar.sync 0; ld.global.u64 %out1, [%result+8];"""
+    found = execute(body, threads=96, seed=seed)
     np.testing.assert_array_equal(np.sort(found[:, 0]), np.arange(96) * 5)
     assert found[0, 1] == 96 * 5
     assert seed is None or (np.diff(found[:, 0].astype(int)) < 0).any()

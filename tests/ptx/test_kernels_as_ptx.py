@@ -1,11 +1,12 @@
-"""The PTX of the kernels, executed, equals the CPU engine: keys and hops of search.cu, all else too.
+"""The PTX of the kernels, executed, equals the CPU engine, key for key and hop for hop.
 
 Each for compute capability 8.0 or 9.0 or both, in the converged schedule and at random. Where the
 executor has something against a kernel (a race, an address, ...), it is an error.
 """
 
-import ptx
 import pytest
+
+import ptx
 
 if ptx.missing():
     pytest.skip(ptx.missing(), allow_module_level=True)

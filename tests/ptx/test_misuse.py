@@ -1,19 +1,23 @@
 """What the executor holds against a kernel: each misuse planted, and beside it the right way."""
 
-import ptx
 import pytest
+
+import ptx
 
 if ptx.missing():
     pytest.skip(ptx.missing(), allow_module_level=True)
 
 import numpy as np
 from emulator import KernelError
+
 from ptx.snippets import SHARED_BYTES, execute, library
 
 STORE = "cvt.u32.u64 %r0, %in0; st.shared.u32 [%own], %r0;"
 NEIGHBOUR = "xor.b32 %r1, %thread, 1; shl.b32 %r1, %r1, 2; add.s32 %r1, %r1, %base;"
 NEIGHBOUR += "ld.shared.u32 %r2, [%r1];"
 OTHER_WARP = NEIGHBOUR.replace("%thread, 1", "%thread, 32")
+RESULT_OF_FIRST = "sub.s64 %d0, %result, %offset;"
+READ_FIRST = f"{RESULT_OF_FIRST} ld.global.u64 %d1, [%d0];"
 LANE = "and.b32 %r9, %thread, 31;"
 FIRST_HALF = f"{LANE} setp.lt.u32 %p0, %r9, 16;"
 
@@ -98,6 +102,15 @@ MISUSES = {
     "race: write after read (of warps)": (
         f"{STORE} bar.sync 0; {OTHER_WARP} bar.warp.sync -1; st.shared.u32 [%own], %r2;",
         f"{STORE} bar.sync 0; {OTHER_WARP} bar.sync 0; st.shared.u32 [%own], %r2;",
+    ),
+    "race: read after write (of global memory)": (
+        f"st.global.u64 [%result], %in0; bar.warp.sync -1; {READ_FIRST}",
+        f"st.global.u64 [%result], %in0; bar.sync 0; {READ_FIRST} bar.sync 0;",
+    ),
+    "race: write after write (one is an atomic)": (
+        f"{RESULT_OF_FIRST} st.global.u32 [%result], %thread; atom.global.add.u32 %r0, [%d0], 1;",
+        f"{RESULT_OF_FIRST} atom.global.add.u32 %r0, [%d0], 1; bar.sync 0;"
+        "st.global.u32 [%result], %thread;",
     ),
     "race: write after write": (
         "mov.u32 %r0, 7; st.shared.u32 [%base], %r0;",
@@ -188,8 +201,17 @@ def shared_at(stride: int, kind: str = "u32", target: str = "%r0") -> str:
 
 @pytest.mark.parametrize(
     ("stride", "kind", "wavefronts"),
-    [(4, "u32", 1), (0, "u32", 1), (8, "u32", 2), (128, "u32", 4), (16, "v4.u32", 4)]
-    + [(0, "v4.u32", 4), (8, "v2.u32", 2), (64, "v4.u32", 16), (32, "v4.u32", 8)],
+    [
+        (4, "u32", 1),
+        (0, "u32", 1),
+        (8, "u32", 2),
+        (128, "u32", 4),
+        (8, "v2.u32", 2),
+        (0, "v4.u32", 4),
+        (16, "v4.u32", 4),
+        (32, "v4.u32", 8),
+        (64, "v4.u32", 16),
+    ],
 )
 def test_wavefronts(stride, kind, wavefronts) -> None:
     """512 bytes have four rows of 32 banks; of a row one word a bank is read at once."""

@@ -19,7 +19,8 @@ struct Block {
 
    private:
     static void start(Warp& warp, int number, const Launch& launch, int x, int y, std::mt19937_64& random) {
-        warp.number = number;
+        warp.block = y * launch.grid_x + x;
+        warp.id = warp.block * ((launch.block + LANES - 1) / LANES) + number;
         warp.registers.resize(launch.slots);
         warp.defined.assign(launch.slots, 0);
         for (Slot& slot : warp.registers)

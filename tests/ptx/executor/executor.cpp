@@ -6,7 +6,7 @@
 // any part of the lanes that stand together runs for any time, within what *.sync and bar.sync demand.
 //
 // Held against a kernel: addresses out of bounds, misaligned or read-only; what depends on registers or
-// shared memory never written; races in shared memory; lanes that wait for others who wait elsewhere or
+// shared memory never written; races; lanes that wait for others who wait elsewhere or
 // who ended; shuffles from lanes that take no part; an *.sync by a lane outside its own mask, or with
 // different masks.
 #include <algorithm>
@@ -27,7 +27,7 @@ class Executor {
 
     explicit Executor(const Launch& launch)
         : launch(launch), random(launch.seed),
-          global{launch.allocations, launch.allocation_count, report} {}
+          global(launch.allocations, launch.allocation_count, report) {}
 
     // Throws Fault.
     void run() {
@@ -177,9 +177,8 @@ class Executor {
             if (!warp.alive) report.note("bar.sync in a block of which a warp has ended", pc);
             each_lane(warp.at_barrier, [&](int lane) { warp.pc[lane]++; });
             warp.at_barrier = 0;
-            warp.epoch++;
+            warp.block_epoch++;
         }
-        block.shared.pass_barrier();
     }
 
     // --- what lanes do ---
@@ -221,7 +220,8 @@ class Executor {
         each_lane(lanes, [&](int lane) { order.push_back(lane); });
         if (!launch.is_converged) std::shuffle(order.begin(), order.end(), random);
         for (const int lane : order) {
-            u32& word = *reinterpret_cast<u32*>(global.store(warp.wides(code.source[0])[lane] + code.offset, 4, pc));
+            const u64 address = warp.wides(code.source[0])[lane] + code.offset;
+            u32& word = *reinterpret_cast<u32*>(global.touch(ATOMIC, warp, lane, address, 4, false, pc));
             const u32 old = word;
             word += warp.words(code.source[1])[lane];
             warp.words(code.target[0])[lane] = old;
@@ -241,11 +241,11 @@ class Executor {
             counted.bytes += u64(size) * count_of(lanes);
             counted.units += code.space == GLOBAL ? sectors(addresses, lanes) : wavefronts(addresses, lanes, size);
         }
-        u32 written = lanes;
+        u32 written = lanes;  // memory that a load finds there
         each_lane(lanes, [&](int lane) {
             bool was_written = true;
             u8* bytes = place(block, warp, code, lane, addresses[lane], size, pc, was_written);
-            if (!was_written) written &= ~(1u << lane);
+            if (is_load && !was_written) written &= ~(1u << lane);
             for (int i = 0; i < values; i++, bytes += code.size) {
                 if (is_load) load_value(warp, code, code.target[i], lane, bytes);
                 else store_value(warp, code, code.source[i + 1], lane, bytes);
@@ -267,11 +267,10 @@ class Executor {
             if (address + size > u64(launch.parameter_bytes)) throw Fault{"parameter out of bounds", pc};
             return const_cast<u8*>(launch.parameters) + address;
         }
+        const Access access = code.kind == STORE ? WRITE : READ;
         if (code.space == GLOBAL)
-            return code.kind == STORE ? global.store(address, size, pc)
-                                      : global.load(address, size, code.has(NON_COHERENT), pc);
-        return code.kind == STORE ? block.shared.store(warp, lane, address, size, pc)
-                                  : block.shared.load(warp, lane, address, size, pc, was_written);
+            return global.touch(access, warp, lane, address, size, code.has(NON_COHERENT), pc);
+        return block.shared.touch(access, warp, lane, address, size, pc, was_written);
     }
 
     static void load_value(Warp& warp, const Instruction& code, i32 slot, int lane, const u8* bytes) {

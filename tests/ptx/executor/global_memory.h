@@ -1,35 +1,41 @@
-// Global memory: only what the launch names may be touched, and only aligned.
+// Global memory: only what the launch names may be touched, only aligned, and what is written has a
+// history, byte by byte.
 #pragma once
-#include "report.h"
+#include <unordered_map>
+#include "access_history.h"
 #include "instruction.h"
+#include "report.h"
 
-struct GlobalMemory {
-    Allocation* allocations;
-    int count;
-    Report& report;
+class GlobalMemory {
+   public:
+    GlobalMemory(Allocation* allocations, int count, Report& report)
+        : allocations(allocations), count(count), report(report) {}
 
-    u8* load(u64 address, u32 size, bool is_non_coherent, u32 pc) {
-        const Allocation& found = find(address, size, "global load out of bounds", pc);
-        if (is_non_coherent && found.was_written)
-            report.note("a non-coherent load of memory that the kernel writes", pc);
-        return reinterpret_cast<u8*>(address);
-    }
-
-    u8* store(u64 address, u32 size, u32 pc) {
-        Allocation& found = find(address, size, "global store out of bounds", pc);
-        if (!found.is_writable) throw Fault{"store to read-only memory", pc};
-        found.was_written = 1;
+    u8* touch(Access access, const Warp& warp, int lane, u64 address, u32 size, bool is_non_coherent, u32 pc) {
+        const Allocation& found = find(address, size, access == READ, pc);
+        if (access != READ && !found.is_writable) throw Fault{"store to read-only memory", pc};
+        for (u64 byte = address; found.is_writable && byte < address + size; byte++) {
+            AccessHistory& history = of_byte[byte];
+            if (is_non_coherent && history.was_written())
+                report.note("a non-coherent load of memory that the kernel writes", pc);
+            if (const char* race = history.touch(access, warp, lane)) report.note(race, pc);
+        }
         return reinterpret_cast<u8*>(address);
     }
 
    private:
-    Allocation& find(u64 address, u32 size, const char* words, u32 pc) {
+    const Allocation& find(u64 address, u32 size, bool is_load, u32 pc) const {
         for (int i = 0; i < count; i++) {
-            Allocation& one = allocations[i];
+            const Allocation& one = allocations[i];
             if (address - one.begin >= one.size || address - one.begin + size > one.size) continue;
             if (address % size) throw Fault{"misaligned global access", pc};
             return one;
         }
-        throw Fault{words, pc};
+        throw Fault{is_load ? "global load out of bounds" : "global store out of bounds", pc};
     }
+
+    Allocation* allocations;
+    int count;
+    std::unordered_map<u64, AccessHistory> of_byte;  // of writable memory
+    Report& report;
 };

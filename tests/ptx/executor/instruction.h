@@ -34,7 +34,7 @@ struct Instruction {
 // Memory that the kernel may touch.
 struct Allocation {
     u64 begin, size;
-    u32 is_writable, was_written;
+    u64 is_writable;
 };
 
 // What executing an instruction did, by all groups of lanes.

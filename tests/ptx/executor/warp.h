@@ -9,12 +9,12 @@ struct alignas(128) Slot {
 };
 
 struct Warp {
-    int number = 0;
+    u32 block = 0, id = 0;  // numbers in the grid
     std::vector<Slot> registers;
     std::vector<u32> defined;  // bits of the lanes that wrote the register
     u32 pc[LANES] = {};
     u32 alive = 0, waiting = 0, at_barrier = 0;  // lanes; waiting in a *.sync, or in bar.sync
-    u32 epoch = 1;                               // of its own barriers
+    u32 epoch = 0, block_epoch = 0;              // barriers passed: its own, and its block's
 
     u32 runnable() const { return alive & ~waiting & ~at_barrier; }
     bool has_arrived() const { return alive && at_barrier == alive; }

@@ -23,6 +23,14 @@ class GlobalMemory {
         return reinterpret_cast<u8*>(address);
     }
 
+    // The address as it would be on a GPU, where every array begins on a boundary of 256 bytes.
+    u64 placed(u64 address) const {
+        for (int i = 0; i < count; i++)
+            if (address - allocations[i].begin < allocations[i].size)
+                return (u64(i + 1) << 40) + address - allocations[i].begin;
+        return address;
+    }
+
    private:
     const Allocation& find(u64 address, u32 size, bool is_load, u32 pc) const {
         for (int i = 0; i < count; i++) {

@@ -134,25 +134,30 @@ __device__ __forceinline__ float finish(const Sums& sums, const Query& query) {
 }
 
 // Distances to ROWS_AT_ONCE rows a team. `nodes[r]` is the same in all lanes of a team; where it is
-// negative, nothing is read and the distance means nothing. All lanes of the warp call together.
+// negative, the query is read in place of a row, so that no load needs a condition, and the distance
+// means nothing. All lanes of the warp call together.
 __device__ __forceinline__ void compute_distances(const unsigned char* rows, const Query& query,
                                                   const int (&nodes)[ROWS_AT_ONCE],
                                                   float (&distances)[ROWS_AT_ONCE]) {
     const int member = lane_number() % TEAM;
     Sums sums[ROWS_AT_ONCE] = {};
+    const unsigned char* own_parts[ROWS_AT_ONCE];  // where the member's first chunk of a row is
+#pragma unroll
+    for (int r = 0; r < ROWS_AT_ONCE; r++) {
+        const unsigned char* row = rows + static_cast<long long>(nodes[r]) * ROW_BYTES;
+        own_parts[r] = (nodes[r] >= 0 ? row : query.bytes) + member * 16;
+    }
 #pragma unroll(IS_QUERY_HELD ? PER_LANE : 1)  // the held query takes constant places only
     for (int begin = 0; begin < PER_LANE; begin += AT_ONCE) {
         uint4 parts[ROWS_AT_ONCE][AT_ONCE];
 #pragma unroll
-        for (int r = 0; r < ROWS_AT_ONCE; r++) {
-            const unsigned char* row = rows + static_cast<long long>(nodes[r]) * ROW_BYTES;
+        for (int r = 0; r < ROWS_AT_ONCE; r++)
 #pragma unroll
             for (int i = 0; i < AT_ONCE; i++) {
-                const int chunk = (begin + i) * TEAM + member;
-                const bool is_there = nodes[r] >= 0 && chunk < CHUNKS;
-                parts[r][i] = is_there ? load_chunk(row + chunk * 16) : no_chunk();
+                const int first = (begin + i) * TEAM;  // member 0's chunk
+                const bool is_there = first + TEAM <= CHUNKS || first + member < CHUNKS;
+                parts[r][i] = is_there ? load_chunk(own_parts[r] + first * 16) : no_chunk();
             }
-        }
 #pragma unroll
         for (int r = 0; r < ROWS_AT_ONCE; r++)
 #pragma unroll

@@ -95,7 +95,7 @@ def search(
     """`search.search` by search.cu. `groups` queries a block (one where warps share a query).
 
     `limit` shortens the shared memory by as many bytes, which no launch may survive. `bytes_read`
-    takes what was read of "rows" and of each array of the graph (the "count" build).
+    takes what was read of "rows" and of each array of the graph ("count" builds, and PTX).
     """
     count = len(queries)
     ef = max(ef, k)
@@ -131,7 +131,7 @@ def search(
         visited_buckets=visited_buckets,
         has_allowed_keys=has_allowed_keys,
     )
-    if bytes_read is not None:
+    if bytes_read is not None and build.arch is None:
         counted = build.library("search", has_allowed_keys).count(arrays)
     build.launch(
         "search",
@@ -143,7 +143,10 @@ def search(
         shared_mem=one * groups - (limit or 0),
         seed=seed,
     )
-    if bytes_read is not None:
+    if bytes_read is not None and build.arch is not None:
+        profile = build.library("search", has_allowed_keys).profile
+        bytes_read |= {name: profile.read_of(array)[0] for name, array in arrays.items()}
+    elif bytes_read is not None:
         bytes_read |= {name: counted[name] for name in arrays}
     return Result(keys, counts[:, 0], counts[:, 1])
 

@@ -435,11 +435,19 @@ FAULTS = [
     Fault(
         "a chunk beyond the row is read",
         "distance.cuh",
-        "nodes[r] >= 0 && chunk < CHUNKS",
-        "nodes[r] >= 0",
+        "first + TEAM <= CHUNKS || first + member < CHUNKS;",
+        "true;",
         "address",
         "global load out of bounds",
         "part of a chunk",
+    ),
+    Fault(
+        "a row that is not there is read",
+        "distance.cuh",
+        "(nodes[r] >= 0 ? row : query.bytes)",
+        "row",
+        "address",
+        "global load out of bounds",
     ),
     Fault(
         "buckets are not aligned",

@@ -23,9 +23,11 @@ INSTRUCTION = np.dtype(
     + [("target", np.int32, 4), ("source", np.int32, 6), ("jump", np.int32), ("offset", np.int64)],
     align=True,
 )
-ALLOCATION = np.dtype([(name, np.uint64) for name in ("begin", "size", "is_writable")])
+ALLOCATION = np.dtype(
+    [(n, np.uint64) for n in ("begin", "size", "is_writable", "bytes_read", "sectors_read")]
+)
 CONSTANT = np.dtype([("value", "u8"), ("slot", "i4"), ("width", "u1")], align=True)
-COUNT = np.dtype([(name, np.uint64) for name in ("executions", "lanes", "units", "bytes")])
+COUNT = np.dtype([(name, np.uint64) for name in ("executions", "lanes", "units")])
 
 SPECIAL = ("%tid.x", "%ntid.x", "%ctaid.x", "%ctaid.y", "%nctaid.x", "%nctaid.y", "%laneid")
 

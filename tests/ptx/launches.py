@@ -63,17 +63,24 @@ def compile_text(text: str) -> "Library":
 
 
 class Profile(NamedTuple):
-    """Of a launch: an element an instruction of the program.
+    """Of a launch: what was read of each array, and counts of each instruction.
 
-    Of units there are some only in the converged schedule: 32-byte sectors of global memory,
-    wavefronts of shared memory.
+    What is read, and units (32-byte sectors of global memory, wavefronts of shared memory), is
+    counted in the converged schedule only.
     """
 
     program: Program
+    memory: list[np.ndarray]
+    bytes_read: np.ndarray  # of each array in `memory`
+    sectors_read: np.ndarray
     executions: np.ndarray  # by a group of lanes together
     lanes: np.ndarray
     units: np.ndarray
-    bytes: np.ndarray
+
+    def read_of(self, array: np.ndarray) -> tuple[int, int]:
+        """Bytes and sectors."""
+        (i,) = (i for i, one in enumerate(self.memory) if one is array)
+        return int(self.bytes_read[i]), int(self.sectors_read[i])
 
 
 class Library:
@@ -101,8 +108,9 @@ class Library:
         """
         grid_x, grid_y = (*grid, 1)[:2]
         parameters = self._parameters(args)
+        arrays = list(memory)
         allocations = np.array(
-            [(one.ctypes.data, one.nbytes, one.flags.writeable) for one in memory], ALLOCATION
+            [(one.ctypes.data, one.nbytes, one.flags.writeable, 0, 0) for one in arrays], ALLOCATION
         )
         program, counts = self.program, np.zeros(len(self.program.code), COUNT)
         launch = Launch(
@@ -129,7 +137,8 @@ class Library:
         said = library().execute_launch(ctypes.byref(launch)).decode()
         if said:
             raise KernelError("\n".join(map(self._in_words, said.splitlines())))
-        self.profile = Profile(program, *(counts[name] for name in COUNT.names))
+        read = allocations["bytes_read"], allocations["sectors_read"]
+        self.profile = Profile(program, arrays, *read, *(counts[name] for name in COUNT.names))
 
     def _parameters(self, args: tuple[np.ndarray, ...]) -> np.ndarray:
         """The arguments, each in its place."""

@@ -143,22 +143,13 @@ def test_profile_is_that_of_the_baseline(profiles) -> None:
     assert not change, f"{change}\nif this is meant: {HOW_TO_WRITE}"
 
 
-def is_of_query(place: tuple) -> bool:
-    return any(costs.function_of((at,)) == "distance.cuh load" for at in place)
-
-
 def test_rows_are_read_whole_and_once(profiles) -> None:
-    """Each row by 16-byte loads, in as many sectors as it has; nothing is fetched in vain."""
+    """Each row in as many sectors as it has: nothing is fetched in vain."""
     for (dtype, dim, _), (found, profile) in profiles.items():
         row_bytes = row_length(dim, dtype) * (4 if dtype == "fp32" else 2)
-        chunks = [
-            i
-            for i, text in enumerate(profile.program.text)
-            if "ld.global.nc.v4" in text and not is_of_query(profile.program.place[i])
-        ]
+        (rows,) = (one for one in profile.memory if one.nbytes == ROWS * row_bytes)
         wanted = int(found.distances.sum()) * row_bytes
-        assert int(profile.bytes[chunks].sum()) == wanted
-        assert int(profile.units[chunks].sum()) * 32 == wanted
+        assert profile.read_of(rows) == (wanted, wanted // 32)
 
 
 def test_classes_and_lines_hold_all_instructions(profiles) -> None:

@@ -17,7 +17,7 @@
 #include "block.h"
 #include "collectives.h"
 #include "global_memory.h"
-#include "traffic.h"
+#include "wavefronts.h"
 
 constexpr u64 LONG = 2000;  // instructions of a turn in the converged schedule
 
@@ -238,8 +238,8 @@ class Executor {
         each_lane(lanes, [&](int lane) { addresses[lane] = address(warp, code, lane); });
         if (launch.is_converged && code.space != PARAMETER) {
             Count& counted = launch.counts[pc];
-            counted.bytes += u64(size) * count_of(lanes);
-            counted.units += code.space == GLOBAL ? sectors_of(addresses, lanes) : wavefronts(addresses, lanes, size);
+            counted.units += code.space == GLOBAL ? global.measure(is_load ? READ : WRITE, addresses, lanes, size)
+                                                  : wavefronts(addresses, lanes, size);
         }
         u32 written = lanes;  // memory that a load finds there
         each_lane(lanes, [&](int lane) {
@@ -253,12 +253,6 @@ class Executor {
         });
         if (written != lanes) report.note("shared memory is read that was never written", pc);
         for (int i = 0; i < code.targets; i++) warp.define(code.target[i], lanes, written);
-    }
-
-    u64 sectors_of(const u64 (&addresses)[LANES], u32 lanes) const {
-        u64 placed[LANES];
-        each_lane(lanes, [&](int lane) { placed[lane] = global.placed(addresses[lane]); });
-        return sectors(placed, lanes);
     }
 
     static u64 address(Warp& warp, const Instruction& code, int lane) {

@@ -35,13 +35,13 @@ struct Instruction {
 struct Allocation {
     u64 begin, size;
     u64 is_writable;
+    u64 bytes_read, sectors_read;  // converged
 };
 
 // What executing an instruction did, by all groups of lanes.
 struct Count {
     u64 executions, lanes;
     u64 units;  // converged: 32-byte sectors of global memory, wavefronts of shared memory
-    u64 bytes;
 };
 
 // A register that holds the same in all lanes from the beginning: a constant of the text.

@@ -1,16 +1,8 @@
-// What an access of a warp costs: sectors of global memory, wavefronts of shared memory.
+// What an access of a warp to shared memory costs.
 #pragma once
 #include <algorithm>
 #include <vector>
 #include "instruction.h"
-
-// 32-byte sectors that the lanes touch. An access is aligned, so it lies in one.
-inline u64 sectors(const u64 (&addresses)[LANES], u32 lanes) {
-    std::vector<u64> seen;
-    each_lane(lanes, [&](int lane) { seen.push_back(addresses[lane] / 32); });
-    std::sort(seen.begin(), seen.end());
-    return std::unique(seen.begin(), seen.end()) - seen.begin();
-}
 
 // Of 32 banks each gives one word a wavefront. Accesses wider than a word go in parts of 128 bytes.
 inline u64 wavefronts(const u64 (&addresses)[LANES], u32 lanes, int size) {

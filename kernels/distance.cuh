@@ -116,29 +116,44 @@ __device__ __forceinline__ void add_chunk(Sums& sums, const Query& query, int i,
     }
 }
 
-// The distance from the sums of a team; the same bits in each of its lanes.
-__device__ __forceinline__ float finish(const Sums& sums, const Query& query) {
+constexpr int SHARE = TEAM / ROWS_AT_ONCE;  // lanes of a team that get the distance of the same row
+
+// Which of its team's rows a lane gets the distance of, and whether it is the first to get it.
+__device__ __forceinline__ int own_row() { return lane_number() % TEAM / SHARE; }
+__device__ __forceinline__ bool is_first_of_row() { return lane_number() % SHARE == 0; }
+
+// The distance of a lane's own row, from the sums of all rows; the same bits in each of its lanes.
+__device__ __forceinline__ float finish(const Sums (&sums)[ROWS_AT_ONCE], const Query& query) {
     if (DTYPE != INT8) {
-        const float own = __fadd_rn(__fadd_rn(sums.x, sums.y), __fadd_rn(sums.z, sums.w));
-        const float sum = team_sum<TEAM>(own);
+        float parts[ROWS_AT_ONCE];
+#pragma unroll
+        for (int r = 0; r < ROWS_AT_ONCE; r++)
+            parts[r] = __fadd_rn(__fadd_rn(sums[r].x, sums[r].y), __fadd_rn(sums[r].z, sums[r].w));
+        const float sum = own_team_sum<TEAM>(parts);
         return METRIC == L2 ? sum : __fsub_rn(ORTHOGONAL, sum);
     }
     constexpr int LAST = (CHUNKS - 1) % TEAM;
-    const float row_scale = from_member<TEAM>(sums.scale, LAST);
-    const float row_norm = from_member<TEAM>(sums.norm, LAST);
-    const float codes = static_cast<float>(team_sum<TEAM>(sums.codes));
+    int parts[ROWS_AT_ONCE];
+    float row_scale = 0, row_norm = 0;
+#pragma unroll
+    for (int r = 0; r < ROWS_AT_ONCE; r++) {
+        parts[r] = sums[r].codes;
+        const float scale = from_member<TEAM>(sums[r].scale, LAST);
+        const float norm = from_member<TEAM>(sums[r].norm, LAST);
+        if (r == own_row()) row_scale = scale, row_norm = norm;
+    }
+    const float codes = static_cast<float>(own_team_sum<TEAM>(parts));
     const float dot = __fmul_rn(__fmul_rn(query.scale, row_scale), codes);
     if (METRIC != L2) return __fsub_rn(ORTHOGONAL, dot);
     const float distance = __fsub_rn(__fadd_rn(query.norm, row_norm), __fmul_rn(2.0f, dot));
     return distance < 0 ? 0 : distance;  // NaN stays
 }
 
-// Distances to ROWS_AT_ONCE rows a team. `nodes[r]` is the same in all lanes of a team; where it is
-// negative, the query is read in place of a row, so that no load needs a condition, and the distance
-// means nothing. All lanes of the warp call together.
-__device__ __forceinline__ void compute_distances(const unsigned char* rows, const Query& query,
-                                                  const int (&nodes)[ROWS_AT_ONCE],
-                                                  float (&distances)[ROWS_AT_ONCE]) {
+// Distances to ROWS_AT_ONCE rows a team: each lane returns that of nodes[own_row()]. `nodes` is the same
+// in all lanes of a team; where it is negative, the query is read in place of a row, so that no load
+// needs a condition, and the distance means nothing. All lanes of the warp call together.
+__device__ __forceinline__ float compute_distances(const unsigned char* rows, const Query& query,
+                                                   const int (&nodes)[ROWS_AT_ONCE]) {
     const int member = lane_number() % TEAM;
     Sums sums[ROWS_AT_ONCE] = {};
     const unsigned char* own_parts[ROWS_AT_ONCE];  // where the member's first chunk of a row is
@@ -164,6 +179,5 @@ __device__ __forceinline__ void compute_distances(const unsigned char* rows, con
             for (int i = 0; i < AT_ONCE; i++)
                 if (begin + i < PER_LANE) add_chunk(sums[r], query, begin + i, parts[r][i]);
     }
-#pragma unroll
-    for (int r = 0; r < ROWS_AT_ONCE; r++) distances[r] = finish(sums[r], query);
+    return finish(sums, query);
 }

@@ -288,19 +288,16 @@ __device__ __forceinline__ void compute_keys(const Graph& graph, const Query& qu
                                              const int* layer_nodes, int warp) {
     const int team = warp * TEAMS + lane_number() / TEAM;
     for (int base = 0; base < count; base += WARPS * TEAMS * ROWS_AT_ONCE) {
-        int places[ROWS_AT_ONCE], nodes[ROWS_AT_ONCE];
-        float distances[ROWS_AT_ONCE];
+        int nodes[ROWS_AT_ONCE];
 #pragma unroll
         for (int r = 0; r < ROWS_AT_ONCE; r++) {
-            places[r] = base + r * WARPS * TEAMS + team;
-            nodes[r] = places[r] < count ? pending[places[r]] : -1;
+            const int place = base + r * WARPS * TEAMS + team;
+            nodes[r] = place < count ? pending[place] : -1;
             if (layer_nodes && nodes[r] >= 0) nodes[r] = __ldg(layer_nodes + nodes[r]);
         }
-        compute_distances(graph.rows, query, nodes, distances);
-#pragma unroll
-        for (int r = 0; r < ROWS_AT_ONCE; r++)
-            if (lane_number() % TEAM == 0 && places[r] < count)
-                fresh[places[r]] = make_key(distances[r], pending[places[r]]);
+        const float distance = compute_distances(graph.rows, query, nodes);
+        const int place = base + own_row() * WARPS * TEAMS + team;
+        if (is_first_of_row() && place < count) fresh[place] = make_key(distance, pending[place]);
     }
 }
 

@@ -3,7 +3,7 @@
 // A warp holds one query; the warps of a block take different queries and the same ids, so that a row
 // read by one is in the cache for the others. blockIdx.y takes a share of the candidates, and keeps
 // the k smallest keys of it, which the host merges; or, for a k too large, all keys go out unsorted.
-// Shared memory: k keys a warp.
+// Shared memory: room for a key a lane, and k keys a warp; none where k is 0.
 
 #include "warp.cuh"
 #include "distance.cuh"
@@ -33,7 +33,8 @@ extern "C" __global__ void __launch_bounds__(256, 2) compare(const Comparison ta
     if (q >= task.query_count) return;
     DYNAMIC_SHARED(unsigned char, memory);
     Beam beam;
-    beam.keys = reinterpret_cast<uint64*>(memory) + threadIdx.x / LANES * task.k;
+    uint64* room = reinterpret_cast<uint64*>(memory) + threadIdx.x / LANES * LANES;
+    beam.keys = reinterpret_cast<uint64*>(memory) + blockDim.x + threadIdx.x / LANES * task.k;
     beam.capacity = task.k;
     beam.size = beam.first = 0;
     const Query query = load_query(task.queries, q);
@@ -51,7 +52,7 @@ extern "C" __global__ void __launch_bounds__(256, 2) compare(const Comparison ta
             if (is_first_of_row() && place < task.count)
                 task.keys[static_cast<long long>(q) * task.count + place] = key;
         } else if (any_lane(key < worst(beam))) {
-            merge(beam, key);
+            merge(beam, key, room);
         }
     }
     uint64* kept = task.keys + (static_cast<long long>(q) * gridDim.y + blockIdx.y) * task.k;

@@ -39,7 +39,7 @@ struct Task {
     int visited_buckets;             // a power of two
 };
 
-constexpr int STAGE = 64;                           // keys on their way into the beam
+constexpr int STAGE = 64;  // keys on their way into the beam, and room to merge them
 constexpr int PENDING = 128;                        // unvisited neighbours of one round
 constexpr int BATCH = WARPS == 1 ? LANES : PENDING; // distances between two looks at the beam
 constexpr int FRESH = WARPS == 1 ? 0 : BATCH;       // one warp's fresh keys lie on the stage
@@ -237,8 +237,9 @@ struct Walk {
         const bool has_key = lane_number() < count;
         const uint64 key = has_key ? shared.stage[staged + lane_number()] : KEY_NONE;
         sync_warp();
-        merge(beam, key);
-        if (keeps_allowed_keys()) merge(allowed_keys, is_allowed(key) ? key : KEY_NONE);
+        uint64* room = shared.stage + even(staged);
+        merge(beam, key, room);
+        if (keeps_allowed_keys()) merge(allowed_keys, is_allowed(key) ? key : KEY_NONE, room);
     }
 
     // After the distances of a round: what is pending next, on this layer or on one below.
@@ -263,7 +264,8 @@ struct Walk {
                 beam.keys[i] = key;
             }
             visit(visited, number);
-            if (keeps_allowed_keys()) merge(allowed_keys, is_allowed(key) ? key : KEY_NONE);
+            if (keeps_allowed_keys())
+                merge(allowed_keys, is_allowed(key) ? key : KEY_NONE, shared.stage);
         }
         beam.size = min(beam.size, beam.capacity);
         sync_warp();

@@ -172,7 +172,7 @@ def compare(
         k=k,
     )
     grid = (-(-len(queries) // 8), shares)
-    build.launch("compare", grid, (256,), (task,), held, shared_mem=8 * 8 * k, seed=seed)
+    build.launch("compare", grid, (256,), (task,), held, shared_mem=8 * (256 + 8 * k) if k else 0, seed=seed)
     if k:  # each share is sorted
         assert (np.diff(keys.reshape(-1, k).astype(object), axis=1) >= 0).all()
     return np.sort(keys, axis=1)[:, : k or count]

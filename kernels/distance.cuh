@@ -20,6 +20,7 @@ constexpr int ROWS_AT_ONCE = 8 / AT_ONCE < TEAM ? 8 / AT_ONCE : TEAM;  // of one
 constexpr int QUERY_BYTES = DTYPE == INT8 ? ROW_BYTES + 32 : DTYPE == FP16 ? 2 * ROW_BYTES : ROW_BYTES;
 constexpr int QUERY_CHUNKS = DTYPE == FP16 ? 2 : 1;           // that meet one chunk of a row
 constexpr bool IS_QUERY_HELD = PER_LANE * QUERY_CHUNKS <= 12; // in registers; else read again
+constexpr int HELD_CHUNKS = IS_QUERY_HELD ? PER_LANE * QUERY_CHUNKS : 0;
 
 __device__ __forceinline__ uint4 load_chunk(const unsigned char* bytes) {
     return __ldg(reinterpret_cast<const uint4*>(bytes));
@@ -30,7 +31,7 @@ __device__ __forceinline__ uint4 no_chunk() { return make_uint4(0, 0, 0, 0); }
 // A lane's part of one query.
 struct Query {
     const unsigned char* bytes;  // (QUERY_BYTES,)
-    uint4 held[IS_QUERY_HELD ? PER_LANE * QUERY_CHUNKS : 1];
+    uint4 held[IS_QUERY_HELD ? HELD_CHUNKS : 1];
     float scale, norm;           // int8
 
     __device__ __forceinline__ uint4 load(int i, int half) const {
@@ -57,7 +58,7 @@ __device__ __forceinline__ Query load_query(const unsigned char* queries, int q)
     query.bytes = queries + static_cast<long long>(q) * QUERY_BYTES;
     if (IS_QUERY_HELD) {
 #pragma unroll
-        for (int i = 0; i < PER_LANE * QUERY_CHUNKS; i++)
+        for (int i = 0; i < HELD_CHUNKS; i++)
             query.held[i] = query.load(i / QUERY_CHUNKS, i % QUERY_CHUNKS);
     }
     if (DTYPE == INT8) {

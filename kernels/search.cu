@@ -295,7 +295,11 @@ __device__ __forceinline__ void compute_keys(const Graph& graph, const Query& qu
         for (int r = 0; r < ROWS_AT_ONCE; r++) {
             const int place = base + r * WARPS * TEAMS + team;
             nodes[r] = place < count ? pending[place] : -1;
-            if (layer_nodes && nodes[r] >= 0) nodes[r] = __ldg(layer_nodes + nodes[r]);
+        }
+        if (layer_nodes) {
+#pragma unroll
+            for (int r = 0; r < ROWS_AT_ONCE; r++)
+                if (nodes[r] >= 0) nodes[r] = __ldg(layer_nodes + nodes[r]);
         }
         const float distance = compute_distances(graph.rows, query, nodes);
         const int place = base + own_row() * WARPS * TEAMS + team;
@@ -303,7 +307,12 @@ __device__ __forceinline__ void compute_keys(const Graph& graph, const Query& qu
     }
 }
 
-extern "C" __global__ void __launch_bounds__(WARPS == 8 ? 256 : 128, WARPS == 8 ? 2 : 4)
+// Blocks that the registers of an SM must hold: 20 queries of 96 registers a lane, or 16 of 128 where
+// much of a query is held.
+constexpr int THREADS = WARPS == 8 ? 256 : 128;
+constexpr int BLOCKS = WARPS == 8 ? 2 : HELD_CHUNKS > 8 ? 4 : 5;
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 search(const Graph graph, const Task task) {
     DYNAMIC_SHARED(unsigned char, memory);
     const int group = threadIdx.x / (LANES * WARPS), warp = threadIdx.x / LANES % WARPS;

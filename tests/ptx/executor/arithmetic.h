@@ -233,12 +233,16 @@ class Operations {
             return found;
         });
         // of the 64 bits ba, the upper or the lower word after a shift
-        add("shf.l.wrap.b32", [](u32 a, u32 b, u32 by) { return u32((u64(b) << 32 | a) << (by & 31) >> 32); });
+        add("shf.l.wrap.b32", [](u32 a, u32 b, u32 by) {
+            return u32((u64(b) << 32 | a) << (by & 31) >> 32);
+        });
         add("shf.r.wrap.b32", [](u32 a, u32 b, u32 by) { return u32((u64(b) << 32 | a) >> (by & 31)); });
         add("shf.l.clamp.b32", [](u32 a, u32 b, u32 by) {
             return u32((u64(b) << 32 | a) << std::min(by, 32u) >> 32);
         });
-        add("shf.r.clamp.b32", [](u32 a, u32 b, u32 by) { return u32((u64(b) << 32 | a) >> std::min(by, 32u)); });
+        add("shf.r.clamp.b32", [](u32 a, u32 b, u32 by) {
+            return u32((u64(b) << 32 | a) >> std::min(by, 32u));
+        });
         add("prmt.b32", [](u32 a, u32 b, u32 selectors) {  // four bytes of ba, or their signs
             u32 found = 0;
             for (int i = 0; i < 4; i++) {

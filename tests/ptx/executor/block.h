@@ -8,7 +8,8 @@ struct Block {
 
     Block(const Launch& launch, int x, int y, std::mt19937_64& random, Report& report)
         : warps((launch.block + LANES - 1) / LANES), shared(launch.shared_bytes, random, report) {
-        for (size_t number = 0; number < warps.size(); number++) start(warps[number], number, launch, x, y, random);
+        for (size_t number = 0; number < warps.size(); number++)
+            start(warps[number], number, launch, x, y, random);
     }
 
     bool is_alive() const {
@@ -28,8 +29,9 @@ struct Block {
         const int left = launch.block - LANES * number;
         warp.alive = left >= LANES ? ALL_LANES : (1u << left) - 1;
         for (int i = 0; i < launch.constant_count; i++) set(warp, launch.constants[i]);
-        for (const auto& [slot, value] : {std::pair{launch.ntid, launch.block}, {launch.ctaid_x, x}, {launch.ctaid_y, y},
-                                          {launch.nctaid_x, launch.grid_x}, {launch.nctaid_y, launch.grid_y}})
+        for (const auto& [slot, value] :
+             {std::pair{launch.ntid, launch.block}, {launch.ctaid_x, x}, {launch.ctaid_y, y},
+              {launch.nctaid_x, launch.grid_x}, {launch.nctaid_y, launch.grid_y}})
             if (slot >= 0) set(warp, {u64(value), slot, 'w', {}});
         for (const auto& [slot, first] : {std::pair{launch.tid, LANES * number}, {launch.laneid, 0}}) {
             if (slot < 0) continue;

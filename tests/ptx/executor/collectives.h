@@ -42,7 +42,8 @@ inline void shuffle(Warp& warp, const Instruction& code, u32 lanes, u32 pc, Repo
     const u32 values_defined = warp.defined[code.source[0]];
     u32 in_range = 0, defined = 0;
     each_lane(lanes, [&](int lane) {
-        int from = shuffle_source(code.mode, lane, warp.words(code.source[1])[lane], warp.words(code.source[2])[lane]);
+        const u32 b = warp.words(code.source[1])[lane], c = warp.words(code.source[2])[lane];
+        int from = shuffle_source(code.mode, lane, b, c);
         in_range |= u32(from >= 0) << lane;
         if (from < 0) from = lane;
         if (!(lanes >> from & 1)) report.note("a shuffle from a lane that takes no part", pc);

@@ -34,7 +34,8 @@ class Executor {
         std::list<Block> resident;
         for (int started = 0, blocks = launch.grid_x * launch.grid_y;;) {
             for (; int(resident.size()) < launch.resident && started < blocks; started++)
-                resident.emplace_back(launch, started % launch.grid_x, started / launch.grid_x, random, report);
+                resident.emplace_back(launch, started % launch.grid_x, started / launch.grid_x, random,
+                                      report);
             if (resident.empty()) return;
             const auto chosen = std::next(resident.begin(), turn(resident.size()));
             if (chosen->is_alive()) run_part(*chosen);
@@ -82,7 +83,8 @@ class Executor {
     void run_lanes(Block& block, Warp& warp, u32 lanes, u64 time) {
         u32 pc = warp.pc[lowest(lanes)], others_at = ~0u;
         if (launch.is_converged)
-            each_lane(warp.runnable() & ~lanes, [&](int lane) { others_at = std::min(others_at, warp.pc[lane]); });
+            each_lane(warp.runnable() & ~lanes,
+                      [&](int lane) { others_at = std::min(others_at, warp.pc[lane]); });
         for (; pc < others_at && time; time--) {
             if (++steps > launch.steps_limit) throw Fault{"more steps than the limit", pc};
             const Instruction& code = launch.code[pc];
@@ -129,7 +131,9 @@ class Executor {
         if (code.kind == BARRIER) warp.at_barrier |= lanes;
         if (code.kind == RETURN) {
             warp.alive &= ~lanes;  // those who waited for them need not any more
-            each_lane(warp.waiting, [&](int lane) { if (warp.waiting >> lane & 1) pass_sync(warp, warp.pc[lane]); });
+            each_lane(warp.waiting, [&](int lane) {
+                if (warp.waiting >> lane & 1) pass_sync(warp, warp.pc[lane]);
+            });
         }
         pass_barrier(block, pc);
         return false;
@@ -211,7 +215,8 @@ class Executor {
 
     void require_defined(Warp& warp, const Instruction& code, u32 lanes, u32 pc) {
         for (int i = 0; i < code.sources; i++)
-            if (lanes & ~warp.defined[code.source[i]]) report.note("an undefined address, or value stored", pc);
+            if (lanes & ~warp.defined[code.source[i]])
+                report.note("an undefined address, or value stored", pc);
     }
 
     void atomic_add(Warp& warp, const Instruction& code, u32 lanes, u32 pc) {
@@ -238,8 +243,9 @@ class Executor {
         each_lane(lanes, [&](int lane) { addresses[lane] = address(warp, code, lane); });
         if (launch.is_converged && code.space != PARAMETER) {
             Count& counted = launch.counts[pc];
-            counted.units += code.space == GLOBAL ? global.measure(is_load ? READ : WRITE, addresses, lanes, size)
-                                                  : wavefronts(addresses, lanes, size);
+            counted.units += code.space == SHARED
+                                 ? wavefronts(addresses, lanes, size)
+                                 : global.measure(is_load ? READ : WRITE, addresses, lanes, size);
         }
         u32 written = lanes;  // memory that a load finds there
         each_lane(lanes, [&](int lane) {

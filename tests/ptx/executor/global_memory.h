@@ -13,9 +13,11 @@ class GlobalMemory {
     GlobalMemory(Allocation* allocations, int count, Report& report)
         : allocations(allocations), count(count), report(report) {}
 
-    u8* touch(Access access, const Warp& warp, int lane, u64 address, u32 size, bool is_non_coherent, u32 pc) {
+    u8* touch(Access access, const Warp& warp, int lane, u64 address, u32 size, bool is_non_coherent,
+              u32 pc) {
         const Allocation* found = around(address, size);
-        if (!found) throw Fault{access == READ ? "global load out of bounds" : "global store out of bounds", pc};
+        if (!found)
+            throw Fault{access == READ ? "global load out of bounds" : "global store out of bounds", pc};
         if (address % size) throw Fault{"misaligned global access", pc};
         if (access != READ && !found->is_writable) throw Fault{"store to read-only memory", pc};
         for (u64 byte = address; found->is_writable && byte < address + size; byte++) {

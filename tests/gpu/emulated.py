@@ -95,7 +95,7 @@ def search(
     """`search.search` by search.cu. `groups` queries a block (one where warps share a query).
 
     `limit` shortens the shared memory by as many bytes, which no launch may survive. `bytes_read`
-    takes what was read of "rows" and of each array of the graph ("count" builds, and PTX).
+    takes what was read of "rows" and of each array of the graph (PTX, seed None).
     """
     count = len(queries)
     ef = max(ef, k)
@@ -131,8 +131,6 @@ def search(
         visited_buckets=visited_buckets,
         has_allowed_keys=has_allowed_keys,
     )
-    if bytes_read is not None and build.arch is None:
-        counted = build.library("search", has_allowed_keys).count(arrays)
     build.launch(
         "search",
         (blocks,),
@@ -143,11 +141,9 @@ def search(
         shared_mem=one * groups - (limit or 0),
         seed=seed,
     )
-    if bytes_read is not None and build.arch is not None:
+    if bytes_read is not None:
         profile = build.library("search", has_allowed_keys).profile
         bytes_read |= {name: profile.read_of(array)[0] for name, array in arrays.items()}
-    elif bytes_read is not None:
-        bytes_read |= {name: counted[name] for name in arrays}
     return Result(keys, counts[:, 0], counts[:, 1])
 
 
@@ -172,7 +168,9 @@ def compare(
         k=k,
     )
     grid = (-(-len(queries) // 8), shares)
-    build.launch("compare", grid, (256,), (task,), held, shared_mem=8 * (256 + 8 * k) if k else 0, seed=seed)
+    build.launch(
+        "compare", grid, (256,), (task,), held, shared_mem=8 * (256 + 8 * k) if k else 0, seed=seed
+    )
     if k:  # each share is sorted
         assert (np.diff(keys.reshape(-1, k).astype(object), axis=1) >= 0).all()
     return np.sort(keys, axis=1)[:, : k or count]

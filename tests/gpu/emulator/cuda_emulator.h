@@ -17,13 +17,8 @@
 
 #define __global__
 #define __host__
-#ifdef EMULATE_COUNT  // as a compiler for GPUs inlines, so that a place means the same in both
-#define __device__ ALWAYS_INLINE
-#define __forceinline__
-#else
 #define __device__
 #define __forceinline__ ALWAYS_INLINE
-#endif
 #define __restrict__ __restrict
 #define __launch_bounds__(...)
 #define __align__(bytes) __attribute__((aligned(bytes)))

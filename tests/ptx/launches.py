@@ -3,7 +3,10 @@
 import ctypes
 import functools
 import hashlib
+import os
+import tempfile
 from collections.abc import Iterable
+from pathlib import Path
 from typing import NamedTuple
 
 import cuda_toolkit
@@ -52,7 +55,10 @@ def _kept_text(toolkit: cuda_toolkit.Toolkit, job: cuda_toolkit.Job) -> str:
         if not text:
             raise KernelError(log)
         BUILD.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        with tempfile.TemporaryDirectory(dir=BUILD) as folder:
+            made = Path(folder) / path.name
+            made.write_text(text)
+            os.replace(made, path)
     return path.read_text()
 
 

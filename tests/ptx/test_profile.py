@@ -41,7 +41,7 @@ DESCRIPTION = f"""\
 # lanes    active, of 32
 # units    of an access: 32-byte sectors of global memory, wavefronts of shared memory
 #
-# Machine code has fewer instructions than PTX: about 0.85 of these.
+# Machine code has fewer instructions than PTX: many moves vanish in it.
 # Written by   {HOW_TO_WRITE}
 # Another compiler gives other numbers: they are compared by this version alone.
 #

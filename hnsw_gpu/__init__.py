@@ -17,11 +17,12 @@ if TYPE_CHECKING:
     from hnsw_gpu.files import CorruptIndexError
     from hnsw_gpu.index import Index, load
     from hnsw_gpu.results import RadiusResult, SearchResult
-    from hnsw_gpu.serve import Batch, Batcher, Client, QueueFullError, ServerError
+    from hnsw_gpu.serve import AnswerError, Batch, Batcher, Client, QueueFullError, ServerError
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AnswerError",
     "Batch",
     "Batcher",
     "Client",
@@ -39,6 +40,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "AnswerError": "serve",
     "Batch": "serve",
     "Batcher": "serve",
     "Client": "serve",

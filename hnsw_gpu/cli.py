@@ -243,9 +243,12 @@ def _bytes(context: click.Context, parameter: click.Parameter, text: str | None)
     number = text.upper().removesuffix("IB").removesuffix("B")
     unit = number[-1:] if number[-1:] in SIZE else ""
     try:
-        return int(float(number.removesuffix(unit)) * 2 ** SIZE.get(unit, 0))
-    except ValueError:
-        raise click.BadParameter(f"{text!r} is no size such as 4G or 512M") from None
+        size = int(float(number.removesuffix(unit)) * 2 ** SIZE.get(unit, 0))
+    except (ValueError, OverflowError):
+        size = 0
+    if size < 1:
+        raise click.BadParameter(f"{text!r} is no size such as 4G or 512M")
+    return size
 
 
 @main.command()

@@ -38,6 +38,9 @@ class RowsError(ValueError):
         self.what = what  # is wrong with them
         self.rows = rows  # int64 (m,): all of them, ascending
 
+    def __reduce__(self) -> tuple:
+        return type(self), (str(self), self.what, self.rows)
+
 
 def one_of(name: str, value: Any, known: Iterable[str]) -> str:
     """`value`, if it is a known name."""

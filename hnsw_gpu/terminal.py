@@ -89,5 +89,6 @@ def print_facts(facts: dict[str, Any], as_json: bool) -> None:
     for name, value in facts.items():
         shown = f"{value:,}" if name.endswith(("_bytes", "vectors")) else value
         for line in shown if isinstance(shown, list) else [shown]:
-            click.echo(f"{name:<{width}}{'none' if line in ('', None, False) else line}")
+            is_none = line is None or line is False or line == ""  # 0 is none of them
+            click.echo(f"{name:<{width}}{'none' if is_none else line}")
             name = ""

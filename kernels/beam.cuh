@@ -51,45 +51,50 @@ __device__ __forceinline__ int place_of(const Beam& beam, uint64 key) {
 }
 
 // Merge one unexpanded key a lane (KEY_NONE: none), by rank. A key that is there already is dropped,
-// and the one that is there stays (R7). All lanes of the warp call together.
-__device__ __forceinline__ void merge(Beam& beam, uint64 key) {
+// and the one that is there stays (R7). All lanes of the warp call together, and exchange their keys
+// by way of `room`: shared memory for one a lane, 16-byte aligned.
+__device__ __forceinline__ void merge(Beam& beam, uint64 key, uint64* room) {
     const int place = place_of(beam, key);
     const bool is_known = place < beam.size && (beam.keys[place] & ~EXPANDED) == key;
     bool is_new = key != KEY_NONE && place < beam.capacity && !is_known;
-    uint32 entering = lanes_where(is_new);
+    const uint32 alone = ~lane_number();  // is no node
+    const uint32 copies = lanes_with_same(is_new ? key_node(key) : alone);
+    is_new = is_new && lowest(copies) == lane_number();
+    const uint32 entering = lanes_where(is_new);
     sync_warp();  // read before any lane writes, here or after
     if (entering == 0) return;
-    int rank;  // among the entering
-    for (;;) {
-        bool is_copy = false;
-        rank = 0;
-        for (uint32 left = entering; left; left &= left - 1) {
-            const int other_lane = lowest(left);
-            const uint64 other = from_lane(key, other_lane);
-            rank += other < key;
-            is_copy |= other == key && other_lane < lane_number();
-        }
-        const uint32 once = lanes_where(is_new && !is_copy);
-        if (once == entering) break;
-        is_new = is_new && !is_copy;
-        entering = once;
+    const int count = __popc(entering), before = __popc(entering & lanes_below());
+    room[is_new ? before : count + lane_number() - before] = is_new ? key : KEY_NONE;
+    sync_warp();
+    int rank = 0;  // among the entering
+#pragma unroll 1
+    for (int j = 0; j < count; j += 2) {
+        const ulonglong2 two = *reinterpret_cast<const ulonglong2*>(room + j);
+        rank += two.x < key;
+        rank += two.y < key;
     }
-    const int lowest_place = from_lane(place, lowest(lanes_where(is_new && rank == 0)));
-    for (int base = (beam.size - 1) & -LANES; base + LANES > lowest_place; base -= LANES) {
+    const int target = place + rank;
+    const int first = from_lane(place, lowest(lanes_where(is_new && rank == 0)));
+    beam.size = min(beam.size + count, beam.capacity);
+    beam.first = min(beam.first, first);
+    sync_warp();
+    room[lane_number()] = KEY_NONE;
+    sync_warp();
+    // From the end, 32 places at a time: each holds a key that enters, or the one that moves there.
+#pragma unroll 1
+    for (int base = (beam.size - 1) & -LANES; base + LANES > first; base -= LANES) {
+        if (is_new && target >= base && target < base + LANES) room[target - base] = key;
+        const int below = __popc(lanes_where(is_new && target < base));
+        sync_warp();
         const int i = base + lane_number();
-        const bool is_moving = i >= lowest_place && i < beam.size;
-        const uint64 old = is_moving ? beam.keys[i] : KEY_NONE;
-        int target = i + __popc(lanes_where(is_new && place < base));
-        const bool is_between = is_new && place >= base && place < base + LANES;
-        for (uint32 left = lanes_where(is_between); left; left &= left - 1)
-            target += from_lane(place, lowest(left)) <= i;
+        uint64 own = room[lane_number()];
+        room[lane_number()] = KEY_NONE;
+        const bool is_moved = own == KEY_NONE;
+        const int moved_by = below + __popc(~lanes_where(is_moved) & lanes_below());
+        if (is_moved && i < beam.size) own = beam.keys[i - moved_by];
         sync_warp();
-        if (is_moving && target < beam.capacity) beam.keys[target] = old;
-        sync_warp();
+        if (i < beam.size) beam.keys[i] = own;
     }
-    if (is_new && place + rank < beam.capacity) beam.keys[place + rank] = key;
-    beam.size = min(beam.size + __popc(entering), beam.capacity);
-    beam.first = min(beam.first, lowest_place);
     sync_warp();
 }
 

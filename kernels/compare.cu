@@ -3,7 +3,7 @@
 // A warp holds one query; the warps of a block take different queries and the same ids, so that a row
 // read by one is in the cache for the others. blockIdx.y takes a share of the candidates, and keeps
 // the k smallest keys of it, which the host merges; or, for a k too large, all keys go out unsorted.
-// Shared memory: k keys a warp.
+// Shared memory: room for a key a lane, and k keys a warp; none where k is 0.
 
 #include "warp.cuh"
 #include "distance.cuh"
@@ -20,44 +20,39 @@ struct Comparison {
     int k;                                 // keys kept of a share; 0: all, each in its place
 };
 
+// Which node query q is compared with at a place; negative: none.
+__device__ __forceinline__ int node_at(const Comparison& task, int q, int place) {
+    if (place >= task.count) return -1;
+    if (task.ids) return __ldg(task.ids + place);
+    const uint64 candidate = __ldg(task.candidates + static_cast<long long>(q) * task.count + place);
+    return candidate == KEY_NONE ? -1 : key_node(candidate);
+}
+
 extern "C" __global__ void __launch_bounds__(256, 2) compare(const Comparison task) {
     const int q = blockIdx.x * (blockDim.x / LANES) + threadIdx.x / LANES;
     if (q >= task.query_count) return;
     DYNAMIC_SHARED(unsigned char, memory);
     Beam beam;
-    beam.keys = reinterpret_cast<uint64*>(memory) + threadIdx.x / LANES * task.k;
+    uint64* room = reinterpret_cast<uint64*>(memory) + threadIdx.x / LANES * LANES;
+    beam.keys = reinterpret_cast<uint64*>(memory) + blockDim.x + threadIdx.x / LANES * task.k;
     beam.capacity = task.k;
     beam.size = beam.first = 0;
     const Query query = load_query(task.queries, q);
-    const long long first = static_cast<long long>(q) * task.count;
     const int team = lane_number() / TEAM;
     const int step = TEAMS * ROWS_AT_ONCE;
     for (int base = blockIdx.y * step; base < task.count; base += gridDim.y * step) {
-        int places[ROWS_AT_ONCE], nodes[ROWS_AT_ONCE];
-        float distances[ROWS_AT_ONCE];
+        int nodes[ROWS_AT_ONCE];
 #pragma unroll
-        for (int r = 0; r < ROWS_AT_ONCE; r++) {
-            places[r] = base + r * TEAMS + team;
-            nodes[r] = -1;
-            if (places[r] >= task.count) continue;
-            if (task.ids) {
-                nodes[r] = __ldg(task.ids + places[r]);
-            } else {
-                const uint64 candidate = __ldg(task.candidates + first + places[r]);
-                if (candidate != KEY_NONE) nodes[r] = key_node(candidate);
-            }
-        }
-        compute_distances(task.rows, query, nodes, distances);
-#pragma unroll
-        for (int r = 0; r < ROWS_AT_ONCE; r++) {
-            const bool is_own = lane_number() % TEAM == 0 && places[r] < task.count;
-            const uint64 key =
-                is_own && nodes[r] >= 0 ? make_key(distances[r], nodes[r]) : KEY_NONE;
-            if (task.k == 0) {
-                if (is_own) task.keys[first + places[r]] = key;
-            } else if (any_lane(key < worst(beam))) {
-                merge(beam, key);
-            }
+        for (int r = 0; r < ROWS_AT_ONCE; r++) nodes[r] = node_at(task, q, base + r * TEAMS + team);
+        const float distance = compute_distances(task.rows, query, nodes);
+        const int place = base + own_row() * TEAMS + team;
+        const int node = node_at(task, q, place);
+        const uint64 key = is_first_of_row() && node >= 0 ? make_key(distance, node) : KEY_NONE;
+        if (task.k == 0) {
+            if (is_first_of_row() && place < task.count)
+                task.keys[static_cast<long long>(q) * task.count + place] = key;
+        } else if (any_lane(key < worst(beam))) {
+            merge(beam, key, room);
         }
     }
     uint64* kept = task.keys + (static_cast<long long>(q) * gridDim.y + blockIdx.y) * task.k;

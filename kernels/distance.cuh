@@ -20,6 +20,7 @@ constexpr int ROWS_AT_ONCE = 8 / AT_ONCE < TEAM ? 8 / AT_ONCE : TEAM;  // of one
 constexpr int QUERY_BYTES = DTYPE == INT8 ? ROW_BYTES + 32 : DTYPE == FP16 ? 2 * ROW_BYTES : ROW_BYTES;
 constexpr int QUERY_CHUNKS = DTYPE == FP16 ? 2 : 1;           // that meet one chunk of a row
 constexpr bool IS_QUERY_HELD = PER_LANE * QUERY_CHUNKS <= 12; // in registers; else read again
+constexpr int HELD_CHUNKS = IS_QUERY_HELD ? PER_LANE * QUERY_CHUNKS : 0;
 
 __device__ __forceinline__ uint4 load_chunk(const unsigned char* bytes) {
     return __ldg(reinterpret_cast<const uint4*>(bytes));
@@ -30,7 +31,7 @@ __device__ __forceinline__ uint4 no_chunk() { return make_uint4(0, 0, 0, 0); }
 // A lane's part of one query.
 struct Query {
     const unsigned char* bytes;  // (QUERY_BYTES,)
-    uint4 held[IS_QUERY_HELD ? PER_LANE * QUERY_CHUNKS : 1];
+    uint4 held[IS_QUERY_HELD ? HELD_CHUNKS : 1];
     float scale, norm;           // int8
 
     __device__ __forceinline__ uint4 load(int i, int half) const {
@@ -57,7 +58,7 @@ __device__ __forceinline__ Query load_query(const unsigned char* queries, int q)
     query.bytes = queries + static_cast<long long>(q) * QUERY_BYTES;
     if (IS_QUERY_HELD) {
 #pragma unroll
-        for (int i = 0; i < PER_LANE * QUERY_CHUNKS; i++)
+        for (int i = 0; i < HELD_CHUNKS; i++)
             query.held[i] = query.load(i / QUERY_CHUNKS, i % QUERY_CHUNKS);
     }
     if (DTYPE == INT8) {
@@ -116,49 +117,68 @@ __device__ __forceinline__ void add_chunk(Sums& sums, const Query& query, int i,
     }
 }
 
-// The distance from the sums of a team; the same bits in each of its lanes.
-__device__ __forceinline__ float finish(const Sums& sums, const Query& query) {
+constexpr int SHARE = TEAM / ROWS_AT_ONCE;  // lanes of a team that get the distance of the same row
+
+// Which of its team's rows a lane gets the distance of, and whether it is the first to get it.
+__device__ __forceinline__ int own_row() { return lane_number() % TEAM / SHARE; }
+__device__ __forceinline__ bool is_first_of_row() { return lane_number() % SHARE == 0; }
+
+// The distance of a lane's own row, from the sums of all rows; the same bits in each of its lanes.
+__device__ __forceinline__ float finish(const Sums (&sums)[ROWS_AT_ONCE], const Query& query) {
     if (DTYPE != INT8) {
-        const float own = __fadd_rn(__fadd_rn(sums.x, sums.y), __fadd_rn(sums.z, sums.w));
-        const float sum = team_sum<TEAM>(own);
+        float parts[ROWS_AT_ONCE];
+#pragma unroll
+        for (int r = 0; r < ROWS_AT_ONCE; r++)
+            parts[r] = __fadd_rn(__fadd_rn(sums[r].x, sums[r].y), __fadd_rn(sums[r].z, sums[r].w));
+        const float sum = own_team_sum<TEAM>(parts);
         return METRIC == L2 ? sum : __fsub_rn(ORTHOGONAL, sum);
     }
     constexpr int LAST = (CHUNKS - 1) % TEAM;
-    const float row_scale = from_member<TEAM>(sums.scale, LAST);
-    const float row_norm = from_member<TEAM>(sums.norm, LAST);
-    const float codes = static_cast<float>(team_sum<TEAM>(sums.codes));
+    int parts[ROWS_AT_ONCE];
+    float row_scale = 0, row_norm = 0;
+#pragma unroll
+    for (int r = 0; r < ROWS_AT_ONCE; r++) {
+        parts[r] = sums[r].codes;
+        const float scale = from_member<TEAM>(sums[r].scale, LAST);
+        const float norm = from_member<TEAM>(sums[r].norm, LAST);
+        if (r == own_row()) row_scale = scale, row_norm = norm;
+    }
+    const float codes = static_cast<float>(own_team_sum<TEAM>(parts));
     const float dot = __fmul_rn(__fmul_rn(query.scale, row_scale), codes);
     if (METRIC != L2) return __fsub_rn(ORTHOGONAL, dot);
     const float distance = __fsub_rn(__fadd_rn(query.norm, row_norm), __fmul_rn(2.0f, dot));
     return distance < 0 ? 0 : distance;  // NaN stays
 }
 
-// Distances to ROWS_AT_ONCE rows a team. `nodes[r]` is the same in all lanes of a team; where it is
-// negative, nothing is read and the distance means nothing. All lanes of the warp call together.
-__device__ __forceinline__ void compute_distances(const unsigned char* rows, const Query& query,
-                                                  const int (&nodes)[ROWS_AT_ONCE],
-                                                  float (&distances)[ROWS_AT_ONCE]) {
+// Distances to ROWS_AT_ONCE rows a team: each lane returns that of nodes[own_row()]. `nodes` is the same
+// in all lanes of a team; where it is negative, the query is read in place of a row, so that no load
+// needs a condition, and the distance means nothing. All lanes of the warp call together.
+__device__ __forceinline__ float compute_distances(const unsigned char* rows, const Query& query,
+                                                   const int (&nodes)[ROWS_AT_ONCE]) {
     const int member = lane_number() % TEAM;
     Sums sums[ROWS_AT_ONCE] = {};
+    const unsigned char* own_parts[ROWS_AT_ONCE];  // where the member's first chunk of a row is
+#pragma unroll
+    for (int r = 0; r < ROWS_AT_ONCE; r++) {
+        const unsigned char* row = rows + static_cast<long long>(nodes[r]) * ROW_BYTES;
+        own_parts[r] = (nodes[r] >= 0 ? row : query.bytes) + member * 16;
+    }
 #pragma unroll(IS_QUERY_HELD ? PER_LANE : 1)  // the held query takes constant places only
     for (int begin = 0; begin < PER_LANE; begin += AT_ONCE) {
         uint4 parts[ROWS_AT_ONCE][AT_ONCE];
 #pragma unroll
-        for (int r = 0; r < ROWS_AT_ONCE; r++) {
-            const unsigned char* row = rows + static_cast<long long>(nodes[r]) * ROW_BYTES;
+        for (int r = 0; r < ROWS_AT_ONCE; r++)
 #pragma unroll
             for (int i = 0; i < AT_ONCE; i++) {
-                const int chunk = (begin + i) * TEAM + member;
-                const bool is_there = nodes[r] >= 0 && chunk < CHUNKS;
-                parts[r][i] = is_there ? load_chunk(row + chunk * 16) : no_chunk();
+                const int first = (begin + i) * TEAM;  // member 0's chunk
+                const bool is_there = first + TEAM <= CHUNKS || first + member < CHUNKS;
+                parts[r][i] = is_there ? load_chunk(own_parts[r] + first * 16) : no_chunk();
             }
-        }
 #pragma unroll
         for (int r = 0; r < ROWS_AT_ONCE; r++)
 #pragma unroll
             for (int i = 0; i < AT_ONCE; i++)
                 if (begin + i < PER_LANE) add_chunk(sums[r], query, begin + i, parts[r][i]);
     }
-#pragma unroll
-    for (int r = 0; r < ROWS_AT_ONCE; r++) distances[r] = finish(sums[r], query);
+    return finish(sums, query);
 }

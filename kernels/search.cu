@@ -39,7 +39,7 @@ struct Task {
     int visited_buckets;             // a power of two
 };
 
-constexpr int STAGE = 64;                           // keys on their way into the beam
+constexpr int STAGE = 64;  // keys on their way into the beam, and room to merge them
 constexpr int PENDING = 128;                        // unvisited neighbours of one round
 constexpr int BATCH = WARPS == 1 ? LANES : PENDING; // distances between two looks at the beam
 constexpr int FRESH = WARPS == 1 ? 0 : BATCH;       // one warp's fresh keys lie on the stage
@@ -114,6 +114,7 @@ struct Walk {
         beam.keys = shared.beam;
         allowed_keys.keys = shared.allowed_keys;
         allowed_keys.capacity = task.k;
+        query = 0;  // a warp that owns no walk may read it, ahead of the test that it owns none
     }
 
     __device__ __forceinline__ bool is_allowed(uint64 key) const {
@@ -236,8 +237,9 @@ struct Walk {
         const bool has_key = lane_number() < count;
         const uint64 key = has_key ? shared.stage[staged + lane_number()] : KEY_NONE;
         sync_warp();
-        merge(beam, key);
-        if (keeps_allowed_keys()) merge(allowed_keys, is_allowed(key) ? key : KEY_NONE);
+        uint64* room = shared.stage + even(staged);
+        merge(beam, key, room);
+        if (keeps_allowed_keys()) merge(allowed_keys, is_allowed(key) ? key : KEY_NONE, room);
     }
 
     // After the distances of a round: what is pending next, on this layer or on one below.
@@ -262,7 +264,8 @@ struct Walk {
                 beam.keys[i] = key;
             }
             visit(visited, number);
-            if (keeps_allowed_keys()) merge(allowed_keys, is_allowed(key) ? key : KEY_NONE);
+            if (keeps_allowed_keys())
+                merge(allowed_keys, is_allowed(key) ? key : KEY_NONE, shared.stage);
         }
         beam.size = min(beam.size, beam.capacity);
         sync_warp();
@@ -287,23 +290,29 @@ __device__ __forceinline__ void compute_keys(const Graph& graph, const Query& qu
                                              const int* layer_nodes, int warp) {
     const int team = warp * TEAMS + lane_number() / TEAM;
     for (int base = 0; base < count; base += WARPS * TEAMS * ROWS_AT_ONCE) {
-        int places[ROWS_AT_ONCE], nodes[ROWS_AT_ONCE];
-        float distances[ROWS_AT_ONCE];
+        int nodes[ROWS_AT_ONCE];
 #pragma unroll
         for (int r = 0; r < ROWS_AT_ONCE; r++) {
-            places[r] = base + r * WARPS * TEAMS + team;
-            nodes[r] = places[r] < count ? pending[places[r]] : -1;
-            if (layer_nodes && nodes[r] >= 0) nodes[r] = __ldg(layer_nodes + nodes[r]);
+            const int place = base + r * WARPS * TEAMS + team;
+            nodes[r] = place < count ? pending[place] : -1;
         }
-        compute_distances(graph.rows, query, nodes, distances);
+        if (layer_nodes) {
 #pragma unroll
-        for (int r = 0; r < ROWS_AT_ONCE; r++)
-            if (lane_number() % TEAM == 0 && places[r] < count)
-                fresh[places[r]] = make_key(distances[r], pending[places[r]]);
+            for (int r = 0; r < ROWS_AT_ONCE; r++)
+                if (nodes[r] >= 0) nodes[r] = __ldg(layer_nodes + nodes[r]);
+        }
+        const float distance = compute_distances(graph.rows, query, nodes);
+        const int place = base + own_row() * WARPS * TEAMS + team;
+        if (is_first_of_row() && place < count) fresh[place] = make_key(distance, pending[place]);
     }
 }
 
-extern "C" __global__ void __launch_bounds__(WARPS == 8 ? 256 : 128, WARPS == 8 ? 2 : 4)
+// Blocks that the registers of an SM must hold: 20 queries of 96 registers a lane, or 16 of 128 where
+// much of a query is held.
+constexpr int THREADS = WARPS == 8 ? 256 : 128;
+constexpr int BLOCKS = WARPS == 8 ? 2 : HELD_CHUNKS > 8 ? 4 : 5;
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 search(const Graph graph, const Task task) {
     DYNAMIC_SHARED(unsigned char, memory);
     const int group = threadIdx.x / (LANES * WARPS), warp = threadIdx.x / LANES % WARPS;

@@ -23,17 +23,17 @@ __device__ __forceinline__ uint32 bucket_of(const Visited& visited, uint32 numbe
     return (number ^ (high * 0x9e3779b1u >> 16)) & visited.bucket_mask;
 }
 
-// Is one of a word's two halves zero?
-__device__ __forceinline__ bool has_zero_half(uint32 word) {
-    return ((word - 0x00010001u) & ~word & 0x80008000u) != 0;
+// Not 0 where one of a word's two halves is.
+__device__ __forceinline__ uint32 zero_halves(uint32 word) {
+    return (word - 0x00010001u) & ~word & 0x80008000u;
 }
 
 __device__ __forceinline__ bool holds(uint4 bucket, uint32 tag) {
     if (TAG_BITS == 32)
         return bucket.x == tag || bucket.y == tag || bucket.z == tag || bucket.w == tag;
     const uint32 both = tag * 0x00010001u;
-    return has_zero_half(bucket.x ^ both) || has_zero_half(bucket.y ^ both) ||
-           has_zero_half(bucket.z ^ both) || has_zero_half(bucket.w ^ both);
+    return (zero_halves(bucket.x ^ both) | zero_halves(bucket.y ^ both) |
+            zero_halves(bucket.z ^ both) | zero_halves(bucket.w ^ both)) != 0;
 }
 
 // The bucket with `tag` in front; its last tag is forgotten.

@@ -55,6 +55,28 @@ __device__ __forceinline__ T team_sum(T value SITE) {
     return value;
 }
 
+// Of COUNT sums over a team one a lane: that of values[member / (TEAM_LANES / COUNT)]. They have the
+// bits of team_sum, from the same pairs in the same order, but each half of the lanes goes on with
+// half of the sums, and gives its parts of the others away.
+template <int TEAM_LANES, int COUNT, typename T>
+__device__ __forceinline__ T own_team_sum(T (&values)[COUNT] SITE) {
+    int distance = TEAM_LANES / 2;
+#pragma unroll
+    for (int left = COUNT / 2; left > 0; left /= 2, distance /= 2) {
+        const bool is_upper = lane_number() & distance;
+#pragma unroll
+        for (int i = 0; i < left; i++) {
+            const T given = is_upper ? values[i] : values[i + left];
+            const T kept = is_upper ? values[i + left] : values[i];
+            values[i] = kept + __shfl_xor_sync(FULL_WARP, given, distance, LANES AT);
+        }
+    }
+#pragma unroll
+    for (; distance > 0; distance /= 2)
+        values[0] += __shfl_xor_sync(FULL_WARP, values[0], distance, LANES AT);
+    return values[0];
+}
+
 // The sum over the lanes up to this one.
 __device__ __forceinline__ long long sum_up_to(long long value SITE) {
 #pragma unroll

@@ -114,7 +114,7 @@ def test_info_tells_what_the_index_is(files):
     assert {name: facts[name] for name in wanted} == wanted
     table = dict(line.split(maxsplit=1) for line in run("info", files / "docs.hnsw").splitlines())
     assert set(table) == set(facts)
-    assert table["metric"] == "l2"
+    assert (table["metric"], table["seed"], table["refine"]) == ("l2", "0", "none")
 
 
 def test_check_finds_a_flipped_bit(files, tmp_path):

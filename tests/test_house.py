@@ -77,6 +77,7 @@ def texts() -> list[Path]:
     """Every file that a person writes and reads."""
     found = [*PACKAGE.rglob("*.py"), *ROOT.glob("tests/**/*.py"), *ROOT.glob("benchmarks/**/*.py")]
     found += [*ROOT.glob("kernels/*"), *ROOT.glob("tests/gpu/emulator/*.[hc]*")]
+    found += [*ROOT.glob("tests/ptx/executor/*")]
     found += [*ROOT.glob("*.md"), ROOT / "pyproject.toml", ROOT / ".ci" / "run"]
     return sorted(path for path in found if path != Path(__file__))
 

@@ -87,7 +87,7 @@ def _plan_in(folder: Path) -> dict[str, Any] | None:
     """The plan of ours that is in a folder."""
     try:
         plan = json.loads((folder / PLAN).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return plan if isinstance(plan, dict) and plan.get("made_by") == MADE_BY else None
 

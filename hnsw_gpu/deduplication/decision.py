@@ -8,6 +8,7 @@ from hnsw_gpu import inputs
 from hnsw_gpu.deduplication import linkage as linkages
 from hnsw_gpu.deduplication.distinct_rows import Rows
 from hnsw_gpu.deduplication.keep_order import node_order, row_order
+from hnsw_gpu.deduplication.linkage import Neighbors
 from hnsw_gpu.deduplication.near_pairs import united
 from hnsw_gpu.deduplication.other_set import NearestOther
 from hnsw_gpu.deduplication.sharded_join import Pairs, Shards
@@ -39,6 +40,7 @@ class NearRows:
         self.metric = metric  # by the caller's name: "euclidean" is one
         self.limit = limit  # the largest distance of pairs that were looked for
         self.rows, self.shards, self.pairs, self.other = rows, shards, pairs, other
+        self._lists: Neighbors | None = None  # of all pairs
         self.is_known = np.zeros(rows.nodes, bool)  # nodes that the other set has
         if other is not None:
             self.is_known = other.distances <= np.float32(limit)
@@ -66,11 +68,11 @@ class NearRows:
 
     def decide(self, limit: float, linkage: str, keep: Any) -> Decision:
         """By the pairs within a limit. Pairs that had to be found for it are kept in `pairs`."""
-        offsets, neighbors = self._neighbors(limit)
-        places = row_order(keep, self.rows, offsets, neighbors)
+        near = self._neighbors(limit)
+        places = row_order(keep, self.rows, near)
         order, row_of = node_order(places, self.rows)
         if linkage == "components":
-            return self._decision(linkages.components(order, offsets, neighbors), row_of)
+            return self._decision(linkages.components(order, near), row_of)
 
         def all_near(nodes: np.ndarray) -> list[np.ndarray]:
             every = self.shards.all_near(nodes, limit)
@@ -78,23 +80,25 @@ class NearRows:
 
         is_open = self.pairs.is_open & ~self.is_known
         decide = linkages.star if linkage == "star" else linkages.any_earlier
-        state, completed = decide(order, offsets, neighbors, is_open, all_near)
+        state, completed = decide(order, near, is_open, all_near)
         if completed:
             self._add_pairs(completed)
-            offsets, neighbors = self._neighbors(limit)
+            near = self._neighbors(limit)
         if linkage == "star":
-            root = linkages.nearest_kept(offsets, neighbors, state)
+            root = linkages.nearest_kept(near, state)
         else:
-            root = linkages.first_ancestor(order, offsets, neighbors)
+            root = linkages.first_ancestor(order, near)
         return self._decision(root, row_of)
 
-    def _neighbors(self, limit: float) -> tuple[np.ndarray, np.ndarray]:
+    def _neighbors(self, limit: float) -> Neighbors:
         """Of each node its near ones within a limit; nodes that the other set has take no part."""
-        a, b, distances = self.pairs[:3]
-        is_near = distances <= np.float32(limit)
-        if self.other is not None:
-            is_near &= ~self.is_known[a] & ~self.is_known[b]
-        return linkages.neighbor_lists(a[is_near], b[is_near], distances[is_near], self.rows.nodes)
+        if self._lists is None:
+            a, b, distances = self.pairs[:3]
+            if self.other is not None:
+                is_ours = ~self.is_known[a] & ~self.is_known[b]
+                a, b, distances = a[is_ours], b[is_ours], distances[is_ours]
+            self._lists = linkages.neighbor_lists(a, b, distances, self.rows.nodes)
+        return self._lists.within(limit)
 
     def _add_pairs(self, completed: dict[int, np.ndarray]) -> None:
         """Pairs of open nodes, of the keys of all that is near them."""
@@ -105,7 +109,9 @@ class NearRows:
             np.concatenate([self.pairs.b, key_nodes(keys)]),
             np.concatenate([self.pairs.distances, key_distances(keys)]),
         )
-        self.pairs = self.pairs._replace(a=a, b=b, distances=distances)
+        if len(a) > len(self.pairs.a):  # else all of them were there
+            self.pairs = self.pairs._replace(a=a, b=b, distances=distances)
+            self._lists = None
 
     def _decision(self, root: np.ndarray, row_of: np.ndarray) -> Decision:
         """Of root int64 (nodes,), the kept node for each, and the row of each kept node."""

@@ -56,8 +56,11 @@ def recall(near: NearRows, seed: int) -> dict[str, Any]:
     nodes = np.repeat(sample, [len(keys) for keys in truth])
     keys = np.concatenate([*truth, np.empty(0, np.uint64)])
     a, b, _ = united(nodes, key_nodes(keys), key_distances(keys))
-    found = near.pairs.a.astype(np.int64) << 32 | near.pairs.b
-    hits = int(np.isin(a.astype(np.int64) << 32 | b, found).sum())
+    found = near.pairs.a.astype(np.int64) << 32 | near.pairs.b  # ascending
+    wanted = a.astype(np.int64) << 32 | b
+    place = np.searchsorted(found, wanted)
+    is_there = place < len(found)
+    hits = int((found[place[is_there]] == wanted[is_there]).sum())
     low, high = wilson(hits, len(a))
     return {
         "sampled_rows": len(sample),

@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 import hnsw_gpu
 from hnsw_gpu import inputs
 from hnsw_gpu.deduplication import report as reports
@@ -20,14 +18,22 @@ from hnsw_gpu.deduplication.checkpoints import MADE_BY, WORK, Checkpoints
 from hnsw_gpu.deduplication.conclusion import conclude
 from hnsw_gpu.deduplication.decision import NearRows
 from hnsw_gpu.deduplication.keep_order import KEEP
+from hnsw_gpu.deduplication.output_folder import held
 from hnsw_gpu.deduplication.settings import Settings
 from hnsw_gpu.deduplication.shard_size import shard_rows_within
 from hnsw_gpu.deduplication.shard_steps import ResumableSteps
 from hnsw_gpu.deduplication.sharded_join import no_pairs
 from hnsw_gpu.deduplication.stage_clock import StageClock
-from hnsw_gpu.deduplication.tables import write_tables
+from hnsw_gpu.deduplication.tables import require_writable, write_tables
 from hnsw_gpu.engine import thread_count
-from hnsw_gpu.files import FORMAT_VERSION, Sources, file_checksum, open_sources
+from hnsw_gpu.files import (
+    FORMAT_VERSION,
+    Sources,
+    file_checksum,
+    list_files,
+    open_sources,
+    ordered_values,
+)
 
 
 def dedup_files(
@@ -49,71 +55,74 @@ def dedup_files(
     """Do the job, write into folder `out`; returns the report.
 
     memory_limit: bytes of the whole process, by which `shard_rows` is chosen where it is not given;
-    None: half of the machine's memory. ValueError where `out` holds a run of other input or
-    parameters, or foreign files where ours would be, where an input would be overwritten or changes
-    meanwhile, and where the limit is too small.
+    None: half of the machine's, or of a container's. Results and work of earlier runs in `out` are
+    no input. ValueError where `out` holds a run of other input or parameters, or foreign files
+    where ours would be, where another job writes there, where an input would be overwritten or
+    changes meanwhile, and where the limit is too small.
     """
     settings.check()
-    clock = StageClock()
-    sources = open_sources(paths, column=column)
-    if write_kept:
-        sources.require_same_columns()
-    keep = _keep(sources, settings.keep)
-    ids = None if id_column is None else sources.column(id_column)
-    if text_column is not None:
-        sources.take(text_column, np.empty(0, np.int64))  # is it there?
-    rows_a_shard = shard_rows or shard_rows_within(
-        memory_limit, len(sources), sources.dim, settings.M
-    )
-    other = _open_other(against, column)
-    checkpoints = Checkpoints(out / WORK)
-    others = other.paths if isinstance(other, Sources) else [other] if other else []
-    reports.require_ours(out, [*sources.paths, *others], is_begun=checkpoints.is_begun())
-    plan = {
-        "version": hnsw_gpu.__version__,
-        "format": FORMAT_VERSION,
-        "settings": settings._asdict(),
-        "column": column,
-        "id_column": id_column,
-        "text_column": text_column,
-        "write_kept": write_kept,
-        "shard_rows": rows_a_shard,
-        "itself": itself,
-        "files": sources.fingerprints(),
-        "against": _fingerprints(other),
-    }
-    out.mkdir(parents=True, exist_ok=True)
-    checkpoints.begin(plan)
-    steps = ResumableSteps(
-        checkpoints, settings, shard_rows=rows_a_shard,
-        is_exact=settings.compares_all(len(sources)),
-        threads=thread_count(threads), progress=progress,
-    )  # fmt: skip
-    clock.ends("read")
-    near = _near_rows(steps, settings, sources, other, itself, clock)
-    result = conclude(near, settings._replace(keep=keep), ids, itself, clock)
-    result.report["parameters"] |= _parameters(settings)
-    report = (
-        {"made_by": MADE_BY}
-        | result.report
-        | {
-            "curve": reports.curve(result),
-            "largest_groups": reports.largest_groups(result, sources, text_column),
-            "sources": plan["files"],
-            "shards": {"count": len(near.shards.numbers), "rows": rows_a_shard},
+    with held(out):
+        clock = StageClock()
+        checkpoints = Checkpoints(out / WORK)
+        is_begun = checkpoints.is_begun()
+        of_ours = [out, *(out / name for name in reports.RESULTS if is_begun)]
+        paths, others = (list_files(given, except_for=of_ours) for given in (paths, against))
+        reports.require_ours(out, [*paths, *others], is_begun=is_begun)
+        sources = open_sources(paths, column=column)
+        if write_kept:
+            require_writable(sources.schema())
+        keep = _keep(sources, settings.keep)
+        ids = None if id_column is None else _ids(sources, id_column)
+        if text_column is not None:
+            sources.column_type(text_column)  # is it there?
+        rows_a_shard = shard_rows or shard_rows_within(
+            memory_limit, len(sources), sources.dim, settings.M
+        )
+        other = _open_other(others, column)
+        plan = {
             "version": hnsw_gpu.__version__,
+            "format": FORMAT_VERSION,
+            "settings": settings._asdict(),
+            "column": column,
+            "id_column": id_column,
+            "text_column": text_column,
+            "write_kept": write_kept,
+            "shard_rows": rows_a_shard,
+            "itself": itself,
+            "files": sources.fingerprints(),
+            "against": _fingerprints(other),
         }
-    )
-    sources.require_unchanged()
-    if isinstance(other, Sources):
-        other.require_unchanged()
-    write_tables(out, result, sources, write_kept)
-    clock.ends("write")
-    report["seconds"] = {stage: round(value, 3) for stage, value in clock.seconds.items()}
-    reports.write_report(out, report)
-    steps.close()
-    checkpoints.remove()
-    return report
+        checkpoints.begin(plan)
+        steps = ResumableSteps(
+            checkpoints, settings, shard_rows=rows_a_shard,
+            is_exact=settings.compares_all(len(sources)),
+            threads=thread_count(threads), progress=progress,
+        )  # fmt: skip
+        clock.ends("read")
+        near = _near_rows(steps, settings, sources, other, itself, clock)
+        result = conclude(near, settings._replace(keep=keep), ids, itself, clock)
+        result.report["parameters"] |= _parameters(settings)
+        report = (
+            {"made_by": MADE_BY}
+            | result.report
+            | {
+                "curve": reports.curve(result),
+                "largest_groups": reports.largest_groups(result, sources, text_column),
+                "sources": plan["files"],
+                "shards": {"count": len(near.shards.numbers), "rows": rows_a_shard},
+                "version": hnsw_gpu.__version__,
+            }
+        )
+        sources.require_unchanged()
+        if isinstance(other, Sources):
+            other.require_unchanged()
+        write_tables(out, result, sources, write_kept)
+        clock.ends("write")
+        report["seconds"] = {stage: round(value, 3) for stage, value in clock.seconds.items()}
+        reports.write_report(out, report)
+        steps.close()
+        checkpoints.remove()
+        return report
 
 
 def _near_rows(
@@ -143,10 +152,21 @@ def _keep(sources: Sources, keep: str) -> Any:
     if not column:
         return inputs.one_of("keep", keep, KEEP)
     inputs.one_of("keep", which, ("max", "min"))
-    values = sources.column(column).to_numpy()
-    if values.dtype.kind not in "fiub":
-        raise ValueError(f"keep={keep!r}: the column holds {values.dtype}, expected numbers")
-    return which, values
+    try:
+        return which, ordered_values(sources.column(column))
+    except ValueError as error:
+        raise ValueError(f"keep={keep!r}: {error}") from None
+
+
+def _ids(sources: Sources, column: str) -> Any:
+    """Values by which rows are named in the tables; ValueError where they name nothing."""
+    import pyarrow
+
+    kind = sources.column_type(column)
+    if pyarrow.types.is_nested(kind):
+        raise ValueError(f"column {column!r} is {kind}: no names of rows")
+    require_writable(pyarrow.schema([(column, kind)]))
+    return sources.column(column)
 
 
 def _parameters(settings: Settings) -> dict[str, Any]:

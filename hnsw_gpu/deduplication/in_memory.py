@@ -103,7 +103,7 @@ class _InMemory:
         nodes = self._nodes(encoded) if itself else Nodes(encoded, None, settings.engine_metric)
         clock.ends("build")
         shards = Shards(
-            [np.arange(rows.nodes)], lambda _: nodes, lambda _: nodes.rows, nodes.metric,
+            [np.arange(rows.nodes)], [nodes].__getitem__, [nodes.rows].__getitem__, nodes.metric,
             ef=settings.ef, threads=self._threads,
         )  # fmt: skip
         if other is not None and not itself:

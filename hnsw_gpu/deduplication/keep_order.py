@@ -6,14 +6,15 @@ import numpy as np
 
 from hnsw_gpu import inputs
 from hnsw_gpu.deduplication.distinct_rows import Rows
+from hnsw_gpu.deduplication.linkage import Neighbors
 
 KEEP = ("first", "last", "medoid")
 
 
-def row_order(keep: Any, rows: Rows, offsets: np.ndarray, neighbors: np.ndarray) -> np.ndarray:
+def row_order(keep: Any, rows: Rows, near: Neighbors) -> np.ndarray:
     """Places in `rows.valid`, in the order of who is kept first; ties to the lower row.
 
-    offsets, neighbors: near nodes of each node, by which "medoid" counts.
+    near: nodes near each node, by which "medoid" counts.
     """
     if not isinstance(keep, str):
         return _by_values(keep, rows)
@@ -24,11 +25,8 @@ def row_order(keep: Any, rows: Rows, offsets: np.ndarray, neighbors: np.ndarray)
     if keep == "last":
         return places[::-1]
     copies_of = np.bincount(rows.node_of, minlength=rows.nodes)
-    degree = copies_of + np.bincount(
-        np.repeat(np.arange(rows.nodes), np.diff(offsets)),
-        weights=copies_of[neighbors],
-        minlength=rows.nodes,
-    )
+    rows_before = np.concatenate([[0], np.cumsum(copies_of[near.nodes])])
+    degree = copies_of + rows_before[near.ends] - rows_before[near.starts]
     return np.argsort(-degree[rows.node_of], kind="stable")
 
 

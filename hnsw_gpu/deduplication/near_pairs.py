@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from hnsw_gpu.deduplication.counting_sort import order_of_pairs
 from hnsw_gpu.deduplication.distinct_rows import ROWS_AT_ONCE
 from hnsw_gpu.engine import (
     KEY_NONE,
@@ -174,5 +175,12 @@ def united(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Pairs (a, b, distances) with a < b, ascending, each once: of pairs in any order, or twice."""
     a, b = np.minimum(one, other), np.maximum(one, other)
-    _, first = np.unique(a.astype(np.uint64) << np.uint64(32) | b.astype(np.uint64), True)
-    return a[first].astype(np.int32), b[first].astype(np.int32), distances[first]
+    order = order_of_pairs(a, b)
+    a, b = a[order], b[order]
+    is_first = np.ones(len(a), bool)
+    is_first[1:] = (a[1:] != a[:-1]) | (b[1:] != b[:-1])
+    return (
+        a[is_first].astype(np.int32),
+        b[is_first].astype(np.int32),
+        distances[order[is_first]],
+    )

@@ -45,7 +45,7 @@ def dedup_preview(
     """
     sources = open_sources(paths, column=column)
     if text_column is not None:
-        sources.take(text_column, np.empty(0, np.int64))
+        sources.column_type(text_column)
     rng = np.random.default_rng(seed)
     rows = np.sort(rng.choice(len(sources), min(sample, len(sources)), replace=False))
     others, similarity = _most_alike(sources, rows, thread_count(threads), progress)
@@ -55,7 +55,7 @@ def dedup_preview(
     wanted = np.unique(np.concatenate([rows[used], others[used]]))
     texts = [sources.where(row) for row in wanted.tolist()]
     if text_column is not None:
-        texts = [str(text) for text in sources.take(text_column, wanted)]
+        texts = [text or "" for text in sources.texts(text_column, wanted)]
     text_of = dict(zip(wanted.tolist(), texts, strict=True))
     for band in bands:
         band["pairs"] = [

@@ -11,10 +11,11 @@ import numpy as np
 from hnsw_gpu.deduplication.checkpoints import MADE_BY
 from hnsw_gpu.deduplication.report_page import write_page
 from hnsw_gpu.deduplication.result import DedupResult
-from hnsw_gpu.files import Sources, atomic_file
+from hnsw_gpu.files import Sources, atomic_file, texts
 
 RESULTS = ("duplicates.parquet", "pairs.parquet", "kept.parquet", "report.json", "report.html")
 POINTS = 40  # of the curve
+TEXT = 500  # characters shown of a text or an id
 GROUPS, MEMBERS = 50, 20  # the largest groups that the report shows, and rows of each
 
 
@@ -42,10 +43,13 @@ def largest_groups(
     groups = _largest(result)
     wanted = [np.append(members, head) for head, _, members in groups]
     rows = np.unique(np.concatenate(wanted)) if wanted else np.empty(0, np.int64)
-    texts = [None] * len(rows) if text_column is None else sources.take(text_column, rows)
+    names: list[Any] = rows.tolist()
+    if result.ids is not None:  # as text: JSON's numbers end at 2^53, and it has no dates
+        names = [_cut(name) for name in texts(result.names_array(rows))]
+    told = [None] * len(rows) if text_column is None else sources.texts(text_column, rows)
     described = {
-        row: {"id": name, "text": text}
-        for row, name, text in zip(rows.tolist(), result.names(rows), texts, strict=True)
+        row: {"id": name, "text": _cut(text)}
+        for row, name, text in zip(rows.tolist(), names, told, strict=True)
     }
 
     def nearness(row: int) -> dict[str, Any]:
@@ -60,6 +64,10 @@ def largest_groups(
         }
         for head, size, members in groups
     ]
+
+
+def _cut(text: str | None) -> str | None:
+    return text if text is None or len(text) <= TEXT else text[: TEXT - 3] + "..."
 
 
 def _largest(result: DedupResult) -> list[tuple[int, int, np.ndarray]]:
@@ -84,7 +92,7 @@ def require_ours(out: Path, read: Sequence[Path], *, is_begun: bool) -> None:
     """
     there = [out / name for name in RESULTS if os.path.lexists(out / name)]
     for path in there:
-        if any(path.exists() and path.samefile(given) for given in read):
+        if any(path.exists() and given.exists() and path.samefile(given) for given in read):
             raise ValueError(f"{path} is an input: it would be overwritten")
     if there and not is_begun and not _is_ours(out / "report.json"):
         raise ValueError(
@@ -96,7 +104,7 @@ def require_ours(out: Path, read: Sequence[Path], *, is_begun: bool) -> None:
 def _is_ours(report: Path) -> bool:
     try:
         found = json.loads(report.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(found, dict) and found.get("made_by") == MADE_BY
 

@@ -8,9 +8,11 @@ import numpy as np
 
 from hnsw_gpu import inputs
 from hnsw_gpu.deduplication import figures
+from hnsw_gpu.deduplication.counting_sort import order_of_pairs
 from hnsw_gpu.deduplication.decision import Decision, NearRows
 from hnsw_gpu.deduplication.limit import distance_of_copies, limit_as_given, limit_of
 from hnsw_gpu.deduplication.linkage import LINKAGES
+from hnsw_gpu.files import taken
 
 if TYPE_CHECKING:
     import pyarrow
@@ -94,7 +96,7 @@ class DedupResult:
         of_copies = np.full(rows.copies, distance_of_copies(self._near.metric))
         distance = np.concatenate([pairs.distances, of_copies])
         a, b = np.minimum(a, b), np.maximum(a, b)
-        order = np.lexsort((b, a))
+        order = order_of_pairs(a, b)
         return a[order], b[order], distance[order]
 
     @property
@@ -122,12 +124,8 @@ class DedupResult:
             return {"similarity": self._near.similarity(distance)}
         return {"distance": self._near.reported(distance)}
 
-    def names(self, rows: np.ndarray) -> list[Any]:
-        """The ids of rows (m,), or their numbers."""
-        return self.names_array(rows).to_pylist()
-
     def names_array(self, rows: np.ndarray) -> "pyarrow.Array":
-        """`names` as an Arrow array, null where the row is -1."""
+        """The ids of rows (m,), or their numbers; null where the row is -1."""
         import pyarrow
 
         if self.ids is None:
@@ -135,7 +133,7 @@ class DedupResult:
         ids = self.ids
         if not isinstance(ids, (pyarrow.Array, pyarrow.ChunkedArray)):
             ids = pyarrow.array(ids)
-        return ids.take(_nullable(rows))
+        return taken(ids, _nullable(rows))
 
     def regroup(
         self,

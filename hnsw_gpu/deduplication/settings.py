@@ -30,6 +30,10 @@ class Settings(NamedTuple):
         inputs.one_of("linkage", self.linkage, LINKAGES)
         inputs.one_of("method", self.method, METHODS)
         inputs.one_of("on_invalid", self.on_invalid, ("raise", "drop"))
+        inputs.integer("M", self.M, 2, 128)
+        inputs.integer("ef_construction", self.ef_construction, 1, 65536)
+        inputs.integer("ef", self.ef, 1)
+        inputs.integer("seed", self.seed, 0, 2**64 - 1)
         _ = self.limit
 
     @property

@@ -1,7 +1,6 @@
 """How many rows a shard has: by the memory that a deduplication of files may take."""
 
-import os
-
+from hnsw_gpu.engine import memory_limit as machine_limit
 from hnsw_gpu.engine import row_length
 
 PROCESS_BYTES = 350 << 20  # Python with its libraries, compiled code, and blocks being read
@@ -12,10 +11,10 @@ LEAST_SHARD = 1000  # rows
 def shard_rows_within(memory_limit: int | None, rows: int, dim: int, M: int) -> int:
     """Rows a shard, so that all of `rows` fit a limit in bytes; ValueError where none would.
 
-    memory_limit=None: half of the machine's memory.
+    memory_limit=None: half of what the machine, or a container's limit, allows.
     """
     if memory_limit is None:
-        memory_limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+        memory_limit = machine_limit() // 2
     left = memory_limit - PROCESS_BYTES - ROW_BYTES * rows
     fit = left // built_row_bytes(dim, M)
     if fit < min(LEAST_SHARD, rows):

@@ -98,7 +98,7 @@ class ResumableSteps:
     ) -> dict[str, np.ndarray]:
         """The arrays of a shard of rows start..stop."""
         settings, shape = self._settings, (stop - start, sources.dim)
-        parts = _numbered(sources.vectors(start, stop), start)
+        parts = _numbered(sources.vectors(start, stop, settings.on_invalid), start)
         try:
             rows, valid = encoded_rows("", parts, shape, settings.metric_name, settings.on_invalid)
         except inputs.RowsError as error:

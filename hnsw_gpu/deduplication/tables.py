@@ -1,11 +1,16 @@
 """The tables that a deduplication of files writes, as Parquet."""
 
+import io
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from hnsw_gpu.deduplication.result import DedupResult
-from hnsw_gpu.files import Sources, atomic_file
+from hnsw_gpu.files import Sources, atomic_file, filtered
+
+if TYPE_CHECKING:
+    import pyarrow
 
 PAIRS_AT_ONCE = 1 << 20  # written
 
@@ -30,11 +35,23 @@ def write_tables(out: Path, result: DedupResult, sources: Sources, with_columns:
             rows = np.flatnonzero(result.keep)
             pyarrow.parquet.write_table(pyarrow.table({"id": result.names_array(rows)}), file)
             return
-        writer, row = None, 0
-        for batch in sources.tables():
-            writer = writer or pyarrow.parquet.ParquetWriter(file, batch.schema)
-            kept = pyarrow.array(result.keep[row : row + len(batch)])
-            writer.write_batch(batch.filter(kept))
-            row += len(batch)
-        if writer is not None:
-            writer.close()
+        with pyarrow.parquet.ParquetWriter(file, sources.schema()) as writer:
+            row = 0
+            for batch in sources.tables():
+                writer.write_batch(filtered(batch, result.keep[row : row + len(batch)]))
+                row += len(batch)
+
+
+def require_writable(schema: "pyarrow.Schema") -> None:
+    """ValueError that names a column whose type Parquet does not know."""
+    import pyarrow.parquet
+
+    for field in schema:
+        try:
+            one = pyarrow.record_batch([pyarrow.nulls(1, field.type)], [field.name])
+            row = filtered(one, np.ones(1, bool))
+            pyarrow.parquet.write_table(pyarrow.table(row.columns, row.schema), io.BytesIO())
+        except pyarrow.ArrowException:
+            raise ValueError(
+                f"column {field.name!r} is {field.type}, which cannot be written as Parquet"
+            ) from None

@@ -10,6 +10,7 @@ from hnsw_gpu.engine.graph import Graph
 from hnsw_gpu.engine.growth import build_graph, compacted, insert, repaired, with_vectors
 from hnsw_gpu.engine.keys import KEY_NONE, key_distances, key_nodes
 from hnsw_gpu.engine.labels import Labels
+from hnsw_gpu.engine.machine import memory_free, memory_limit
 from hnsw_gpu.engine.rounding import LOST_SHARE, Rounded
 from hnsw_gpu.engine.search import pack_bits, search_graph
 from hnsw_gpu.engine.state import Parameters, State, empty_state, from_arrays
@@ -65,6 +66,8 @@ __all__ = [
     "jit",
     "key_distances",
     "key_nodes",
+    "memory_free",
+    "memory_limit",
     "move_together",
     "nearest",
     "pack_bits",

@@ -390,9 +390,11 @@ def _as_query(rows, i, queries, q):
             codes = rows.shape[1] - TAIL_BYTES
             for j in range(codes):
                 queries[q, j] = np.uint8(rows[i, j]) ^ np.uint8(128)
-            for j in range(TAIL_BYTES):  # what meets the row's tail counts nothing
-                queries[q, codes + j] = 0
-                queries[q, queries.shape[1] - TAIL_BYTES + j] = np.uint8(rows[i, codes + j])
+            tail = queries.shape[1] - TAIL_BYTES
+            for j in range(codes, tail):  # what meets the row's tail counts nothing
+                queries[q, j] = 0
+            for j in range(TAIL_BYTES):
+                queries[q, tail + j] = np.uint8(rows[i, codes + j])
 
         return int8_as_query
 

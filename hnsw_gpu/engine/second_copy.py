@@ -5,7 +5,8 @@ that changed last, so that a small `add` costs little however many rows there ar
 search still reads is left to it, and another one is made.
 """
 
-import sys
+import weakref
+from collections.abc import Callable
 
 import numpy as np
 
@@ -21,34 +22,41 @@ class SecondCopy:
     def forget(self):
         """Hold nothing; the next `take` copies all."""
         self._free = None
+        self._lease: Callable[[], object] = lambda: None  # of `_free`; None when nobody reads it
         self._behind = []  # arrays of rows in which it differs from the other
 
     def take(self, current, used, length):
         """An array of `length` rows that nobody reads, the first `used` equal to `current`'s."""
         free, self._free = self._free, None
-        if free is None or len(free) != length or _holders(free) != LEAST:
+        if free is None or len(free) != length or self._lease() is not None:
             free = empty_aligned((length, *current.shape[1:]), current.dtype)
             free[:used] = current[:used]
         else:
             for rows in self._behind:
                 free[rows] = current[rows]
-        return free
+        return np.asarray(Lease(free))
 
     def give(self, old, changed):
-        """Keep what was current until now, which differs in the rows of the arrays `changed`."""
-        if old.base is not None and old.flags.writeable:
-            self._free, self._behind = old, changed
+        """Keep what was current until now, which differs in the rows of the arrays `changed`.
+
+        Only where `take` made it; of another array nobody could say who reads it.
+        """
+        lease = _lease_of(old)
+        if lease is not None:
+            self._free, self._lease, self._behind = lease.array, weakref.ref(lease), changed
 
 
-def _holders(array):
-    """How many objects hold an array, and how many its memory, as every view of it does."""
-    return sys.getrefcount(array), sys.getrefcount(array.base)
+class Lease:
+    """What every array over the memory of `array` holds, but for `array` itself."""
+
+    def __init__(self, array):
+        self.array = array
+        self.__array_interface__ = array.__array_interface__
 
 
-def _least_holders():
-    """`_holders`, asked as `take` asks, of an array that nothing else holds."""
-    free = empty_aligned((1, 1), np.int32)
-    return _holders(free)
-
-
-LEAST = _least_holders()
+def _lease_of(array):
+    """The Lease whose memory an array is of, or None."""
+    owner = array
+    while isinstance(owner, np.ndarray):
+        owner = owner.base
+    return owner if isinstance(owner, Lease) else None

@@ -13,14 +13,12 @@ from queue import SimpleQueue
 from threading import Lock
 from typing import Any
 
+from hnsw_gpu.engine.machine import processors
+
 
 def thread_count(threads: int | None) -> int:
-    """The number of threads to use: as asked for, or one for each processor we may run on."""
-    if threads is not None:
-        return threads
-    if hasattr(os, "sched_getaffinity"):  # Linux; elsewhere all processors count
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """The number of threads to use: as asked for, or one for each processor we may use."""
+    return processors() if threads is None else threads
 
 
 class Job:

@@ -1,7 +1,8 @@
 """Bytes and arrays: saved indexes, and files of vectors that other programs wrote."""
 
+from hnsw_gpu.files.arrow_columns import filtered, ordered_values, taken, texts
 from hnsw_gpu.files.page import read_page
-from hnsw_gpu.files.sources import Sources, file_checksum, open_sources
+from hnsw_gpu.files.sources import Sources, file_checksum, list_files, open_sources
 from hnsw_gpu.files.storage import (
     FORMAT_VERSION,
     CorruptIndexError,
@@ -20,11 +21,16 @@ __all__ = [
     "arrays_checksum",
     "atomic_file",
     "file_checksum",
+    "filtered",
+    "list_files",
     "open_arrays",
     "open_sources",
+    "ordered_values",
     "read_arrays",
     "read_page",
     "read_vectors",
+    "taken",
+    "texts",
     "write_arrays",
     "write_result",
 ]

@@ -12,42 +12,64 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hnsw_gpu.files import table_files, vector_files
+from hnsw_gpu.files import arrow_columns, table_files, vector_files
 from hnsw_gpu.files.table_files import TableFile
 
 if TYPE_CHECKING:
     import pyarrow
 
 SUFFIXES = (*vector_files.SUFFIXES, ".safetensors", *table_files.SUFFIXES)
+MOST_OPEN = 64  # files at a time; each of more is opened for each read
 BATCH_ROWS = 16384
 BATCH_BYTES = 1 << 25  # of vectors, as float32
 READ_BYTES = 1 << 22
 
 
 class ArrayFile:
-    """A file that is one array of vectors."""
+    """A file that is one array of vectors. stays_open: rather than opened anew for each read."""
 
     columns: tuple[str, ...] = ()
 
-    def __init__(self, path: Path, column: str) -> None:
+    def __init__(self, path: Path, column: str, *, stays_open: bool) -> None:
         self.path, self._column = path, column
-        self._array = _tensor(path, column) if path.suffix == ".safetensors" else None
-        if self._array is None:
-            self._array = vector_files.read_vectors(path)
-        self.rows, self.dim = self._array.shape
+        array = self._opened()
+        self.rows, self.dim = array.shape
+        first = np.asarray(array[:0])
+        self._dtype = (
+            np.dtype(f"f{min(first.itemsize, 8)}")
+            if first.dtype.kind == "f"
+            else (first.dtype.newbyteorder("="))
+        )
+        is_read_whole = isinstance(array, np.ndarray) and not isinstance(array, np.memmap)
+        self._array = array if stays_open or is_read_whole else None
 
-    def blocks(self, start: int, stop: int, count: int) -> Iterator[np.ndarray]:
-        assert self._array is not None
+    def _opened(self) -> Any:
+        if self.path.suffix.lower() == ".safetensors":
+            return _tensor(self.path, self._column)
+        return vector_files.read_vectors(self.path)
+
+    @property
+    def schema(self) -> "pyarrow.Schema":
+        """Of `tables`."""
+        import pyarrow
+
+        kind = pyarrow.list_(pyarrow.from_numpy_dtype(self._dtype), self.dim)
+        return pyarrow.schema([(self._column, kind)])
+
+    def blocks(
+        self, start: int, stop: int, count: int, on_invalid: str = "raise"
+    ) -> Iterator[np.ndarray]:
+        array = self._opened() if self._array is None else self._array
         for first in range(start, stop, count):
-            yield np.asarray(self._array[first : min(first + count, stop)])
+            yield np.asarray(array[first : min(first + count, stop)])
 
     def tables(self, start: int, stop: int, count: int) -> Iterator["pyarrow.RecordBatch"]:
         import pyarrow
 
         for block in self.blocks(start, stop, count):
-            values = pyarrow.array(block.reshape(-1))
+            values = pyarrow.array(np.asarray(block, self._dtype).reshape(-1))
             vectors = pyarrow.FixedSizeListArray.from_arrays(values, self.dim)
-            yield pyarrow.record_batch({self._column: vectors})
+            yield pyarrow.record_batch([vectors], schema=self.schema)
 
     def where(self, row: int) -> str:
         return f"{self.path}, row {row}"
@@ -57,12 +79,19 @@ class Sources:
     """The rows of several files, numbered through. dim: of every vector."""
 
     def __init__(self, files: list[ArrayFile | TableFile]) -> None:
-        self.files, self.dim = files, files[0].dim
+        first = next((file for file in files if file.dim), None)
+        if first is None:
+            raise ValueError(
+                f"{files[0].path}: no vectors{' in it or after it' * (len(files) > 1)}"
+            )
+        self.files = files
+        self.dim: int = first.dim
         for file in files:
+            if file.dim is None:
+                file.dim = self.dim
             if file.dim != self.dim:
                 raise ValueError(
-                    f"{file.path}: vectors of {file.dim} numbers, and {files[0].path} has "
-                    f"{self.dim}"
+                    f"{file.path}: vectors of {file.dim} numbers, and {first.path} has {self.dim}"
                 )
         self._identities = {file.path: _identity(file.path) for file in files}
         self._starts = np.cumsum([0] + [file.rows for file in files])
@@ -92,59 +121,112 @@ class Sources:
             if begin < end:
                 yield file, begin, end
 
-    def vectors(self, start: int, stop: int) -> Iterator[np.ndarray]:
-        """Rows start..stop in blocks (m, dim), as stored; ValueError where a file was changed."""
+    def vectors(self, start: int, stop: int, on_invalid: str = "raise") -> Iterator[np.ndarray]:
+        """Rows start..stop in blocks (m, dim), as stored; ValueError where a file was changed.
+
+        Of rows that are no vectors a ValueError; on_invalid="drop": they come as NaN.
+        """
         for file, begin, end in self._spans(start, stop):
             self._require_unchanged(file.path)
-            for block in file.blocks(begin, end, self._count):
+            for block in file.blocks(begin, end, self._count, on_invalid):
                 yield block
                 self._require_unchanged(file.path)
 
     def column(self, name: str) -> "pyarrow.ChunkedArray":
-        """A column of all rows; ValueError where a value is null or a file lacks it."""
+        """A column of all rows; ValueError where a value is null or a file lacks it.
+
+        The type is what Arrow unifies those of the files to, without dictionaries.
+        """
         import pyarrow
 
-        parts = []
-        for row, part in self._column_parts(name):
-            if part.null_count:
-                bad = row + int(np.flatnonzero(np.asarray(part.is_null()))[0])
-                raise ValueError(f"{self.where(bad)}: null in column {name!r}")
-            parts.append(part)
-        return pyarrow.chunked_array(parts)
+        kind, parts, row = self.column_type(name), [], 0
+        for file in self._tables():
+            for part in file.column(name, 0, file.rows, BATCH_ROWS):
+                if part.null_count:
+                    bad = row + int(np.flatnonzero(np.asarray(part.is_null()))[0])
+                    raise ValueError(f"{self.where(bad)}: null in column {name!r}")
+                parts.append(part if part.type == kind else _as_type(part, kind, file.path, name))
+                row += len(part)
+        return pyarrow.chunked_array(parts, kind)
 
-    def take(self, name: str, rows: np.ndarray) -> list[Any]:
-        """Values of a column in some rows, ascending."""
-        values: list[Any] = []
-        for first, part in self._column_parts(name):
-            here = rows[(rows >= first) & (rows < first + len(part))]
-            values += part.take(here - first).to_pylist()
-        return values
-
-    def _column_parts(self, name: str) -> Iterator[tuple[int, "pyarrow.Array"]]:
-        """A column in parts, each with the number of its first row."""
-        row = 0
+    def column_type(self, name: str) -> "pyarrow.DataType":
+        """The type of a column beside the vectors; ValueError where a file lacks it."""
         for file in self.files:
             if name not in file.columns or not isinstance(file, TableFile):
                 there = ", ".join(map(repr, file.columns)) or "none"
                 raise ValueError(f"{file.path}: no column {name!r} beside the vectors: {there}")
-            for part in file.column(name, 0, file.rows, BATCH_ROWS):
-                yield row, part
-                row += len(part)
+        schemas = [file.schema for file in self._tables()]
+        return arrow_columns.decoded_type(
+            self._unified(name, [schema.field(schema.names.index(name)).type for schema in schemas])
+        )
 
-    def tables(self) -> Iterator["pyarrow.RecordBatch"]:
-        """All columns of all rows, in batches."""
-        for file in self.files:
-            yield from file.tables(0, file.rows, self._count)
+    def _unified(self, name: str, kinds: "Sequence[pyarrow.DataType]") -> "pyarrow.DataType":
+        """One type for a column of all files; ValueError that names two which have none."""
+        import pyarrow
 
-    def require_same_columns(self) -> None:
-        """ValueError where two files differ in names or types of columns."""
-        schemas = [next(iter(file.tables(0, file.rows, 1))).schema for file in self.files]
+        kind = kinds[0]
+        for file, other in zip(self.files, kinds, strict=True):
+            try:
+                kind = arrow_columns.unified_type([kind, other])
+            except (ValueError, pyarrow.ArrowTypeError):
+                raise ValueError(
+                    f"{file.path}: column {name!r} is {other}, and in {self.files[0].path} "
+                    f"{kinds[0]}: no type holds both"
+                ) from None
+        return kind
+
+    def _tables(self) -> Iterator[TableFile]:
+        """The files that have columns."""
+        return (file for file in self.files if isinstance(file, TableFile))
+
+    def texts(self, name: str, rows: np.ndarray) -> list[str | None]:
+        """Values of a column in some rows, ascending, as people read them; None where null."""
+        self.column_type(name)
+        found: list[str | None] = []
+        for file, start in zip(self._tables(), self._starts.tolist(), strict=False):
+            here = rows[(rows >= start) & (rows < start + file.rows)] - start
+            if not len(here):
+                continue
+            first = int(here[0])
+            for part in file.column(name, first, int(here[-1]) + 1, BATCH_ROWS):
+                wanted = here[(here >= first) & (here < first + len(part))] - first
+                found += arrow_columns.texts(arrow_columns.taken(part, wanted))
+                first += len(part)
+        return found
+
+    def schema(self) -> "pyarrow.Schema":
+        """Of `tables`; ValueError where files differ in names of columns, or types beyond unity."""
+        import pyarrow
+
+        schemas = [file.schema for file in self.files]
+        first, fields = schemas[0], []
         for file, schema in zip(self.files, schemas, strict=True):
-            if not schema.equals(schemas[0]):
+            if sorted(schema.names) != sorted(first.names):
                 raise ValueError(
                     f"{file.path}: columns {_types(schema)}, and {self.files[0].path} "
-                    f"has {_types(schemas[0])}"
+                    f"has {_types(first)}"
                 )
+        for place, name in enumerate(first.names):
+            kinds = [schema.field(_place(schema, first, place)).type for schema in schemas]
+            fields.append(pyarrow.field(name, self._unified(name, kinds)))
+        return pyarrow.schema(fields, first.metadata)
+
+    def tables(self) -> Iterator["pyarrow.RecordBatch"]:
+        """All columns of all rows, in batches of one schema."""
+        import pyarrow
+
+        whole = self.schema()
+        for file in self.files:
+            places = [_place(file.schema, whole, place) for place in range(len(whole))]
+            for batch in file.tables(0, file.rows, self._count):
+                columns = [batch.column(place) for place in places]
+                columns = [
+                    part
+                    if part.type == field.type
+                    else _as_type(part, field.type, file.path, field.name)
+                    for part, field in zip(columns, whole, strict=True)
+                ]
+                yield pyarrow.RecordBatch.from_arrays(columns, schema=whole)
 
     def where(self, row: int) -> str:
         """The file and the row in it, for people."""
@@ -165,9 +247,19 @@ class Sources:
         ]
 
 
+def list_files(paths: Sequence[Path], *, except_for: Sequence[Path] = ()) -> list[Path]:
+    """These files, and the files of vectors in these folders.
+
+    except_for: files, and folders with all in them, that are left out of a folder that holds them.
+    """
+    return [path for given in paths for path in _listed(Path(given), except_for)]
+
+
 def open_sources(paths: Sequence[Path], *, column: str = "embedding") -> Sources:
     """Files and folders of vectors. ValueError, OSError that name the file."""
-    files = [_opened(path, column) for given in paths for path in _listed(Path(given))]
+    listed = list_files(paths)
+    stays_open = len(listed) <= MOST_OPEN
+    files = [_opened(path, column, stays_open) for path in listed]
     if not files:
         raise ValueError("no files of vectors")
     return Sources(files)
@@ -198,28 +290,31 @@ def _data_path(path: Path) -> Path:
     return path if cut < 0 or path.exists() else Path(text[: cut + 4])
 
 
-def _listed(path: Path) -> list[Path]:
+def _listed(path: Path, except_for: Sequence[Path]) -> list[Path]:
     if not path.is_dir():
         return [path]
+    here = path.resolve()
+    left_out = [other for other in map(Path.resolve, except_for) if here in other.parents]
     found = [
         file
         for file in sorted(path.rglob("*"))
         if file.suffix.lower() in SUFFIXES
         and file.is_file()
         and not any(part.startswith((".", "_")) for part in file.relative_to(path).parts)
+        and not (left_out and any(file.resolve().is_relative_to(other) for other in left_out))
     ]
     if not found:
         raise ValueError(f"{path}: no files of vectors; known are {', '.join(SUFFIXES)}")
     return found
 
 
-def _opened(path: Path, column: str) -> ArrayFile | TableFile:
+def _opened(path: Path, column: str, stays_open: bool) -> ArrayFile | TableFile:
     if path.suffix.lower() in table_files.SUFFIXES:
         return TableFile(path, column)
     suffix = _data_path(path).suffix.lower()
     if suffix not in SUFFIXES:
         raise ValueError(f"{path}: unknown suffix {suffix!r}; known are {', '.join(SUFFIXES)}")
-    return ArrayFile(path, column)
+    return ArrayFile(path, column, stays_open=stays_open)
 
 
 def _tensor(path: Path, name: str) -> Any:
@@ -239,7 +334,7 @@ def _tensor(path: Path, name: str) -> Any:
         shape, dtype = part.get_shape(), part.get_dtype()
     except SafetensorError as error:
         raise ValueError(f"{path}: truncated, or no safetensors file: {error}") from None
-    if len(shape) != 2 or dtype not in ("F16", "F32", "F64", "I8", "U8"):
+    if len(shape) != 2 or not shape[1] or dtype not in ("F16", "F32", "F64", "I8", "U8"):
         raise ValueError(f"{path}: tensor {name!r} is {dtype} {shape}, expected (n, dim) floats")
     return _Slices(part, tuple(shape))
 
@@ -252,6 +347,22 @@ class _Slices:
 
     def __getitem__(self, place: slice) -> np.ndarray:
         return self._part[place]
+
+
+def _place(schema: "pyarrow.Schema", whole: "pyarrow.Schema", place: int) -> int:
+    """Where a column of the whole is in the schema of a file, whose columns may be in any order."""
+    names = schema.names
+    return place if names == whole.names else names.index(whole.names[place])
+
+
+def _as_type(values: Any, kind: "pyarrow.DataType", path: Path, name: str) -> Any:
+    import pyarrow
+
+    try:
+        plain = arrow_columns.decoded(values).cast(arrow_columns.plain_type(kind))
+        return plain.cast(kind)
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{path}: column {name!r} as {kind}: {error}") from None
 
 
 def _types(schema: "pyarrow.Schema") -> str:

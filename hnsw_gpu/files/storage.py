@@ -47,6 +47,8 @@ from typing import Any, BinaryIO, NamedTuple, TypeAlias
 
 import numpy as np
 
+from hnsw_gpu.engine import thread_count
+
 try:
     import fcntl
 except ImportError:  # not a POSIX system
@@ -242,7 +244,7 @@ def write_arrays(
             stored[name + ".pad"] = np.zeros(-array.nbytes % ALIGNMENT, np.uint8)
     # "." sorts before all that a name may go on with, so a pad comes right after its array
     stored = dict(sorted(stored.items()))
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(thread_count(None)) as pool:
         entries = {
             name: Entry(CODES[array.dtype.str], array.shape, _checksum(pool, _bytes(array)))
             for name, array in stored.items()
@@ -276,7 +278,7 @@ def open_arrays(
 ) -> tuple[dict[str, np.ndarray], dict[str, Any], MappedFile]:
     """As `read_arrays`, and the file, which says whether what is mapped is still as it was."""
     arrays: dict[str, np.ndarray] = {}
-    with _open(path) as file, ThreadPoolExecutor(os.cpu_count()) as pool, _naming(path):
+    with _open(path) as file, ThreadPoolExecutor(thread_count(None)) as pool, _naming(path):
         about, entries, start = _contents(file)
         opened = MappedFile(path, file, _header_checksum(file, start))
         for name, entry in entries.items():
@@ -292,7 +294,7 @@ def open_arrays(
 
 def verify_arrays(path: Path) -> None:
     """Check all that `read` checks and the checksum of every array, in little memory."""
-    with _open(path) as file, ThreadPoolExecutor(os.cpu_count()) as pool, _naming(path):
+    with _open(path) as file, ThreadPoolExecutor(thread_count(None)) as pool, _naming(path):
         _, entries, start = _contents(file)
         for name, entry in entries.items():
             _read_array(pool, file, start, name, entry, None)

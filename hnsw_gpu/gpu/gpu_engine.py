@@ -7,7 +7,6 @@ gives freed memory to the next that asks on the same stream.
 import logging
 import sys
 import threading
-from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -34,6 +33,7 @@ from hnsw_gpu.gpu.device_index import (
     mask_stride,
 )
 from hnsw_gpu.gpu.host_batches import HostBatches, Slot
+from hnsw_gpu.gpu.link_changes import LinkChanges
 
 logger = logging.getLogger("hnsw_gpu")
 
@@ -86,7 +86,7 @@ class GpuEngine:
         self._arrays = DeviceArrays(self._cupy, self._device, dim)
         self._rows = self._refine_rows = np.empty((0, 0))
         self._version = -1  # of what is here
-        self._changes: deque[tuple[int, np.ndarray | None]] = deque()  # see `note`
+        self._changes = LinkChanges()
         self._using = SharedLock()
         self._lock = threading.RLock()  # of `_searches`, and of labels while they are used
         self._searches: list[tuple[Any, Any]] = []  # not waited for: the event at the end, queries
@@ -131,7 +131,7 @@ class GpuEngine:
 
         None: it shares nothing with the version before.
         """
-        self._changes.append((version, changed))
+        self._changes.note(version, changed, self._version, self.node_count)
 
     def at(self, version: int, cpu: CpuEngine, work: Callable[[], Any]) -> Any:
         """(work(),) over version `version`, which `cpu` holds; None if a later one is here."""
@@ -146,21 +146,17 @@ class GpuEngine:
         """Upload what this version has and the one that is here has not."""
         if self._version >= version:
             return
-        due = [ids for number, ids in tuple(self._changes) if number <= version]
-        if any(ids is None for ids in due):
+        changed = self._changes.between(self._version, version)
+        if changed is None:
             self._forget()
-        changed = [ids for ids in due if ids is not None]
+            changed = np.empty(0, np.int64)  # all is new
+        self._version = -1  # until all is there; a signal handler may raise at any line
         try:
-            self.update(
-                cpu.graph, cpu.rows, cpu.refine_rows,
-                np.unique(np.concatenate([np.empty(0, np.int64), *changed])),
-            )  # fmt: skip
-        except BaseException:  # some of it may be there
+            self.update(cpu.graph, cpu.rows, cpu.refine_rows, changed)
+        except BaseException:
             self._forget()
             raise
         self._version = version
-        for _ in due:
-            self._changes.popleft()
 
     def close(self) -> None:
         """Give the memory back to CuPy, when the last search has ended."""

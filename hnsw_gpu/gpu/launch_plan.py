@@ -28,7 +28,7 @@ TAGS = 16  # visited numbers that the cache remembers, for every one in the beam
 MOST_TAG = 65535  # of 16 bits, less the one that is no tag
 COMPARE_BLOCK = 256  # threads: eight warps, a query each
 COMPARE_STEP = 64  # ids that a warp of compare.cu may take at a time
-MOST_KEPT = 512  # keys that a warp of compare.cu keeps: 32 KB a block, which none must ask for
+MOST_KEPT = 512  # keys that a warp of compare.cu keeps: 34 KB a block, which none must ask for
 THREAD_BLOCK = 128  # threads of encode.cu, keys_to_labels.cu: four warps, a query each
 
 
@@ -232,7 +232,7 @@ def compare_grid(queries: int, ids: int, limits: Limits) -> tuple[int, int]:
 
 def compare_shared_mem(k: int) -> int:
     """Bytes of a block of compare.cu that keeps k keys a query."""
-    return COMPARE_BLOCK // LANES * KEY_BYTES * k
+    return KEY_BYTES * (COMPARE_BLOCK + COMPARE_BLOCK // LANES * k) if k else 0
 
 
 def warp_grid(queries: int) -> int:

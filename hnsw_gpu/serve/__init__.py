@@ -9,13 +9,14 @@ from hnsw_gpu.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from hnsw_gpu.serve.batcher import Batch, Batcher, QueueFullError
-    from hnsw_gpu.serve.client import Client, ServerError
+    from hnsw_gpu.serve.client import AnswerError, Client, ServerError
     from hnsw_gpu.serve.logs import log_to_stderr
     from hnsw_gpu.serve.process import listen, serve
     from hnsw_gpu.serve.served_index import ServedIndex
     from hnsw_gpu.serve.settings import ServerSettings
 
 __all__ = [
+    "AnswerError",
     "Batch",
     "Batcher",
     "Client",
@@ -29,6 +30,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "AnswerError": "client",
     "Batch": "batcher",
     "Batcher": "batcher",
     "Client": "client",

@@ -3,7 +3,6 @@
 import asyncio
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -11,8 +10,9 @@ import numpy as np
 
 from hnsw_gpu.index import Index
 from hnsw_gpu.results import SearchResult
+from hnsw_gpu.serve.answer_future import AnswerFuture
 
-AnyFuture = Future[SearchResult] | asyncio.Future[SearchResult]
+AnyFuture = AnswerFuture | asyncio.Future[SearchResult]
 
 
 class BatchKey(NamedTuple):
@@ -49,10 +49,6 @@ class QueuedSearch:
     _answered: int = 0  # rows
     _result: SearchResult | None = None  # of a request that needs several calls
 
-    @property
-    def loop(self) -> asyncio.AbstractEventLoop | None:
-        return None if isinstance(self.future, Future) else self.future.get_loop()
-
     def is_late(self, now: float) -> bool:
         return self.timeout_s is not None and self.arrived + self.timeout_s < now
 
@@ -73,18 +69,6 @@ class QueuedSearch:
     def timeout_error(self) -> TimeoutError:
         waited = time.perf_counter() - self.arrived
         return TimeoutError(f"no answer within timeout_s={self.timeout_s:g} ({waited:.3f} s)")
-
-    def settle(self, outcome: SearchResult | BaseException) -> None:
-        """Resolve the future unless the caller has left; an event loop's, on that loop."""
-        if isinstance(self.future, Future):
-            if not self.future.set_running_or_notify_cancel():
-                return
-        elif self.future.done():
-            return
-        if isinstance(outcome, BaseException):
-            self.future.set_exception(outcome)
-        else:
-            self.future.set_result(outcome)
 
 
 class Part(NamedTuple):
@@ -126,15 +110,18 @@ class BatchQueue:
         return sum(map(len, self._groups.values()))
 
     def add(self, request: QueuedSearch) -> None:
-        self._groups.setdefault(request.key, {})[request] = None
-        self._rows[request.key.is_bulk] += request.waiting_rows
+        rows, is_bulk = request.waiting_rows, request.key.is_bulk
+        group = self._groups.setdefault(request.key, {})
+        group[request] = None  # no call between this and the count: a Ctrl-C finds no gap
+        self._rows[is_bulk] += rows
 
     def remove(self, request: QueuedSearch) -> None:
         """Take out what still waits of a request, if anything does."""
         group = self._groups.get(request.key, {})
         if request in group:
+            rows = request.waiting_rows
             del group[request]
-            self._rows[request.key.is_bulk] -= request.waiting_rows
+            self._rows[request.key.is_bulk] -= rows
             if not group:
                 del self._groups[request.key]
 

@@ -7,6 +7,7 @@ requests/s.
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 import threading
@@ -24,6 +25,7 @@ from hnsw_gpu import inputs
 from hnsw_gpu.engine import thread_count
 from hnsw_gpu.index import Index
 from hnsw_gpu.results import SearchResult
+from hnsw_gpu.serve.answer_future import AnswerFuture
 from hnsw_gpu.serve.batch_forming import AnyFuture, BatchKey, BatchQueue, Part, QueuedSearch
 
 logger = logging.getLogger("hnsw_gpu")
@@ -31,8 +33,10 @@ logger = logging.getLogger("hnsw_gpu")
 # Larger batches are hardly faster per row, and every caller waits for the whole batch.
 ROWS_A_THREAD = 128
 ROWS_ON_A_GPU = 8192
-LOCKED_S = 0.1  # a Future is locked for microseconds, unless for good
 IN_FLIGHT = {"cpu": 1, "cuda": 2}  # on a GPU one batch is prepared while another is searched
+
+
+Settled = tuple[QueuedSearch, SearchResult | BaseException]
 
 
 class QueueFullError(RuntimeError):
@@ -41,6 +45,9 @@ class QueueFullError(RuntimeError):
     def __init__(self, message: str, retry_after_s: float) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+    def __reduce__(self) -> tuple:
+        return type(self), (str(self), self.retry_after_s)
 
 
 class Batch(NamedTuple):
@@ -160,7 +167,7 @@ class Batcher:
         A request that still waits after `timeout_s` is not searched: when its turn comes, its
         future gets a TimeoutError.
         """
-        future: Future[SearchResult] = Future()
+        future = AnswerFuture()
         index = self._index
         given = _own(index.checked_queries(queries))
         request = self._enqueue(index, given, k, ef, allow, timeout_s, future)
@@ -330,7 +337,7 @@ class Batcher:
         for part in parts:
             can_round = part.request.allow is None and not key.searched.has_deleted
             calls[key.rounded_k if can_round else part.request.k].append(part)
-        outcomes: list[tuple[QueuedSearch, SearchResult | BaseException]] = []
+        outcomes: list[Settled] = []
         is_ok = True
         for k, members in calls.items():
             try:
@@ -385,34 +392,42 @@ def _own(queries: np.ndarray) -> np.ndarray:
     return queries.copy() if queries.flags.writeable else queries
 
 
-def _settle(outcomes: Iterable[tuple[QueuedSearch, SearchResult | BaseException]]) -> None:
-    """Give callers their answers, those of one event loop in one call, which wakes it once."""
+def _settle(outcomes: Iterable[Settled]) -> None:
+    """Give callers their answers, those of one event loop in one call, which wakes it once.
+
+    Nothing that a caller holds is waited for: such answers wait on threads of their own.
+    """
     by_loop = defaultdict(list)
+    by_obstacle = defaultdict(list)
     for request, outcome in outcomes:
-        if request.loop is None:
-            _settle_for_thread(request, outcome)
-        else:
-            by_loop[request.loop].append((request, outcome))
+        future = request.future
+        if not isinstance(future, AnswerFuture):
+            by_loop[future.get_loop()].append((future, outcome))
+        elif (obstacle := future.settle_now(outcome)) is not None:
+            by_obstacle[id(obstacle)].append((future, outcome))
     for loop, members in by_loop.items():
         with contextlib.suppress(RuntimeError):  # the loop is closed, its tasks are gone
             loop.call_soon_threadsafe(_settle_on_loop, members)
-
-
-def _settle_for_thread(request: QueuedSearch, outcome: SearchResult | BaseException) -> None:
-    """Settle a Future whose Condition may stay locked: Ctrl-C can leave a waiting thread's so.
-
-    Then another thread waits for it in the place of this one, which has others to answer.
-    """
-    condition = request.future._condition  # type: ignore[union-attr]
-    if condition.acquire(timeout=LOCKED_S):
+    for waiting in by_obstacle.values():
+        settle = functools.partial(_settle_in_the_end, waiting)
         try:
-            request.settle(outcome)
-        finally:
-            condition.release()
-    else:
-        threading.Thread(target=request.settle, args=(outcome,), daemon=True).start()
+            threading.Thread(target=settle, name="hnsw_gpu answers", daemon=True).start()
+        except RuntimeError:  # no more threads: the process ends
+            settle()
 
 
-def _settle_on_loop(outcomes: list[tuple[QueuedSearch, SearchResult | BaseException]]) -> None:
-    for request, outcome in outcomes:
-        request.settle(outcome)
+def _settle_in_the_end(outcomes: list[tuple[AnswerFuture, SearchResult | BaseException]]) -> None:
+    for future, outcome in outcomes:
+        future.settle(outcome)
+
+
+def _settle_on_loop(
+    outcomes: list[tuple[asyncio.Future[SearchResult], SearchResult | BaseException]],
+) -> None:
+    for future, outcome in outcomes:
+        if future.done():  # the caller has left
+            continue
+        if isinstance(outcome, BaseException):
+            future.set_exception(outcome)
+        else:
+            future.set_result(outcome)

@@ -120,12 +120,18 @@ def read_safetensors(body: bytes) -> dict[str, np.ndarray]:
 
 
 def read_json(body: bytes) -> dict[str, Any]:
+    """The members of the body of a search, which hold nothing but numbers if it is long."""
     if len(body) > LARGE:
         elements = long_json.count_elements(body)
         if elements > MOST_JSON_ELEMENTS:
             most = f"at most {MOST_JSON_ELEMENTS:,}: more fit a .npy"
             raise TooLargeError(f"JSON of {elements:,} numbers and lists: {most}")
         return long_json.read_long_json(body)
+    return read_object(body)
+
+
+def read_object(body: bytes) -> dict[str, Any]:
+    """A JSON object of any members. MalformedError: no JSON; TypeError: no object."""
     try:
         held = json.loads(body, parse_constant=long_json.refuse_constant)
     except (ValueError, RecursionError) as error:

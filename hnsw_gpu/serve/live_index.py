@@ -8,11 +8,12 @@ import os
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
+from hnsw_gpu.engine import memory_free
 from hnsw_gpu.index import Index
 from hnsw_gpu.serve.batcher import Batcher, QueueFullError
 from hnsw_gpu.serve.metrics import Metrics
 from hnsw_gpu.serve.problem import Problem, message_of
-from hnsw_gpu.serve.served_index import ServedIndex, load_served_index, memory_free, memory_needed
+from hnsw_gpu.serve.served_index import ServedIndex, load_served_index, memory_needed
 from hnsw_gpu.serve.settings import ServerSettings
 
 logger = logging.getLogger("hnsw_gpu")

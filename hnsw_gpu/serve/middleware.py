@@ -1,9 +1,12 @@
-"""ASGI middleware: counts responses, checks the host and the token, and sends in pieces."""
+"""ASGI middleware: counts responses, says whose they are and sends them in pieces; checks the host
+and the token; logs.
+"""
 
 import asyncio
 import hmac
 import ipaddress
 import logging
+import re
 import time
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -32,6 +35,26 @@ class CountResponses:
             await send(message)
 
         await self._app(scope, receive, count_and_send)
+
+
+class EchoCallId:
+    """Repeats a request's X-Call-Id in the answer, so that a caller knows it for its own."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        call_id = dict(scope.get("headers", ())).get(b"x-call-id", b"")
+        if not re.fullmatch(rb"[\w.-]{1,64}", call_id):
+            await self._app(scope, receive, send)
+            return
+
+        async def name_and_send(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message["headers"], (b"x-call-id", call_id)]}
+            await send(message)
+
+        await self._app(scope, receive, name_and_send)
 
 
 class LogAccess:

@@ -87,6 +87,12 @@ def _search(limits: dict[str, int]) -> dict[str, Any]:
                 "answer within this time, or 504",
                 "header",
             ),
+            parameter(
+                "X-Call-Id",
+                {"type": "string", "pattern": "^[A-Za-z0-9_.-]{1,64}$"},
+                "repeated in the answer, of any call",
+                "header",
+            ),
         ],
         "requestBody": {"required": True, "content": asked},
         "responses": {

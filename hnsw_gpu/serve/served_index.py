@@ -104,19 +104,3 @@ def _canary(path: Path, index: Index, threads: int | None) -> Canary | None:
 def memory_needed(path: Path) -> int:
     """Roughly the bytes that loading an index takes."""
     return path.stat().st_size * 5 // 4
-
-
-def memory_free() -> int | None:
-    """Bytes that the system and the cgroup still leave to this process; None if unknown."""
-    free = []
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                free.append(int(line.split()[1]) * 1024)
-        group = Path("/sys/fs/cgroup")
-        most = (group / "memory.max").read_text().strip()
-        if most != "max":
-            free.append(int(most) - int((group / "memory.current").read_text()))
-    except OSError:
-        pass
-    return min(free, default=None)

@@ -30,6 +30,7 @@ from hnsw_gpu.serve.metrics import CONTENT_TYPE, Metrics
 from hnsw_gpu.serve.middleware import (
     CheckHost,
     CountResponses,
+    EchoCallId,
     LogAccess,
     RequireToken,
     SendInPieces,
@@ -104,7 +105,8 @@ class Server:
         token, hosts = self.settings.token, self.settings.allowed_hosts
         guarded: ASGIApp = routed if token is None else RequireToken(routed, token)
         guarded = guarded if hosts is None else CheckHost(guarded, hosts)
-        counted = CountResponses(guarded, self.metrics, {route.path for route in routes})
+        named = EchoCallId(guarded)
+        counted = CountResponses(named, self.metrics, {route.path for route in routes})
         sent = SendInPieces(counted, self.settings.timeout_s)
         return LogAccess(sent) if self.settings.has_access_log else sent
 

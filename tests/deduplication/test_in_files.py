@@ -272,7 +272,7 @@ def test_bad_rows_are_named_in_their_file(tmp_path) -> None:
     [
         (["--id-column", "name"], "a.parquet: no column 'name' beside the vectors: 'id', 'text'"),
         (["--text-column", "x"], "a.parquet: no column 'x'"),
-        (["--keep", "max:text"], "the column holds object, expected numbers"),
+        (["--keep", "max:embedding"], "a.parquet: no column 'embedding' beside the vectors"),
         (["--keep", "best"], "expected one of 'first', 'last', 'medoid'"),
         (["--column", "vector"], "a.parquet: no column 'vector'; there are 'id'"),
         (["--memory-limit", "100M"], "a memory limit of 104,857,600 bytes: 900 rows of 12 need at"),

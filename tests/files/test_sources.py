@@ -88,7 +88,7 @@ def test_many_files_and_a_folder(tmp_path) -> None:
         opened.column("text")
     columns = sources.open_sources([tmp_path]).column("text")
     assert columns.to_pylist() == TEXTS[:20] * 3
-    taken = sources.open_sources([tmp_path]).take("text", np.array([3, 19, 20, 59]))
+    taken = sources.open_sources([tmp_path]).texts("text", np.array([3, 19, 20, 59]))
     assert taken == [TEXTS[3], TEXTS[19], TEXTS[0], TEXTS[19]]
 
 
@@ -159,7 +159,7 @@ def test_files_that_cannot_be_read(tmp_path) -> None:
     parquet.write_table(table().drop(["text"]), two)
     good = write(tmp_path / "good.parquet")
     with pytest.raises(ValueError, match=r"two.parquet: columns id int64, embedding"):
-        sources.open_sources([good, two]).require_same_columns()
+        sources.open_sources([good, two]).schema()
 
 
 def test_a_row_group_is_read_in_batches(tmp_path) -> None:

@@ -263,7 +263,7 @@ def test_damage_in_a_mapped_array_is_left_to_verify(tmp_path):
 
 @pytest.mark.slow
 def test_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(storage, "thread_count", lambda _: 2)
     vectors = np.random.default_rng(0).integers(0, 256, 60_000_001).astype(np.uint8)
 
     def peak(call, *arguments):
@@ -383,7 +383,7 @@ def test_every_flip_in_the_header(tmp_path):
 @pytest.mark.slow
 def test_many_blocks_on_many_threads(tmp_path, monkeypatch):
     """Each block lands in its own place."""
-    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(storage, "thread_count", lambda _: 8)
     monkeypatch.setattr(storage, "BLOCK_BYTES", 64)
     arrays = {"vectors": np.arange(100_000)}
     write_arrays(tmp_path / "x", arrays, {})

@@ -43,17 +43,6 @@ class Job(NamedTuple):
     arch: int
 
 
-class Instruction(NamedTuple):
-    """Of machine code: `place` is the file and line that it is of, then those of each inlined call.
-
-    target: number of the instruction that it may jump to; -1: none.
-    """
-
-    opcode: str
-    place: tuple[tuple[str, int], ...]
-    target: int
-
-
 class Compiled(NamedTuple):
     """What became of a job; the figures are those of a thread, and none where there is an error."""
 
@@ -110,17 +99,28 @@ def compile_one(library: str, job: Job) -> Compiled:
 
 def compile_cubin(library: str, job: Job) -> tuple[str, bytes]:
     """The compiler's log, and what it made of a job: nothing where there is an error."""
+    return _compiled(library, job, f"-arch=sm_{job.arch}", "CUBIN")
+
+
+def compile_ptx(library: str, job: Job) -> tuple[str, str]:
+    """The log, and the PTX with its lines."""
+    lined = job._replace(options=(*job.options, "-lineinfo"))
+    log, text = _compiled(library, lined, f"-arch=compute_{job.arch}", "PTX")
+    return log, text.decode().rstrip("\0")
+
+
+def _compiled(library: str, job: Job, arch: str, what: str) -> tuple[str, bytes]:
     nvrtc = ctypes.CDLL(library)
     program = ctypes.c_void_p()
     text, file = job.source.encode(), f"{job.kernel}.cu".encode()
     status = nvrtc.nvrtcCreateProgram(ctypes.byref(program), text, file, 0, None, None)
     assert status == 0, f"nvrtcCreateProgram: error {status}"
-    given = [option.encode() for option in (*job.options, f"-arch=sm_{job.arch}")]
+    given = [option.encode() for option in (*job.options, arch)]
     status = nvrtc.nvrtcCompileProgram(program, len(given), (ctypes.c_char_p * len(given))(*given))
     log = _output(nvrtc, program, "ProgramLog").decode().rstrip("\0")
-    cubin = b"" if status else _output(nvrtc, program, "CUBIN")
+    made = b"" if status else _output(nvrtc, program, what)
     nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
-    return log, cubin
+    return log, made
 
 
 def _output(nvrtc: ctypes.CDLL, program: ctypes.c_void_p, what: str) -> bytes:
@@ -179,30 +179,3 @@ def disassemble(toolkit: Toolkit, codes: Iterable[bytes], arch: int, folder: Pat
         texts.append("\n".join(lines[start:end]))
         start = end
     return texts
-
-
-def listing(toolkit: Toolkit, job: Job, folder: Path) -> list[Instruction]:
-    """The machine code of a job with the lines that it comes from; `folder` is for a file."""
-    log, cubin = compile_cubin(
-        str(toolkit.nvrtc), job._replace(options=(*job.options, "-lineinfo"))
-    )
-    assert cubin, log
-    path = folder / f"{job.kernel}.cubin"
-    path.write_bytes(cubin)
-    command = [toolkit.nvdisasm, "--print-code", "--print-line-info-inline", path]
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    labels: dict[str, int] = {}
-    found: list[tuple[str, tuple, str]] = []
-    place: list[tuple[str, int]] = []
-    begins = True  # the next line of a place is the innermost
-    for line in text[text.index(f".text.{job.kernel}:") :].splitlines():
-        if told := re.match(r'\s*//## File "(?:[^"]*/)?([^"]+)", line (\d+)', line):
-            place = ([] if begins else place) + [(told[1], int(told[2]))]
-            begins = False
-        elif label := re.match(r"(\.L_\w+):", line):
-            labels[label[1]] = len(found)
-        elif code := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+ )?([A-Z]\S*)(.*)", line):
-            begins = True
-            jump = re.search(r"`\((\.L_\w+)\)", code[2]) if code[1].startswith("BRA") else None
-            found.append((code[1], tuple(place), jump[1] if jump else ""))
-    return [Instruction(opcode, where, labels.get(to, -1)) for opcode, where, to in found]

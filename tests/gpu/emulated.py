@@ -1,9 +1,13 @@
-"""The kernels' call, on the emulator: encoded arrays in, arrays out, as search.py has them."""
+"""The kernels' call without a GPU: encoded arrays in, arrays out, as search.py has them.
+
+They run on the emulator or, as PTX, on its executor.
+"""
 
 from typing import NamedTuple
 
 import emulator
 import numpy as np
+import ptx
 
 from hnsw_gpu.engine.keys import KEY_NONE
 from hnsw_gpu.engine.search import Result
@@ -23,16 +27,30 @@ class Build(NamedTuple):
     tag_bits: int = 16
     sanitizer: str | None = None
     source: str | None = None  # None: the kernel as it is
+    arch: int | None = None  # run the PTX for this compute capability; None: emulate
 
-    def library(self, kernel: str, has_allowed_keys: bool = False) -> emulator.Library:
+    def library(
+        self, kernel: str, has_allowed_keys: bool = False
+    ) -> emulator.Library | ptx.Library:
         definitions = kernel_source.definitions(
             self.metric, self.dtype, self.dim, self.M, self.warps, self.tag_bits, has_allowed_keys
         )
+        if self.arch is not None:
+            return ptx.compile(kernel, definitions, arch=self.arch, source=self.source)
         return emulator.compile(kernel, definitions, sanitizer=self.sanitizer, source=self.source)
+
+    def launch(
+        self, kernel: str, grid, block, args, memory, *, has_allowed_keys=False, **how
+    ) -> None:
+        """`memory`: the arrays that the structs in `args` point at; all else in it is left out."""
+        library = self.library(kernel, has_allowed_keys)
+        if self.arch is not None:
+            how["memory"] = [one for one in memory if isinstance(one, np.ndarray)]
+        library.launch(grid, block, args, **how)
 
 
 def struct(name: str, **fields) -> tuple[np.ndarray, list]:
-    """One element of a kernel's struct, and the arrays it points at, to be kept alive."""
+    """One element of a kernel's struct, and what its fields were given, to be kept alive."""
     value = np.zeros(1, kernel_structs.struct_dtype(name))
     assert set(fields) == set(value.dtype.names)
     for field, content in fields.items():
@@ -41,8 +59,10 @@ def struct(name: str, **fields) -> tuple[np.ndarray, list]:
 
 
 def own_memory(array: np.ndarray, dtype=None) -> np.ndarray:
-    """A copy in memory of just its size, so that a sanitizer sees who reads beyond."""
-    return np.array(array, dtype=dtype, order="C")
+    """A read-only copy in memory of just its size, so that it shows who reads beyond or writes."""
+    copy = np.array(array, dtype=dtype, order="C")
+    copy.flags.writeable = False
+    return copy
 
 
 def shared_bytes(build: Build, *, ef, ef_upper, k, visited_buckets, has_allowed_keys) -> int:
@@ -68,14 +88,14 @@ def search(
     visited_buckets: int = 32,
     groups: int = 2,
     blocks: int = 2,
-    seed: int = 0,
+    seed: int | None = 0,
     limit: int | None = None,
     bytes_read: dict[str, int] | None = None,
 ) -> Result:
     """`search.search` by search.cu. `groups` queries a block (one where warps share a query).
 
     `limit` shortens the shared memory by as many bytes, which no launch may survive. `bytes_read`
-    takes what was read of "rows" and of each array of the graph (the "count" build).
+    takes what was read of "rows" and of each array of the graph (PTX, seed None).
     """
     count = len(queries)
     ef = max(ef, k)
@@ -111,24 +131,24 @@ def search(
         visited_buckets=visited_buckets,
         has_allowed_keys=has_allowed_keys,
     )
-    library = build.library("search", has_allowed_keys)
-    if bytes_read is not None:
-        counted = library.count(arrays)
-    library.launch(
+    build.launch(
+        "search",
         (blocks,),
         (LANES * build.warps * groups,),
         (graph_struct, task),
+        [*held, *held_too],
+        has_allowed_keys=has_allowed_keys,
         shared_mem=one * groups - (limit or 0),
         seed=seed,
     )
-    del held, held_too
     if bytes_read is not None:
-        bytes_read |= {name: counted[name] for name in arrays}
+        profile = build.library("search", has_allowed_keys).profile
+        bytes_read |= {name: profile.read_of(array)[0] for name, array in arrays.items()}
     return Result(keys, counts[:, 0], counts[:, 1])
 
 
 def compare(
-    build: Build, rows, queries, *, ids=None, candidates=None, k=0, shares=2, seed: int = 0
+    build: Build, rows, queries, *, ids=None, candidates=None, k=0, shares=2, seed: int | None = 0
 ) -> np.ndarray:
     """Sorted keys (q, m) of ids (m,), or of each query's candidates (q, m), by compare.cu.
 
@@ -148,25 +168,25 @@ def compare(
         k=k,
     )
     grid = (-(-len(queries) // 8), shares)
-    build.library("compare").launch(grid, (256,), (task,), shared_mem=8 * 8 * k, seed=seed)
-    del held
+    build.launch(
+        "compare", grid, (256,), (task,), held, shared_mem=8 * (256 + 8 * k) if k else 0, seed=seed
+    )
     if k:  # each share is sorted
         assert (np.diff(keys.reshape(-1, k).astype(object), axis=1) >= 0).all()
     return np.sort(keys, axis=1)[:, : k or count]
 
 
-def encode(build: Build, vectors: np.ndarray, width: int) -> np.ndarray:
+def encode(build: Build, vectors: np.ndarray, width: int, seed: int | None = 0) -> np.ndarray:
     """Encoded queries uint8 (q, width) of float32 vectors (q, dim), by encode.cu."""
     queries = np.zeros((len(vectors), width), np.uint8)
     task, held = struct(
         "Encoding", vectors=own_memory(vectors), queries=queries, count=len(vectors)
     )
-    build.library("encode").launch((-(-len(vectors) // 4),), (128,), (task,))
-    del held
+    build.launch("encode", (-(-len(vectors) // 4),), (128,), (task,), held, seed=seed)
     return queries
 
 
-def keys_to_labels(build: Build, keys, offsets, entry_labels, k, root=False, seed: int = 0):
+def keys_to_labels(build: Build, keys, offsets, entry_labels, k, root=False, seed: int | None = 0):
     """Labels and distances (q, k) of keys (q, m), by keys_to_labels.cu."""
     labels = np.zeros((len(keys), k), np.int64)
     distances = np.zeros((len(keys), k), np.float32)
@@ -182,8 +202,8 @@ def keys_to_labels(build: Build, keys, offsets, entry_labels, k, root=False, see
         k=k,
         root=int(root),
     )
-    build.library("keys_to_labels").launch((-(-len(keys) // 4),), (128,), (task,), seed=seed)
-    del held
+    grid = (-(-len(keys) // 4),)
+    build.launch("keys_to_labels", grid, (128,), (task,), held, seed=seed)
     return labels, distances
 
 

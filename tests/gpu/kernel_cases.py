@@ -196,7 +196,7 @@ def before(array: np.ndarray, size: int) -> int:
     return (array.ctypes.data - size) % 2**64
 
 
-def ask_far(asked: Question, build: emulated.Build, seed: int = 0) -> reference.Result:
+def ask_far(asked: Question, build: emulated.Build, seed: int | None = 0) -> reference.Result:
     """The same question where ids begin at FAR_ID, queries at FAR_QUERY, layer rows at FAR_ROW.
 
     Whatever is taken modulo 2**32 on its way to an address reads or writes elsewhere.
@@ -247,13 +247,16 @@ def ask_far(asked: Question, build: emulated.Build, seed: int = 0) -> reference.
     )
     has_allowed_keys = bits is not None or own is not None
     sizes = {"ef": ef, "ef_upper": asked.settings["ef_upper"], "k": k, "visited_buckets": 32}
-    build.library("search", has_allowed_keys).launch(
+    arrays = [neighbors0, nodes, graph.neighbors, below, rows, queries, bits, own, keys, counts]
+    build.launch(
+        "search",
         (1,),
         (emulated.LANES * build.warps,),
         (graph_struct, task),
+        [*held, *held_too, *arrays],
+        has_allowed_keys=has_allowed_keys,
         shared_mem=emulated.shared_bytes(build, **sizes, has_allowed_keys=has_allowed_keys),
         seed=seed,
     )
-    del held, held_too
     near = np.where(keys == emulated.KEY_NONE, keys, keys - np.uint64(FAR_ID << 1))
     return reference.Result(near, counts[:, 0], counts[:, 1])

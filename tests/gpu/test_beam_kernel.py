@@ -25,12 +25,13 @@ extern "C" __global__ void probe(const unsigned long long* keys,  // (beams, rou
                                  int rounds, int capacity) {
     DYNAMIC_SHARED(unsigned char, memory);
     Beam beam;
-    beam.keys = reinterpret_cast<uint64*>(memory);
+    uint64* const room = reinterpret_cast<uint64*>(memory);
+    beam.keys = room + LANES;
     beam.capacity = capacity;
     beam.size = beam.first = 0;
-    int* const found = reinterpret_cast<int*>(memory + 8 * capacity);
+    int* const found = reinterpret_cast<int*>(beam.keys + capacity);
     for (int round = blockIdx.x * rounds; round < (blockIdx.x + 1) * rounds; round++) {
-        merge(beam, keys[round * LANES + lane_number()]);
+        merge(beam, keys[round * LANES + lane_number()], room);
         const int count = pick(beam, expands[round], found);
         for (int i = lane_number(); i < beam.size; i += LANES)
             beams[(long long)round * capacity + i] = beam.keys[i];
@@ -84,7 +85,7 @@ def test_merge_and_pick(capacity) -> None:
         (count,),
         (LANES,),
         (keys, expands, beams, picked, counts, np.int32(ROUNDS), np.int32(capacity)),
-        shared_mem=8 * capacity + 4 * LANES,
+        shared_mem=8 * (LANES + capacity) + 4 * LANES,
         seed=capacity,
     )
     for number in range(count):

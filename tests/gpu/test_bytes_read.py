@@ -10,8 +10,8 @@ import os
 from pathlib import Path
 
 import emulated
-import emulator
 import oracle
+import ptx
 import pytest
 
 import hnsw_gpu
@@ -25,7 +25,7 @@ ROWS, DIM, QUERIES = 6000, 24, 40
 BASELINE = Path(__file__).parent / "baselines" / "bytes_read.txt"
 HOW_TO_WRITE = "HNSW_GPU_WRITE_BASELINES=1 python -m pytest tests/gpu/test_bytes_read.py"
 DESCRIPTION = f"""\
-# Bytes that search.cu reads of rows and of layer 0, as the emulator counts them: {QUERIES} queries
+# Bytes that search.cu reads of rows and of layer 0, by executing its PTX: {QUERIES} queries
 # in {ROWS:,} clustered vectors of {DIM} dimensions, l2, fp32, M = 16, k = 10, the plan's visited
 # cache.
 #
@@ -46,7 +46,7 @@ def index() -> hnsw_gpu.Index:
     return made
 
 
-@pytest.mark.skipif(bool(emulator.missing("count")), reason=emulator.missing("count"))
+@pytest.mark.skipif(bool(ptx.missing()), reason=ptx.missing())
 def test_bytes_read_are_those_of_the_baseline(index: hnsw_gpu.Index) -> None:
     lines = [HEADER]
     for ef in (32, 64, 128, 256):
@@ -78,11 +78,11 @@ def counted(index: hnsw_gpu.Index, ef: int, expand: int) -> tuple[float, float, 
     buckets, tag_bits = launch_plan.visited_cache(
         launch_plan.BeamShape(ef=ef, k=10, expand=expand), ROWS
     )
-    build = emulated.Build("l2", "fp32", DIM, 16, tag_bits=tag_bits, sanitizer="count")
+    build = emulated.Build("l2", "fp32", DIM, 16, tag_bits=tag_bits, arch=90)
     read: dict[str, int] = {}
     how = {"k": 10, "ef": ef, "expand": expand}
     found = emulated.search(
-        build, graph, rows, queries, **how, visited_buckets=buckets, bytes_read=read
+        build, graph, rows, queries, **how, visited_buckets=buckets, bytes_read=read, seed=None
     )
     wanted = search.search_graph(graph, rows, queries, "l2", **how)
     return found.hops.mean(), found.distances.mean(), wanted.distances.mean(), read, buckets

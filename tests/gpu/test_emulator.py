@@ -7,7 +7,6 @@ catch is planted here, and must be caught by name and line.
 import functools
 import itertools
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -579,61 +578,6 @@ def test_steps():
     library = kernel(f"__syncwarp({FULL}); __syncthreads(); __ballot_sync({FULL}, 1);")
     library.launch((3,), (64,), (np.zeros(1, np.int32),))
     assert library.steps == 3 * 64 * 3
-
-
-# --- the counting build ---
-
-
-@needs("count")
-def test_counts_of_bytes():
-    library = kernel(
-        """const uint4 four = __ldg(reinterpret_cast<const uint4*>(rows) + threadIdx.x);
-    out[threadIdx.x] = four.x + flags[0];
-    if (threadIdx.x == 0) atomicAdd(out + 40, 1);
-    __syncthreads();
-    out[threadIdx.x] += four.y;""",
-        "const int* rows, const unsigned char* flags, int* out",
-        "count",
-    )
-    rows, flags = np.arange(256, dtype=np.int32), np.ones(8, np.uint8)
-    out, other = np.zeros(64, np.int32), np.zeros(64, np.int32)
-    library.launch((1,), (32,), (rows, flags, out))  # not counted
-    counts = library.count({"rows": rows, "flags": flags, "out": out, "other": other})
-    for launches in (1, 2):
-        library.launch((1,), (32,), (rows, flags, out))
-        counted = [counts[name] for name in ("rows", "flags", "out", "other")]
-        assert counted == [launches * bytes for bytes in (32 * 16, 32, 32 * 4 + 4, 0)]
-    first = library.count({"first half": rows[:64]})
-    library.launch((1,), (32,), (rows, flags, out))
-    assert first["first half"] == 16 * 16
-    with pytest.raises(ValueError, match="only the build"):
-        kernel("out[0] = 1;").count({"out": out})
-
-
-@needs("count")
-@pytest.mark.skipif(shutil.which("addr2line") is None, reason="no addr2line")
-def test_meetings():
-    source = f"""__device__ int inner(int x) {{ return __shfl_sync({FULL}, x, 0); }}
-__device__ __forceinline__ int outer(int x) {{
-    return inner(x) + 1;
-}}
-extern "C" __global__ void trial(int* out) {{
-    for (int i = 0; i < 3; i++) out[0] = outer(i);
-    out[1] = static_cast<int>(__shfl_xor_sync({FULL}, 1ull, 1));
-    if (threadIdx.x < 32) __syncwarp({FULL});
-}}"""
-    library = emulator.compile("trial", source=source, sanitizer="count")
-    for _ in range(2):  # of the last launch
-        library.launch((5,), (64,), (np.zeros(2, np.int32),))
-    assert {
-        (one.word, tuple(line for _, line in one.place), one.functions): one.lanes
-        for one in library.meetings()
-    } == {
-        ("__shfl_sync<int>", (1, 3, 6), ("inner", "outer", "trial")): 5 * 64 * 3,
-        ("__shfl_xor_sync<unsigned long long>", (7,), ("trial",)): 5 * 64,
-        ("__syncwarp", (8,), ("trial",)): 5 * 32,
-    }
-    assert {file for one in library.meetings() for file, _ in one.place} == {"trial.cu"}
 
 
 # --- the sanitizers ---

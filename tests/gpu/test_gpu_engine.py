@@ -307,7 +307,7 @@ def test_a_k_beyond_shared_memory_compares_all(
         np.testing.assert_array_equal(found[i : i + 1], wanted)
 
 
-@pytest.mark.parametrize(("k", "shared_mem"), [(512, 32768), (513, 0)])
+@pytest.mark.parametrize(("k", "shared_mem"), [(512, 34816), (513, 0)])
 def test_a_warp_keeps_up_to_512_keys(
     machine: cupy_stand_in.Machine, k: int, shared_mem: int
 ) -> None:

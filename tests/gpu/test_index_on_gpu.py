@@ -5,8 +5,10 @@ small integers, so that every summation order gives the same float.
 """
 
 import contextlib
+import inspect
 import itertools
 import logging
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -19,6 +21,7 @@ from emulator import cupy_stand_in
 import hnsw_gpu
 from hnsw_gpu.engine.walk import Queries, Walk
 from hnsw_gpu.gpu import device_index
+from hnsw_gpu.gpu.gpu_engine import GpuEngine
 
 DIM = 16
 ROWS = 240
@@ -301,3 +304,106 @@ def test_a_search_beside_an_adder(machine):
     for labels in answers:
         assert any(np.array_equal(labels, each) for each in expected)
     np.testing.assert_array_equal(answers[-1], expected[-1])
+
+
+def notes(index: hnsw_gpu.Index) -> int:
+    """How much is noted of links that the GPU has not."""
+    changes = index._gpu._changes
+    assert changes._held == sum(len(ids) + 1 for _, ids in changes._notes)
+    return changes._held
+
+
+def test_adds_that_no_search_follows_keep_few_notes(machine):
+    cpu, gpu = pair()
+    rows = np.random.default_rng(3).permutation(10_000)[:, None] // 4 ** np.arange(DIM) % 4
+    for index in (cpu, gpu):
+        for row in rows.astype(np.float32)[:, None]:
+            index.add(row)
+        assert len(index) == ROWS + 10_000
+    assert notes(gpu) <= ROWS
+    machine.steps.clear()
+    assert_alike(cpu, gpu)
+    whole = machine.sum_of("upload")
+    assert whole > 10_000 * DIM * 4
+    for index in (cpu, gpu):
+        index.add(rows[:3] + 5)
+    assert 0 < notes(gpu) < ROWS
+    machine.steps.clear()
+    assert_alike(cpu, gpu)  # by the notes: little goes up
+    assert machine.sum_of("upload") < whole / 5
+    for index in (cpu, gpu):
+        index.add(rows[:1] + 6)
+    assert len(gpu._gpu._changes._notes) == 1  # what is on the GPU is no longer noted
+    assert_alike(cpu, gpu)
+
+
+def test_an_older_state_comes_up_after_a_failed_upload(machine, monkeypatch):
+    """What was noted and brought before is not there any more."""
+    cpu, gpu = pair()
+    for seed in (4, 5, 6):
+        for one in (cpu, gpu):
+            one.add(vectors(3, seed) + 1)
+        assert_alike(cpu, gpu)
+        if seed == 4:
+            before, engine = gpu._state, gpu._gpu
+    for one in (cpu, gpu):
+        one.add(vectors(3, seed=7) + 1)
+    assert len(engine._changes._notes) == 1
+
+    def fail(*given):
+        raise MemoryError("no more")
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError, match="no more"):
+        patch.setattr(device_index.DeviceIndex, "_put", fail)
+        gpu.search(vectors(9, seed=2), 7)
+    nodes = engine.at(before.version, before.cpu, lambda: engine.node_count)
+    assert nodes == (before.node_count,)
+    assert_alike(cpu, gpu)
+    links = gpu._state.graph.neighbors0
+    np.testing.assert_array_equal(engine._index._arrays["neighbors0"].get()[: len(links)], links)
+
+
+class Pressed(BaseException):
+    """What a signal handler raises."""
+
+
+def test_an_exception_at_every_line_of_an_upload(machine):
+    """Afterwards the state before is searched as it was, and the one after as it is."""
+    cpu, gpu = pair()
+    near = vectors(9, seed=2)
+    engine, queries = gpu._gpu, Queries(near)
+    source = inspect.getsourcefile(GpuEngine)
+    for line in range(1, 1000):
+        before = gpu._state
+        assert_alike(cpu, gpu)
+        expected = engine.at(before.version, before.cpu, lambda: engine.walk(queries, Walk(30, 64)))
+        for one in (cpu, gpu):
+            one.add(near + (1 + line // 8) * np.eye(9, DIM, k=line % 8))
+        left = line
+
+        def trace(frame, event, _):
+            nonlocal left
+            if frame.f_code.co_filename != source:
+                return None
+            if event == "line":
+                left -= 1
+                if left == 0:
+                    raise Pressed
+            return trace
+
+        state, traced = gpu._state, sys.gettrace()
+        sys.settrace(trace)
+        try:
+            engine.bring(state.version, state.cpu)
+            was_raised = False
+        except Pressed:
+            was_raised = True
+        finally:
+            sys.settrace(traced)
+        found = engine.at(before.version, before.cpu, lambda: engine.walk(queries, Walk(30, 64)))
+        if was_raised:
+            np.testing.assert_array_equal(found, expected)
+        assert_alike(cpu, gpu)
+        if not was_raised:
+            break
+    assert line > 10

@@ -178,7 +178,7 @@ def test_offsets_of_the_other_kernels() -> None:
     np.testing.assert_array_equal(np.sort(keys, axis=1), wanted)
     kept = np.zeros((len(made.queries), 2, 200), np.uint64)
     task["k"], task["keys"] = 200, kernel_cases.before(kept, q * kept[0].nbytes)
-    far.library("compare").launch((1, 2), (256,), (task,), shared_mem=8 * 8 * 200)
+    far.library("compare").launch((1, 2), (256,), (task,), shared_mem=8 * (256 + 8 * 200))
     nearest = np.sort(kept.reshape(len(kept), -1), axis=1)[:, :200] - np.uint64(id_base << 1)
     np.testing.assert_array_equal(nearest, wanted)
     del held
@@ -412,8 +412,6 @@ def test_encode(encoding, build) -> None:
     vectors[4:24, 0] = 127 * (3 + 2 * np.arange(20))
     wanted = vectors_module.encode_queries(vectors, build.metric, build.dtype)
     wanted = wanted.view(np.uint8).reshape(150, -1)
-    if build.dtype == "int8":  # what lies between the codes and the tail is not written, nor read
-        wanted[:, -32:-12] = 0
     np.testing.assert_array_equal(emulated.encode(build, vectors, wanted.shape[1]), wanted)
 
 

@@ -1,5 +1,6 @@
 """Every gate can fail: faults are planted in a copy of the kernels, and each must be caught.
 
+The list FAULTS is the table of which gate finds which: `gate` and, where PTX is executed, `in_ptx`.
 The gates: "parity" (keys or hops are not the oracle's), "count" (distances computed are not the
 oracle's although nothing was forgotten), "seeds" (two schedules differ), "emulator" (it refuses
 what a lane does), and the sanitizers "address" (with undefined behaviour) and "thread".
@@ -17,11 +18,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import emulated
 import emulator
+import kernel_cases
 import numpy as np
+import ptx
 import pytest
 
 from hnsw_gpu.engine.labels import Labels
+from hnsw_gpu.gpu import kernel_source
 
 pytestmark = pytest.mark.slow
 
@@ -32,13 +37,17 @@ BY_ANSWER = {"parity", "seeds", "emulator"}
 
 
 class Fault(NamedTuple):
-    """One edit of one file, and the gate that must catch it when `setting` is run."""
+    """One edit of one file, and the gate that must catch it when `setting` is run.
+
+    in_ptx: what the executor of PTX says, or which answer is not the oracle's.
+    """
 
     name: str
     file: str
     old: str  # occurs once in the file
     new: str
     gate: str
+    in_ptx: str
     setting: str = "narrow"
 
 
@@ -80,16 +89,50 @@ FAULTS = [
     Fault(
         "keys move before all were read",
         "beam.cuh",
-        "        sync_warp();\n        if (is_moving && target < beam.capacity)",
-        "        if (is_moving && target < beam.capacity)",
+        "        sync_warp();\n        if (i < beam.size) beam.keys[i] = own;",
+        "        if (i < beam.size) beam.keys[i] = own;",
         "thread",
+        "race",
     ),
     Fault(
         "the beam is read while it is merged",
         "beam.cuh",
-        "beam.first = min(beam.first, lowest_place);\n    sync_warp();",
-        "beam.first = min(beam.first, lowest_place);",
+        "        if (i < beam.size) beam.keys[i] = own;\n    }\n    sync_warp();",
+        "        if (i < beam.size) beam.keys[i] = own;\n    }",
         "seeds",
+        "race",
+    ),
+    Fault(
+        "the keys that enter are read before they are written",
+        "beam.cuh",
+        "is_new ? key : KEY_NONE;\n    sync_warp();",
+        "is_new ? key : KEY_NONE;",
+        "seeds",
+        "race",
+    ),
+    Fault(
+        "the keys that enter are written over before they are read",
+        "beam.cuh",
+        "    sync_warp();\n    room[lane_number()] = KEY_NONE;",
+        "    room[lane_number()] = KEY_NONE;",
+        "thread",
+        "race",
+    ),
+    Fault(
+        "the room is emptied after a key has entered it",
+        "beam.cuh",
+        "    room[lane_number()] = KEY_NONE;\n    sync_warp();",
+        "    room[lane_number()] = KEY_NONE;",
+        "thread",
+        "race",
+    ),
+    Fault(
+        "the room is read before a key has entered it",
+        "beam.cuh",
+        "target < base));\n        sync_warp();",
+        "target < base));",
+        "thread",
+        "race",
     ),
     Fault(
         "picked is read before it is written",
@@ -97,6 +140,7 @@ FAULTS = [
         "    sync_warp();\n    return count;",
         "    return count;",
         "thread",
+        "race",
     ),
     Fault(
         "the stage is read before it is written",
@@ -104,6 +148,7 @@ FAULTS = [
         "            staged += __popc(wanted);\n            sync_warp();",
         "            staged += __popc(wanted);",
         "emulator",
+        "race",
     ),
     Fault(
         "fresh is read before it is written",
@@ -111,6 +156,7 @@ FAULTS = [
         "                sync_group();\n                if (warp == 0) walk.stage(batch, ",
         "                if (warp == 0) walk.stage(batch, ",
         "emulator",
+        "race",
     ),
     Fault(
         "fresh keys are written over before they are read",
@@ -118,6 +164,7 @@ FAULTS = [
         "if (WARPS == 1) sync_warp();",
         "",
         "thread",
+        "race",
     ),
     Fault(
         "fresh is read before other warps wrote it",
@@ -125,6 +172,7 @@ FAULTS = [
         "                sync_group();\n                if (warp == 0) walk.stage(batch, ",
         "                sync_warp();\n                if (warp == 0) walk.stage(batch, ",
         "emulator",
+        "race",
         "four warps",
     ),
     Fault(
@@ -133,6 +181,7 @@ FAULTS = [
         "            sync_group();\n            const int count",
         "            sync_warp();\n            const int count",
         "emulator",
+        "race",
         "four warps",
     ),
     Fault(
@@ -141,6 +190,7 @@ FAULTS = [
         "    if (WARPS == 1)\n        sync_warp",
         "    if (true)\n        sync_warp",
         "thread",
+        "race",
         "four warps",
     ),
     Fault(
@@ -149,6 +199,7 @@ FAULTS = [
         "        sync_group();\n        const int q",
         "        const int q",
         "emulator",
+        "race",
     ),
     Fault(
         "visited is read before it was emptied",
@@ -156,6 +207,7 @@ FAULTS = [
         "visited.buckets[i] = empty;\n    sync_warp();",
         "visited.buckets[i] = empty;",
         "seeds",
+        "race",
     ),
     Fault(
         "a bucket changes hands without a barrier",
@@ -163,6 +215,7 @@ FAULTS = [
         "            is_waiting = false;\n        }\n        sync_warp();",
         "            is_waiting = false;\n        }",
         "thread",
+        "race",
         "forgetful",
     ),
     Fault(
@@ -171,6 +224,7 @@ FAULTS = [
         "is_waiting && lowest(rivals) == lane_number()",
         "is_waiting && rivals",
         "thread",
+        "race",
         "forgetful",
     ),
     Fault(
@@ -179,6 +233,7 @@ FAULTS = [
         "static_cast<int>(atomicAdd(task.next_query, 1u))",
         "static_cast<int>((*task.next_query)++)",
         "thread",
+        "race",
     ),
     # --- lanes ---
     Fault(
@@ -187,6 +242,7 @@ FAULTS = [
         "if (entering == 0) return;",
         "if (!is_new) return;",
         "emulator",
+        "deadlock",
     ),
     Fault(
         "a warp of a group leaves early",
@@ -194,6 +250,7 @@ FAULTS = [
         "if (q >= task.query_count) return;",
         "if (q >= task.query_count || warp > 1) return;",
         "emulator",
+        "bar.sync in a block of which a warp has ended",
         "four warps",
     ),
     Fault(
@@ -202,54 +259,67 @@ FAULTS = [
         "(1u << lane_number()) - 1",
         "(2u << lane_number()) - 1",
         "emulator",
+        "global load out of bounds",
     ),
     Fault(
         "a team's sum lacks a lane",
         "warp.cuh",
-        "int distance = TEAM_LANES / 2; distance > 0;",
-        "int distance = TEAM_LANES / 2; distance > 1;",
+        "const T given = is_upper ? values[i] : values[i + left];",
+        "const T given = values[i + left];",
         "parity",
+        "keys",
     ),
     # --- beam ---
     Fault(
         "off by one in the merge",
         "beam.cuh",
-        "lowest(left)) <= i;",
-        "lowest(left)) < i;",
+        "& lanes_below());\n        if (is_moved",
+        "& lanes_below()) + 1;\n        if (is_moved",
         "emulator",
+        "shared access out of bounds",
     ),
     Fault(
-        "a copy enters beside its twin", "beam.cuh", " && !is_known;", ";", "parity", "forgetful"
+        "a copy enters beside its twin",
+        "beam.cuh",
+        " && !is_known;",
+        ";",
+        "parity",
+        "keys",
+        "forgetful",
     ),
     Fault(
         "copies among the lanes all enter",
         "beam.cuh",
-        "is_copy |= other == key && other_lane < lane_number();",
-        "",
+        "is_new = is_new && lowest(copies) == lane_number();",
+        "is_new = is_new && copies;",
         "parity",
+        "race",
         "forgetful",
     ),
     Fault(
         "ties are broken by luck",
         "beam.cuh",
-        "rank += other < key;",
-        "rank += other >> 32 < key >> 32;",
+        "rank += two.y < key;",
+        "rank += two.y >> 32 < key >> 32;",
         "parity",
+        "race",
     ),
-    Fault("the expanded flag is lost", "beam.cuh", "= key | EXPANDED;", "= key;", "parity"),
+    Fault("the expanded flag is lost", "beam.cuh", "= key | EXPANDED;", "= key;", "parity", "hops"),
     Fault(
         "more are picked than asked for",
         "beam.cuh",
         "is_open && place < expand",
         "is_open && place <= expand",
         "parity",
+        "keys",
     ),
     Fault(
         "the first unexpanded key is not found again",
         "beam.cuh",
-        "beam.first = min(beam.first, lowest_place);",
+        "beam.first = min(beam.first, first);",
         "",
         "parity",
+        "keys",
     ),
     # --- walk ---
     Fault(
@@ -258,6 +328,7 @@ FAULTS = [
         "base + LANES >= count ? 0 :",
         "base + LANES >= count ? 1 :",
         "parity",
+        "keys",
     ),
     Fault(
         "the beam outlives its query",
@@ -265,6 +336,7 @@ FAULTS = [
         "beam.size = allowed_keys.size = allowed_keys.first = 0;",
         "if (q == 0) beam.size = 0;\n        allowed_keys.size = allowed_keys.first = 0;",
         "emulator",
+        "global load out of bounds",
         "in turn",
     ),
     Fault(
@@ -273,6 +345,7 @@ FAULTS = [
         "beam.size = allowed_keys.size = allowed_keys.first = 0;",
         "beam.size = 0;\n        if (q == 0) allowed_keys.size = allowed_keys.first = 0;",
         "parity",
+        "keys",
         "in turn",
     ),
     Fault(
@@ -281,6 +354,7 @@ FAULTS = [
         "const int width = layer ? M : 2 * M;",
         "const int width = 2 * M;",
         "emulator",
+        "global load out of bounds",
     ),
     Fault(
         "a neighbour beyond the last",
@@ -288,6 +362,7 @@ FAULTS = [
         "if (place < links) {",
         "if (place <= links) {",
         "emulator",
+        "global load out of bounds",
     ),
     Fault(
         "the seeds of a layer are expanded already",
@@ -295,12 +370,14 @@ FAULTS = [
         "static_cast<uint64>(number) << 1;",
         "static_cast<uint64>(number) << 1 | EXPANDED;",
         "parity",
+        "keys",
     ),
     Fault(
         "the seed is not marked visited",
         "search.cu",
         "visit(visited, lane_number() == 0 ? seed : -1);",
         "",
+        "count",
         "count",
         "remembering",
     ),
@@ -310,6 +387,7 @@ FAULTS = [
         "if (!task.allowed) return true;",
         "if (!task.allowed || task.own) return true;",
         "parity",
+        "keys",
         "self per query",
     ),
     Fault(
@@ -318,6 +396,7 @@ FAULTS = [
         "task.allowed + query * task.allowed_stride",
         "task.allowed",
         "parity",
+        "keys",
         "in turn",
     ),
     Fault(
@@ -326,6 +405,7 @@ FAULTS = [
         "__ldg(task.own + query) == node) return false;",
         "__ldg(task.own + query) == node) return true;",
         "parity",
+        "keys",
         "self",
     ),
     Fault(
@@ -334,6 +414,7 @@ FAULTS = [
         "is_wanted |= key < worst(allowed_keys)",
         "is_wanted &= key < worst(allowed_keys)",
         "parity",
+        "keys",
         "self per query",
     ),
     # --- visited ---
@@ -343,14 +424,16 @@ FAULTS = [
         "TAG_BITS == 16 ? number >> visited.bucket_bits",
         "TAG_BITS == 16 ? number >> visited.bucket_bits & 7",
         "parity",
+        "keys",
         "wide",
     ),
     Fault(
         "a tag has a false twin",
         "visited.cuh",
-        "& 0x80008000u) != 0",
-        "& 0x80018001u) != 0",
+        "& 0x80008000u;",
+        "& 0x80018001u;",
         "parity",
+        "keys",
         "wide",
     ),
     # --- memory ---
@@ -360,6 +443,7 @@ FAULTS = [
         "static_cast<long long>(nodes[r]) * ROW_BYTES",
         "static_cast<int>(static_cast<uint32>(nodes[r]) * ROW_BYTES)",
         "emulator",
+        "global load out of bounds",
         "far",
     ),
     Fault(
@@ -368,6 +452,7 @@ FAULTS = [
         "static_cast<long long>(shared.picked[row]) * width",
         "static_cast<int>(static_cast<uint32>(shared.picked[row]) * width)",
         "emulator",
+        "global load out of bounds",
         "far",
     ),
     Fault(
@@ -376,15 +461,25 @@ FAULTS = [
         "static_cast<long long>(q) * QUERY_BYTES",
         "static_cast<int>(static_cast<uint32>(q) * QUERY_BYTES)",
         "emulator",
+        "global load out of bounds",
         "far",
     ),
     Fault(
         "a chunk beyond the row is read",
         "distance.cuh",
-        "nodes[r] >= 0 && chunk < CHUNKS",
-        "nodes[r] >= 0",
+        "first + TEAM <= CHUNKS || first + member < CHUNKS;",
+        "true;",
         "address",
+        "global load out of bounds",
         "part of a chunk",
+    ),
+    Fault(
+        "a row that is not there is read",
+        "distance.cuh",
+        "(nodes[r] >= 0 ? row : query.bytes)",
+        "row",
+        "address",
+        "global load out of bounds",
     ),
     Fault(
         "buckets are not aligned",
@@ -392,6 +487,7 @@ FAULTS = [
         "return (count + 1) & ~1;",
         "return count;",
         "address",
+        "misaligned shared access",
         "odd",
     ),
     Fault(
@@ -400,6 +496,7 @@ FAULTS = [
         "if (chunk == CHUNKS - 1) part.y = part.z = part.w = 0;",
         "",
         "parity",
+        "keys",
         "int8",
     ),
     # --- the other kernels ---
@@ -409,6 +506,7 @@ FAULTS = [
         "beam.size = beam.first = 0;",
         "beam.size = 1;\n    beam.first = 0;",
         "parity",
+        "shared memory is read that was never written",
         "compare",
     ),
     Fault(
@@ -417,6 +515,7 @@ FAULTS = [
         "* gridDim.y + blockIdx.y) * task.k",
         "* gridDim.y) * task.k",
         "parity",
+        "race",
         "compare",
     ),
     Fault(
@@ -425,6 +524,7 @@ FAULTS = [
         "distance = 1; distance < LANES;",
         "distance = 1; distance < LANES / 2;",
         "parity",
+        "race",
         "keys to labels",
     ),
     Fault(
@@ -433,6 +533,7 @@ FAULTS = [
         "METRIC == IP ? 0.0f : 1.0f;",
         "1.0f;",
         "parity",
+        "keys",
         "part of a chunk",
     ),
     Fault(
@@ -441,6 +542,7 @@ FAULTS = [
         "place = count + lane_number(); place < task.k;",
         "place = count + lane_number() + 1; place < task.k;",
         "parity",
+        "keys",
         "keys to labels",
     ),
 ]
@@ -450,8 +552,6 @@ FAULTS = [
 
 def plant(fault: Fault, folder: Path) -> None:
     """A copy of the kernels, with the fault, becomes the kernels."""
-    from hnsw_gpu.gpu import kernel_source
-
     shutil.copytree(kernel_source.folder(), folder)
     text = (folder / fault.file).read_text(encoding="utf-8")
     assert text.count(fault.old) == 1, f"{fault.name}: occurs {text.count(fault.old)} times"
@@ -471,9 +571,6 @@ class Asked(NamedTuple):
 
 
 def asked_of(setting: str, build) -> Asked:
-    import emulated
-    import kernel_cases
-
     row = SETTINGS[setting]
     asked = kernel_cases.question(row)
     made, k = asked.data, asked.settings["k"]
@@ -509,8 +606,6 @@ def asked_of(setting: str, build) -> Asked:
 
 def outcome(fault: Fault, sanitizer: str | None) -> set[str]:
     """The gates that catch it; a sanitizer ends the process instead."""
-    import kernel_cases
-
     row = SETTINGS[fault.setting]
     asked = asked_of(fault.setting, kernel_cases.build_of(row, sanitizer=sanitizer))
     asked.library.limit_s = 10
@@ -539,7 +634,7 @@ def main(name: str, gate: str) -> None:
     sanitizer = gate if gate in SANITIZERS else None
     if not name:
         for setting in sorted({fault.setting for fault in FAULTS if fault.gate == gate}):
-            print(*outcome(Fault("", "", "", "", gate, setting), sanitizer))
+            print(*outcome(Fault("", "", "", "", gate, "", setting), sanitizer))
         return
     fault = next(fault for fault in FAULTS if fault.name == name)
     with tempfile.TemporaryDirectory() as folder:
@@ -599,6 +694,48 @@ def test_nothing_is_caught_without_a_fault(gate) -> None:
     if missing:
         pytest.skip(missing)
     assert caught_by("", gate) == set()
+
+
+# --- in PTX, which is executed in this process: nothing that a kernel does can harm it ------------
+
+
+def shown_in_ptx(setting: str) -> set[str]:
+    """What the executor says of the kernels as they are, and which answers are not the oracle's."""
+    row = SETTINGS[setting]
+    asked = asked_of(setting, kernel_cases.build_of(row, arch=90))
+    shown: set[str] = set()
+    for seed in (None, 1, 2):
+        try:
+            found = asked.answer(seed)
+        except emulator.KernelError as error:
+            shown |= {line.partition(" (")[0] for line in str(error).splitlines()}
+            continue
+        answers = {"keys": 0, "hops": 1} | ({"count": 2} if row["buckets"] == 256 else {})
+        shown |= {
+            what
+            for what, i in answers.items()
+            if not are_equal(found[i : i + 1], asked.wanted[i : i + 1])
+        }
+    return shown
+
+
+needs_ptx = pytest.mark.skipif(bool(ptx.missing()), reason=ptx.missing())
+
+
+@needs_ptx
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name.replace(" ", "_"))
+def test_fault_is_seen_in_ptx(fault, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("ptx.launches.STEPS_LIMIT", 50_000_000)
+    monkeypatch.setattr(kernel_source, "folder", kernel_source.folder)  # to be put back
+    plant(fault, tmp_path / "kernels")
+    shown = shown_in_ptx(fault.setting)
+    assert any(words.startswith(fault.in_ptx) for words in shown), shown
+
+
+@needs_ptx
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_nothing_is_seen_in_ptx_without_a_fault(setting) -> None:
+    assert shown_in_ptx(setting) == set()
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ def run_others(sanitizer: str) -> int:
     asked[1, 99], asked[2] = np.nan, 0
     encoded = emulated.encode(build, asked, width)
     wanted = vectors_module.encode_queries(asked[:1], "cosine", "int8")
-    np.testing.assert_array_equal(encoded[0, :-32], wanted[0, :-32])
+    np.testing.assert_array_equal(encoded[:1], wanted)
     offsets = np.arange(len(made.rows) + 1, dtype=np.int64)
     labels, _ = emulated.keys_to_labels(build, keys, offsets, offsets[:-1] * 2, 150, root=True)
     np.testing.assert_array_equal(labels[:, :101], 2 * key_nodes(keys).astype(np.int64))

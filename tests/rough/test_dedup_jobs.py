@@ -257,3 +257,86 @@ def test_an_input_that_changes_meanwhile(tmp_path, rows, kind, monkeypatch) -> N
     said = told(file, "-o", tmp_path / "out", code=1)
     assert f"{file} was changed while it was read: run the command again" in said
     assert not (tmp_path / "out" / "kept.parquet").exists()
+
+
+# ---------------------------------------------------------------- folders within folders, two jobs
+
+
+def test_an_output_folder_in_the_folder_that_is_read(tmp_path, path, ended_early) -> None:
+    """Neither what a killed run left there, nor what one that ended wrote, is read."""
+    out = tmp_path / "unique"
+    how = (tmp_path, "-o", out, "--write-kept")
+    ended_early(*how)
+    for name in RESULTS:  # as if killed while it wrote
+        parquet.write_table(parquet.read_table(path), out / name)
+    assert "300 of 300 rows kept" in told(*how)
+    assert "300 of 300 rows kept" in told(*how)
+
+
+def test_results_of_a_killed_run_in_the_folder_that_is_read(tmp_path, path, ended_early) -> None:
+    ended_early(tmp_path, "-o", tmp_path, "--write-kept")
+    for name in ("duplicates.parquet", "kept.parquet"):
+        parquet.write_table(parquet.read_table(path), tmp_path / name)
+    assert "300 of 300 rows kept" in told(tmp_path, "-o", tmp_path, "--write-kept")
+    said = told(tmp_path, "-o", tmp_path, "--write-kept", code=1)
+    assert f"{tmp_path / 'duplicates.parquet'} is an input: it would be overwritten" in said
+
+
+def test_a_folder_within_the_output_folder_is_read(tmp_path, rows) -> None:
+    (tmp_path / "out" / "in").mkdir(parents=True)
+    np.save(tmp_path / "out" / "in" / "a.npy", rows)
+    assert "300 of 300 rows kept" in told(tmp_path / "out" / "in", "-o", tmp_path / "out")
+
+
+def test_two_jobs_in_one_folder(tmp_path, path, monkeypatch) -> None:
+    pytest.importorskip("fcntl")
+    out, said = tmp_path / "out", []
+    join = ResumableSteps.pairs
+
+    def pairs(self, shards):
+        monkeypatch.setattr(ResumableSteps, "pairs", join)
+        before = contents(out)
+        said.append(told(path, "-o", out, code=1))
+        assert contents(out) == before
+        return join(self, shards)
+
+    monkeypatch.setattr(ResumableSteps, "pairs", pairs)
+    assert "300 of 300 rows kept" in told(path, "-o", out)
+    assert f"{out}: another job writes into this folder" in said[0]
+    assert "300 of 300 rows kept" in told(path, "-o", out)
+
+
+def test_a_plan_cut_short_is_said(tmp_path, path, ended_early) -> None:
+    out = tmp_path / "out"
+    ended_early(path, "-o", out)
+    plan = out / WORK / PLAN
+    whole = plan.read_bytes()
+    for cut in (0, 1, len(whole) // 2, len(whole) - 1):
+        plan.write_bytes(whole[:cut])
+        assert f"{out / WORK} is there, and no plan" in told(path, "-o", out, code=1)
+    plan.write_text("[" * 100_000)
+    assert f"{out / WORK} is there, and no plan" in told(path, "-o", out, code=1)
+
+
+@pytest.mark.parametrize("limit", ["1e400", "inf", "nan", "-1", "0", "-inf", "G", "4X", "1e400G"])
+def test_limits_that_are_no_sizes(tmp_path, path, limit) -> None:
+    said = told(path, "-o", tmp_path / "out", f"--memory-limit={limit}", code=2)
+    assert f"{limit!r} is no size such as 4G" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seed", "-1"], "seed=-1: expected 0 to"),
+        (["--seed", str(2**64)], f"seed={2**64}: expected 0 to"),
+        (["--M", "0"], "M=0: expected 2 to 128"),
+        (["--M", "1", "--method", "hnsw"], "M=1: expected 2 to 128"),
+        (["--ef", "0"], "ef=0: expected at least 1"),
+        (["--ef-construction", "0"], "ef_construction=0: expected 1 to"),
+    ],
+)
+def test_wrong_parameters_of_the_graph_are_said_before_any_work(
+    tmp_path, path, arguments, message
+) -> None:
+    assert message in told(path, "-o", tmp_path / "out", *arguments, code=1)
+    assert not (tmp_path / "out").exists()

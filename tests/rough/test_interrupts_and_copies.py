@@ -17,7 +17,10 @@ import pytest
 
 import hnsw_gpu
 import hnsw_gpu.index
-from hnsw_gpu import Batcher, CorruptIndexError, Index
+from hnsw_gpu import AnswerError, Batcher, CorruptIndexError, Index, QueueFullError, ServerError
+from hnsw_gpu.inputs import RowsError
+from hnsw_gpu.results import SearchResult
+from hnsw_gpu.serve.answer_future import AnswerFuture
 
 DIM, ROWS = 8, 300
 VECTORS = oracle.gaussian(ROWS, DIM, seed=1)
@@ -98,6 +101,128 @@ def test_an_exception_at_every_line_leaves_nothing_locked(call) -> None:
     index.check()
     found = index.search(VECTORS, 1, ef=len(index)).labels[:, 0]
     assert (found == np.arange(ROWS))[np.isin(np.arange(ROWS), index.labels)].all()
+
+
+WAITED_FOR = {
+    "result": lambda future: future.result(0.003),
+    "exception": lambda future: future.exception(0.003),
+    "wait": lambda future: concurrent.futures.wait([future], 0.003),
+    "as_completed": lambda future: next(concurrent.futures.as_completed([future], 0.003)),
+    "done": lambda future: future.done(),
+    "add_done_callback": lambda future: future.add_done_callback(print),
+    "cancel": lambda future: future.cancel(),
+}
+FUTURES = ("_base.py", "threading.py", "answer_future.py")  # whose locks these are
+
+
+def raise_at_step(step: int):
+    """A trace function that raises at that bytecode of `concurrent.futures`, in this thread."""
+    left = step
+
+    def trace(frame, event, _):
+        nonlocal left
+        if not frame.f_code.co_filename.endswith(FUTURES):
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            left -= 1
+            if left == 0:
+                raise Pressed
+        return trace
+
+    return trace
+
+
+@pytest.mark.parametrize("call", WAITED_FOR)
+def test_a_caller_that_was_interrupted_stops_no_other(call, monkeypatch) -> None:
+    """Wherever it was, with whatever locks: the batcher goes on, and answers whoever shared its
+    batch.
+    """
+    monkeypatch.setattr("hnsw_gpu.serve.answer_future.MOMENT_S", 0.0005)
+    index = built()
+    search, gate = index.search_checked, threading.Event()
+    expected = index.search(QUERIES, 3)
+
+    def gated(*given, **named):
+        assert gate.wait(60)
+        return search(*given, **named)
+
+    monkeypatch.setattr(index, "search_checked", gated)
+    for step in range(1, 5_000):
+        gate.clear()
+        batcher = Batcher(index)
+        batcher.submit(QUERIES[:1], 3)  # occupies the engine: what comes afterwards is one batch
+        interrupted, other = batcher.submit(QUERIES[:1], 3), batcher.submit(QUERIES, 3)
+        before = sys.gettrace()
+        was_raised = False
+        sys.settrace(raise_at_step(step))
+        try:
+            WAITED_FOR[call](interrupted)
+        except Pressed:
+            was_raised = True
+        except (TimeoutError, RuntimeError) as error:  # of a lock that is not held after all
+            was_raised = isinstance(error.__context__, Pressed)
+        finally:
+            sys.settrace(before)
+            gate.set()
+        found: list = []
+
+        def use(batcher=batcher, other=other, found=found) -> None:
+            found.append(other.result(20))
+            found.append(batcher.submit(QUERIES, 3).result(20))
+            batcher.close()
+
+        thread = threading.Thread(target=use, daemon=True)
+        thread.start()
+        thread.join(60)
+        assert not thread.is_alive() and len(found) == 2, f"stopped at step {step} of {call}"
+        for one in found:
+            oracle.assert_same(one, expected)
+        if not was_raised:
+            break
+    assert step > 20
+
+
+def test_a_cancelled_answer_is_done_for_who_waits() -> None:
+    index = built()
+    with Batcher(index) as batcher:
+        for _ in range(50):
+            future = batcher.submit(QUERIES, 3)
+            if future.cancel():
+                break
+        assert future.cancelled() and future.cancel()
+        assert concurrent.futures.wait([future], 20).done == {future}
+        assert list(concurrent.futures.as_completed([future], 20)) == [future]
+
+
+def test_an_answer_that_comes_after_all_is_nobodys() -> None:
+    """Whoever settles a cancelled future, or one that is settled, goes on to the next."""
+    nothing = SearchResult(np.empty((0, 3), np.int64), np.empty((0, 3), np.float32))
+    cancelled, settled, failed = AnswerFuture(), AnswerFuture(), AnswerFuture()
+    assert cancelled.cancel()
+    for _ in range(2):
+        cancelled.settle(nothing)
+        assert cancelled.settle_now(nothing) is None
+        settled.settle(nothing)
+        failed.settle(ValueError("once"))
+        assert failed.settle_now(nothing) is None
+    assert cancelled.cancelled() and settled.result(0) is nothing
+    with pytest.raises(ValueError, match="once"):
+        failed.result(0)
+
+
+def test_answers_are_had_by_wait_and_as_completed() -> None:
+    index = built()
+    expected = index.search(QUERIES, 3)
+    with Batcher(index, batch_rows=1) as batcher:
+        futures = [batcher.submit(QUERIES[i : i + 1], 3) for i in range(5) for _ in range(40)]
+        assert set(concurrent.futures.as_completed(futures, 60)) == set(futures)
+        more = [batcher.submit(QUERIES, 3) for _ in range(40)]
+        assert concurrent.futures.wait(more, 60).done == set(more)
+    for number, future in enumerate(futures):
+        np.testing.assert_array_equal(future.result().labels[0], expected.labels[number // 40])
+    for future in more:
+        oracle.assert_same(future.result(), expected)
 
 
 # ---------------------------------------------------------------- searches beside a change
@@ -244,6 +369,46 @@ def test_other_processes_take_an_index(method) -> None:
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
         found = pool.submit(Index.search, index, QUERIES, 5).result()
     oracle.assert_same(found, index.search(QUERIES, 5))
+
+
+def refused(index: Index) -> None:
+    index.add(np.full((2, DIM), np.nan))
+
+
+def test_an_error_comes_out_of_another_process() -> None:
+    """Whatever it says; one that cannot be unpickled breaks the pool of processes."""
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+        future = pool.submit(refused, built())
+        with pytest.raises(ValueError, match=r"^vectors: NaN or infinite values in rows 0, 1$"):
+            future.result()
+    for error in (
+        RowsError("x: bad in row 3", "bad", np.array([3])),
+        ServerError(429, "full"),
+        AnswerError(200, "garbage"),
+        QueueFullError("full", 0.5),
+        CorruptIndexError("x.hnsw: cut"),
+    ):
+        for again in (pickle.loads(pickle.dumps(error)), copy.deepcopy(error)):
+            assert type(again) is type(error) and str(again) == str(error)
+            assert vars(again) == vars(error)
+
+
+@pytest.mark.parametrize("method", ["exact", "hnsw"])
+@pytest.mark.parametrize("against", [None, "index"])
+def test_a_result_of_dedup_can_be_pickled_and_copied(method, against) -> None:
+    """And decides again as the one that it is a copy of."""
+    rows = np.concatenate([VECTORS, VECTORS[:50] + 0.01, VECTORS[:20]])
+    other = built(VECTORS[90:95]) if against else None
+    result = hnsw_gpu.dedup(rows, max_distance=0.5, metric="l2", method=method, against=other)
+    for one in (pickle.loads(pickle.dumps(result)), copy.deepcopy(result), copy.copy(result)):
+        np.testing.assert_array_equal(one.keep, result.keep)
+        for linkage in ("star", "components"):
+            again, expected = (
+                each.regroup(max_distance=1e-4, linkage=linkage) for each in (one, result)
+            )
+            np.testing.assert_array_equal(again.group, expected.group)
+        assert 20 <= (~again.keep).sum() < (~result.keep).sum()
 
 
 def test_a_batcher_cannot_be_pickled() -> None:

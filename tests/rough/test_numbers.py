@@ -7,6 +7,7 @@ import oracle
 import pytest
 
 import hnsw_gpu
+from hnsw_gpu.engine import vectors as vectors_module
 from hnsw_gpu.recall import recall
 
 N, DIM, K = 400, 16, 10
@@ -376,3 +377,20 @@ def test_ordinary_vectors_are_added_in_silence(metric, dtype, refine, warned):
         built(vectors, metric, dtype, refine)
         built(vectors[:1], metric, dtype, refine)
         assert warned() == []
+
+
+@pytest.mark.parametrize("dim", [1, 20, 33])
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "int8"])
+def test_no_byte_of_an_encoded_query_is_left_to_chance(dtype, dim, monkeypatch):
+    def encoded(before):
+        def filled(shape, dtype):
+            made = np.empty(shape, dtype)
+            made.view(np.uint8)[...] = before
+            return made
+
+        monkeypatch.setattr(vectors_module, "empty_aligned", filled)
+        rows = vectors_module.encode(drawn()[0][:5, :1].repeat(dim, axis=1), "l2", dtype)
+        asked = vectors_module.encode_queries(drawn()[1][:, :1].repeat(dim, axis=1), "l2", dtype)
+        return rows.tobytes(), vectors_module.rows_as_queries(rows).tobytes(), asked.tobytes()
+
+    assert encoded(0xAB) == encoded(0xCD)

@@ -66,6 +66,28 @@ def test_large_batches_are_split(shared, folder):
     assert shared.server.metrics.request_seconds._sum.get() > before
 
 
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_batches_fit_the_limits_of_the_server(folder, dtype):
+    """It counts numbers as float32, whatever they are sent as."""
+    queries = np.tile(QUERIES, (100, 1)).astype(dtype)
+    with (
+        running(folder / "docs.hnsw", most_body=100_000) as fresh,
+        Client(f"http://127.0.0.1:{fresh.port}", batch_rows=10_000) as asking,
+    ):
+        equal(asking.search(queries, 5), load(folder / "docs.hnsw").search(queries, 5))
+
+
+def test_a_swap_to_another_dim_is_forced(tmp_path):
+    served.saved(tmp_path, "wide.hnsw", np.random.default_rng(3).normal(size=(50, 12)))
+    with (
+        running(served.saved(tmp_path)) as fresh,
+        Client(f"http://127.0.0.1:{fresh.port}") as asking,
+    ):
+        with pytest.raises(ServerError, match=r"422: the index has dim 12 instead of 8: .*force"):
+            asking.swap("wide.hnsw")
+        assert asking.swap("wide.hnsw", force=True)["dim"] == 12
+
+
 def test_refusals_are_said(asking, shared):
     with pytest.raises(
         ServerError, match=r"422: queries: shape \(64, 3\), expected \(n, 8\)"

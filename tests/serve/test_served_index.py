@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 
-from hnsw_gpu import Index, load
+from hnsw_gpu import Index, engine, load
 from hnsw_gpu.files import storage
 from hnsw_gpu.serve import served_index
 
@@ -72,6 +72,6 @@ def test_the_checksum_tells_files_apart(path, tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory(path):
-    free = served_index.memory_free()
+    free = engine.memory_free()
     assert 2**20 < free < 2**50
     assert path.stat().st_size < served_index.memory_needed(path) < 2 * path.stat().st_size

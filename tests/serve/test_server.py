@@ -570,3 +570,10 @@ def test_a_mistake_of_ours_is_a_500(fresh, monkeypatch):
 
     monkeypatch.setattr(formats, "write_result", fail)
     fresh.caller().search(QUERIES).refused(500, "the log of the server says more")
+
+
+@pytest.mark.parametrize("target", ["/v1/index", "/v1/none", "/health/live", "/metrics"])
+def test_a_call_id_is_repeated(shared, target):
+    assert shared.call("GET", target, X_Call_Id="a1-b.c_D").headers["x-call-id"] == "a1-b.c_D"
+    for odd in ("", "a b", "x" * 65, "\xe4", "a\tb"):
+        assert "x-call-id" not in shared.call("GET", target, X_Call_Id=odd).headers

@@ -11,8 +11,7 @@ the fibers: about 37 million steps of a thread (from one collective to the next)
 
 Builds: plain; "address" (AddressSanitizer and UndefinedBehaviorSanitizer) and "thread"
 (ThreadSanitizer: lanes are ordered by `__syncthreads` and `__syncwarp` alone, blocks by nothing),
-both within `run_sanitized`; and "count", which counts the bytes read of each array, and how often
-lanes met in each place.
+both within `run_sanitized`.
 """
 
 import ctypes
@@ -36,18 +35,16 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
 BUILD = ROOT / "build" / "emulator"
 
-SANITIZERS = (None, "address", "thread", "count")
+SANITIZERS = (None, "address", "thread")
 FLAGS = ["-std=c++20", "-O1", "-g1", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasing"]
 INSTRUMENT = {
     None: [],
     "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     "thread": ["-fsanitize=thread"],
-    "count": ["-fsanitize=thread", "-fno-tree-sra"],  # a 16-byte load stays one
 }
 TELL = {
     "address": ["-DEMULATE_ADDRESS"],
     "thread": ["-DEMULATE_THREAD"],
-    "count": ["-DEMULATE_COUNT"],
 }
 RUNTIMES = {"address": "libasan.so", "thread": "libtsan.so"}
 
@@ -68,19 +65,6 @@ MAX_SHARED = 227 * 1024  # bytes a block, compute capability 9.0
 
 class KernelError(Exception):
     """The kernel did, or was launched with, what CUDA does not allow."""
-
-
-class Meeting(NamedTuple):
-    """A collective of the kernel, as it is called in one place.
-
-    word: with its type ("__shfl_sync<int>"). place: file and line, then those of the call that this
-    was inlined by, and so on. functions: in whose bodies these are. lanes: how many met.
-    """
-
-    word: str
-    place: tuple[tuple[str, int], ...]
-    functions: tuple[str, ...]
-    lanes: int
 
 
 class Parameter(NamedTuple):
@@ -114,7 +98,7 @@ def missing(sanitizer: str | None = None) -> str:
     if not compiler():
         return "no C++ compiler: set CXX, or install g++, clang++ or the package ziglang"
     if sanitizer and "clang" in _version()[-1]:
-        return "the sanitizers and the counts are gcc's, and the compiler is clang"
+        return "the sanitizers are gcc's, and the compiler is clang"
     if sanitizer in RUNTIMES and not runtime(sanitizer):
         return f"{compiler()[0]} has no {RUNTIMES[sanitizer]}"
     if sanitizer == "thread" and _run([*_fixed_addresses(), "true"]).returncode != 0:
@@ -204,16 +188,12 @@ const unsigned long long emulator_bounds[] = {{{bounds}}};
 
 def _built(name: str, text: str, macros: list[str], sanitizer: str | None) -> Path:
     """Path of the library of a kernel."""
-    parts = ["scheduler.cpp"] + ["count.cpp"] * (sanitizer == "count")
     # The scheduler is not instrumented, only told of the sanitizer.
-    objects = [
-        _object(_text(part), [*FLAGS, *TELL.get(sanitizer, [])], part[:-4]) for part in parts
-    ]
-    told = TELL["count"] if sanitizer == "count" else []
-    flags = [*FLAGS, *_processor_flags(), *INSTRUMENT[sanitizer], *told, *macros]
-    objects.append(_object(text, flags, name))
+    scheduler = _object(_text("scheduler.cpp"), [*FLAGS, *TELL.get(sanitizer, [])], "scheduler")
+    flags = [*FLAGS, *_processor_flags(), *INSTRUMENT[sanitizer], *macros]
+    objects = [scheduler, _object(text, flags, name)]
     # -Bsymbolic: a kernel may be named like a function that the process has already.
-    link = ["-shared", "-Wl,-Bsymbolic", *([] if sanitizer == "count" else INSTRUMENT[sanitizer])]
+    link = ["-shared", "-Wl,-Bsymbolic", *INSTRUMENT[sanitizer]]
     return _made([*link, *map(str, objects)], f"{name}-{sanitizer or 'plain'}", ".so")
 
 
@@ -293,7 +273,6 @@ class Library:
         self._lock = _lock_of(path)
         self._library = ctypes.CDLL(str(path))
         self._library.emulator_launch.restype = ctypes.c_char_p
-        self._counted: list[np.ndarray] = []
         sizes = (ctypes.c_uint64 * len(parameters)).in_dll(self._library, "emulator_sizes")
         self._sizes = list(sizes)
         self._bounds = ctypes.c_uint64.in_dll(self._library, "emulator_bounds").value
@@ -357,61 +336,6 @@ class Library:
                 f" of {argument.dtype.itemsize}"
             )
         return argument.copy()
-
-    def count(self, regions: dict[str, np.ndarray]) -> "Counts":
-        """From here on, count the bytes that launches read of each array (the "count" build)."""
-        if self.sanitizer != "count":
-            raise ValueError('only the build with sanitizer="count" counts')
-        arrays = list(regions.values())
-        counts = Counts(list(regions))
-        self._counted = [*arrays, counts.bytes]  # alive as long as they are counted
-        size = len(arrays)
-        self._library.emulator_count(
-            ctypes.c_size_t(size),
-            (ctypes.c_void_p * size)(*(array.ctypes.data for array in arrays)),
-            (ctypes.c_size_t * size)(*(array.nbytes for array in arrays)),
-            ctypes.c_void_p(counts.bytes.ctypes.data),
-        )
-        return counts
-
-    def meetings(self) -> list[Meeting]:
-        """Where lanes met in the last launch (the "count" build); needs binutils' addr2line."""
-        size = self._library.emulator_meetings(None, None, ctypes.c_size_t(0))
-        offsets, lanes = (ctypes.c_size_t * size)(), (ctypes.c_uint64 * size)()
-        self._library.emulator_meetings(offsets, lanes, ctypes.c_size_t(size))
-        # the call is just before the place that it returns to
-        command = ["addr2line", "-aifC", "-e", str(self.path), *(hex(at - 1) for at in offsets)]
-        done = _run(command)
-        if done.returncode != 0:
-            raise KernelError(done.stderr)
-        told = re.split(r"^0x[0-9a-f]+\n", done.stdout, flags=re.MULTILINE)[1:]
-        return [_meeting(text, count) for text, count in zip(told, lanes, strict=True)]
-
-
-def _meeting(text: str, lanes: int) -> Meeting:
-    """From what addr2line says: of each inlined function, the innermost first, name and place."""
-    lines = text.splitlines()
-    word, frames = "", []
-    for function, where in zip(lines[::2], lines[1::2], strict=True):
-        name, kind = re.search(r"(\w+)(<[^()]*>)?(?:\(|$)", function).groups()
-        file, line = re.match(r"(?:.*/)?([^/]+):(\d+|\?)", where).groups()
-        if file == "cuda_emulator.h":
-            word = name + (kind or "")  # the last is the one that the kernel calls
-        elif file.endswith((".cu", ".cuh")):
-            frames.append(((file, int(line)), name))
-    place, functions = zip(*frames, strict=True)
-    return Meeting(word, place, functions, lanes)
-
-
-class Counts:
-    """Bytes read so far, by name of the array: `counts["rows"]`."""
-
-    def __init__(self, names: list[str]) -> None:
-        self.names = names
-        self.bytes = np.zeros(len(names), np.uint64)  # the library adds to it
-
-    def __getitem__(self, name: str) -> int:
-        return int(self.bytes[self.names.index(name)])
 
 
 def _three(what: str, sizes) -> list[int]:

@@ -17,13 +17,8 @@
 
 #define __global__
 #define __host__
-#ifdef EMULATE_COUNT  // as a compiler for GPUs inlines, so that a place means the same in both
-#define __device__ ALWAYS_INLINE
-#define __forceinline__
-#else
 #define __device__
 #define __forceinline__ ALWAYS_INLINE
-#endif
 #define __restrict__ __restrict
 #define __launch_bounds__(...)
 #define __align__(bytes) __attribute__((aligned(bytes)))
@@ -40,6 +35,7 @@ struct dim3 { unsigned x, y, z; };
 struct alignas(8) uint2 { unsigned x, y; };
 struct alignas(8) float2 { float x, y; };
 struct alignas(16) int4 { int x, y, z, w; };
+struct alignas(16) ulonglong2 { unsigned long long x, y; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
 struct alignas(16) float4 { float x, y, z, w; };
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }

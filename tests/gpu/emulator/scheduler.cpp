@@ -6,12 +6,11 @@
 // where they are and goes back to launch().
 //
 // Compiled without instrumentation. EMULATE_ADDRESS and EMULATE_THREAD tell that the kernel has it,
-// and what a sanitizer must know of fibers and of barriers; EMULATE_COUNT counts where lanes meet.
+// and what a sanitizer must know of fibers and of barriers.
 
 #include "cuda_emulator.h"
 
 #include <algorithm>
-#include <dlfcn.h>
 #include <new>
 #include <numeric>
 #include <pthread.h>
@@ -21,7 +20,6 @@
 #include <string>
 #include <sys/mman.h>
 #include <sys/time.h>
-#include <unordered_map>
 #include <vector>
 
 extern "C" void emulator_entry(void** arguments);  // generated: calls the kernel
@@ -515,10 +513,6 @@ std::string explain(int signal) {
 
 }  // namespace
 
-#ifdef EMULATE_COUNT
-std::unordered_map<const void*, unsigned long long> meetings;  // of lanes, by where meet() returns
-#endif
-
 Bits meet(Kind kind, const char* word, unsigned mask, Bits value, int source, Site site) {
     Lane& lane = own();
     steps++;
@@ -528,9 +522,6 @@ Bits meet(Kind kind, const char* word, unsigned mask, Bits value, int source, Si
     lane.value = value;
     lane.source = source;
     lane.site = site;
-#ifdef EMULATE_COUNT
-    meetings[__builtin_return_address(0)]++;
-#endif
     if (kind == SYNC_BLOCK) arrive_in_block(lane);
     else arrive_in_warp(lane);
     run_next();
@@ -589,9 +580,6 @@ extern "C" const char* emulator_launch(const unsigned* sizes, void** arguments, 
     random_state = (seed + 1) * 0x9e3779b97f4a7c15ull | 1;
     emulator::arguments = arguments;
     emulator::steps = 0;
-#ifdef EMULATE_COUNT
-    meetings.clear();
-#endif
     running = &host;
     message.clear();
     try {
@@ -603,18 +591,3 @@ extern "C" const char* emulator_launch(const unsigned* sizes, void** arguments, 
     return message.c_str();
 }
 
-#ifdef EMULATE_COUNT
-// Where lanes met in the last launch, as offsets in this library, and how many did; returns how many
-// places there are, of which the first `room` are written.
-extern "C" size_t emulator_meetings(size_t* offsets, unsigned long long* counts, size_t room) {
-    Dl_info library;
-    dladdr(reinterpret_cast<void*>(emulator_meetings), &library);
-    size_t i = 0;
-    for (const auto& [place, count] : emulator::meetings) {
-        if (i++ >= room) continue;
-        offsets[i - 1] = static_cast<const char*>(place) - static_cast<char*>(library.dli_fbase);
-        counts[i - 1] = count;
-    }
-    return emulator::meetings.size();
-}
-#endif

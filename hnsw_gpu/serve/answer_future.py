@@ -1,0 +1,60 @@
+"""A Future that can be settled without waiting for whoever waits for it."""
+
+from concurrent.futures import Future, _base
+
+from hnsw_gpu.results import SearchResult
+
+MOMENT_S = 0.05  # longer than a thread that goes on holds a Future's lock
+
+
+class AnswerFuture(Future[SearchResult]):
+    """A Future for threads.
+
+    A Ctrl-C in a thread that is in `result`, `wait`, `cancel`, ... can leave locks of
+    `concurrent.futures` held for ever, and `set_result` would wait for them as long: with it the
+    engine's thread, and all other callers.
+    """
+
+    def cancel(self) -> bool:
+        """As Future's, and `wait` and `as_completed` know at once: no engine comes to it again."""
+        is_cancelled = super().cancel()
+        with self._condition:
+            if self._state == _base.CANCELLED:
+                self.set_running_or_notify_cancel()
+        return is_cancelled
+
+    def settle_now(self, outcome: SearchResult | BaseException) -> object | None:
+        """Settle it, unless it was settled or cancelled; returns what keeps it from that, or None.
+
+        That is a lock that is held, or a `wait` or `as_completed`, which have locks of their own.
+        """
+        if not self._condition.acquire(timeout=MOMENT_S):
+            return self._condition
+        try:
+            if self._waiters:
+                return self._waiters[0]
+            if self._state == _base.CANCELLED:
+                self._state = _base.CANCELLED_AND_NOTIFIED
+            if self._state != _base.PENDING:
+                return None
+            if isinstance(outcome, BaseException):
+                self._exception = outcome
+            else:
+                self._result = outcome
+            self._state = _base.FINISHED
+            self._condition.notify_all()
+        finally:
+            self._condition.release()
+        self._invoke_callbacks()  # type: ignore[attr-defined]
+        return None
+
+    def settle(self, outcome: SearchResult | BaseException) -> None:
+        """The same, however long others keep it waiting."""
+        with self._condition:  # nobody cancels it between these two
+            is_open = self._state in (_base.PENDING, _base.CANCELLED)
+            if not (is_open and self.set_running_or_notify_cancel()):
+                return
+        if isinstance(outcome, BaseException):
+            self.set_exception(outcome)
+        else:
+            self.set_result(outcome)

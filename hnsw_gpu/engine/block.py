@@ -1,7 +1,7 @@
-"""Keys of a block of rows at once (rule R5): what a hop lists is scored with no branch a neighbour.
+"""Keys of a block of rows at once (rule R5): a hop scores what it lists, no branch a neighbour.
 
-Rows of codes are taken EIGHT at a time: their integer sums are turned into one vector, which goes on
-as one distance does in `distance.py`, by the same operations, so to the same bits.
+Rows of codes are taken EIGHT at a time: their integer sums are turned into one vector, which goes
+on as one distance does in `distance.py`, by the same operations, so to the same bits.
 """
 
 import numpy as np
@@ -106,9 +106,7 @@ def _eight_keys(typingctx, metric, queries, q, rows, ids, s, start, first, count
                 builder.store(found, result)
             with otherwise:
                 is_cosine = builder.icmp_signed("==", metric, metric.type(COSINE))
-                base = builder.select(
-                    is_cosine, one.splat(F32(1), EIGHT), one.splat(F32(0), EIGHT)
-                )
+                base = builder.select(is_cosine, one.splat(F32(1), EIGHT), one.splat(F32(0), EIGHT))
                 if is_int4:
                     operands = [builder.fneg(scales), values, base]
                     found = one.call(builder, "llvm.fma.v8f32", FLOATS, operands)

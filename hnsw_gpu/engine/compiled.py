@@ -81,9 +81,7 @@ def jit(
     in numba; where the order of a sum may differ from machine to machine (so of no distance).
     """
     if function is None:
-        return functools.partial(
-            jit, allocates=allocates, is_inlined=is_inlined, fastmath=fastmath
-        )
+        return functools.partial(jit, allocates=allocates, is_inlined=is_inlined, fastmath=fastmath)
     options = {"fastmath": fastmath, "forceinline": is_inlined}
     compiled = njit(nogil=True, **options, **({} if allocates else {"_nrt": False}))(function)
     if MISSING or not hasattr(compiled, "_cache"):

@@ -14,6 +14,7 @@ from hnsw_gpu.engine.compiled import jit
 from hnsw_gpu.engine.keys import KEY_NONE
 
 LANES = 8  # keys that are moved at once
+STRIDE = 128  # smaller keys that are skipped at once; of fewer, a branch costs more than a pass
 I64 = ir.IntType(64)
 KEYS = ir.VectorType(I64, LANES)
 
@@ -36,11 +37,11 @@ def _between(builder, before, key, value):
 
 
 @intrinsic
-def _push(typingctx, beam, row, capacity, key):
-    """Push `key` into the sorted `beam[row, :capacity]`; the largest falls out."""
+def _push(typingctx, beam, row, start, capacity, key):
+    """Push `key` into the sorted `beam[row, start:capacity]`; the largest falls out."""
 
     def codegen(context, builder, signature, arguments):
-        array, row, capacity, key = arguments
+        array, row, start, capacity, key = arguments
         pointer, _ = _row(context, builder, beam, array, row)
         keys = ir.Constant(KEYS, ir.Undefined)
         for lane in range(LANES):
@@ -50,7 +51,7 @@ def _push(typingctx, beam, row, capacity, key):
         )
         before = cgutils.alloca_once_value(builder, ir.Constant(KEYS, [I64(0)] * LANES))
         whole = builder.and_(capacity, I64(-LANES))
-        with cgutils.for_range_slice(builder, I64(0), whole, I64(LANES), I64) as (i, _):
+        with cgutils.for_range_slice(builder, start, whole, I64(LANES), I64) as (i, _):
             value = builder.load(_vector(builder, pointer, i), align=8)
             below = builder.shuffle_vector(builder.load(before), value, shifted)
             builder.store(_between(builder, below, keys, value), _vector(builder, pointer, i), 8)
@@ -64,7 +65,7 @@ def _push(typingctx, beam, row, capacity, key):
             builder.store(value, below)
         return context.get_dummy_value()
 
-    return types.void(beam, types.int64, types.int64, types.uint64), codegen
+    return types.void(beam, types.int64, types.int64, types.int64, types.uint64), codegen
 
 
 @intrinsic
@@ -94,7 +95,10 @@ def _lowest_bit(typingctx, bits):
 @jit(is_inlined=True)
 def insert(beam, row, capacity, key):
     """Insert `key` into the sorted `beam[row, :capacity]`; the largest falls out of a full one."""
-    _push(beam, row, capacity, key)
+    start = 0
+    while start + STRIDE < capacity and beam[row, start + STRIDE - 1] < key:
+        start += STRIDE
+    _push(beam, row, start, capacity, key)
 
 
 @jit(is_inlined=True)

@@ -64,7 +64,8 @@ def _eight_keys(typingctx, metric, queries, q, rows, ids, s, start, first, count
             number = builder.sext(builder.extract_element(numbers, I32(i)), I64)
             pointer, row_bytes = one.row_pointer(context, builder, rows, row_array, number)
             pointers.append(pointer)
-        sums = one.code_sums(context, builder, is_int4, query, pointers, row_bytes)
+        codes = one.Codes(context, builder, is_int4)
+        sums = one.code_sums(codes, query, pointers, row_bytes)
         dots = _turned(builder, [one.eight_lanes(builder, vectors) for vectors in sums])
 
         def of_query(element, place):
@@ -86,7 +87,7 @@ def _eight_keys(typingctx, metric, queries, q, rows, ids, s, start, first, count
 
         if is_int4:
             dots = builder.sub(builder.add(dots, dots), of_query(I32, 4))
-        else:
+        elif codes.has_offset:
             dots = builder.sub(dots, builder.shl(of_rows(I32, 4), one.splat(I32(7), EIGHT)))
         values = builder.sitofp(dots, FLOATS)
         scales = builder.fmul(of_query(F32, 12), of_rows(F32, 12))

@@ -133,12 +133,19 @@ class Codes:
         self.has_avx2 = "+avx2" in features
         is_wide = "+avx512vnni" in features and "+avx512vl" in features
         self.has_vnni = is_wide or "+avxvnni" in features
+        # AVX2 multiplies 8 bits by 8 only where 2 * 127 * 127 fits 16 bits: the query's offset goes
+        self.is_signed = self.has_avx2 and not self.has_vnni and not is_int4
+        self.has_offset = not is_int4 and not self.is_signed  # in the sums: 128 each
         # bytes of a row that are taken at once; what is left is one block of 32
         self.lanes = 64 if is_wide or not self.has_avx2 else 32
 
     def queries(self, query, offset, row_bytes, lanes):
         """The query's codes that meet `lanes` bytes of a row at `offset`."""
         first = _load(self.builder, query, offset, I8, lanes)
+        if self.is_signed:  # the code 0, without an offset, is what meets a row's tail
+            is_code = self.builder.icmp_unsigned("!=", first, splat(I8(0), lanes))
+            code = self.builder.xor(first, splat(I8(-128), lanes))
+            return [self.builder.select(is_code, code, splat(I8(0), lanes))]
         if not self.is_int4:
             return [first]
         return [first, _load(self.builder, query, self.builder.add(offset, row_bytes), I8, lanes)]
@@ -147,6 +154,11 @@ class Codes:
         """`total`, int32 (lanes / 4,), and the products of `lanes` bytes of a row and `queries`."""
         builder = self.builder
         codes = _load(builder, row, offset, I8, lanes)
+        if self.is_signed:
+            vector = codes.type
+            absolute = call(builder, "llvm.x86.avx2.psign.b", vector, [codes, codes])
+            turned = call(builder, "llvm.x86.avx2.psign.b", vector, [queries[0], codes])
+            return self._products(total, absolute, turned, lanes)
         if not self.is_int4:
             return self._products(total, queries[0], codes, lanes)
         low = builder.and_(codes, splat(I8(15), lanes))
@@ -160,7 +172,7 @@ class Codes:
             name = f"llvm.x86.avx512.vpdpbusd.{lanes * 8}"
             operands = [total, builder.bitcast(unsigned, sums), builder.bitcast(signed, sums)]
             return call(builder, name, sums, operands)
-        if self.has_avx2 and self.is_int4:  # 2 * 15 * 127 fits 16 bits
+        if self.has_avx2 and (self.is_int4 or self.is_signed):
             words = ir.VectorType(I16, 16)
             pairs = call(builder, "llvm.x86.avx2.pmadd.ub.sw", words, [unsigned, signed])
             quads = call(builder, "llvm.x86.avx2.pmadd.wd", sums, [pairs, splat(I16(1), 16)])
@@ -188,13 +200,13 @@ def shuffled(builder, a, b, places):
     return builder.shuffle_vector(a, b, mask)
 
 
-def code_sums(context, builder, is_int4, query, rows, row_bytes):
+def code_sums(codes, query, rows, row_bytes):
     """Dot products of a query's codes and those of each of `rows` (pointers): int32 vectors.
 
     Each is two vectors, which are to be added up over all lanes: of 64-byte and of 32-byte blocks,
     or the latter alone.
     """
-    codes = Codes(context, builder, is_int4)
+    builder = codes.builder
     widths = sorted({codes.lanes, 32}, reverse=True)
     totals = {
         lanes: [cgutils.alloca_once_value(builder, splat(I32(0), lanes // 4)) for _ in rows]
@@ -250,15 +262,21 @@ _products = _float_intrinsic(is_l2=False)
 
 @intrinsic
 def _codes(typingctx, queries, q, rows, i):
-    """int32 dot product of query codes and row codes, as they are stored."""
+    """int32 dot product of query codes and row codes (of int4, as they are stored)."""
 
     def codegen(context, builder, signature, arguments):
         query_array, q_index, row_array, row_index = arguments
         query, _ = row_pointer(context, builder, queries, query_array, q_index)
         row, row_bytes = row_pointer(context, builder, rows, row_array, row_index)
-        (sums,) = code_sums(context, builder, rows.dtype == types.uint8, query, [row], row_bytes)
+        codes = Codes(context, builder, rows.dtype == types.uint8)
+        (sums,) = code_sums(codes, query, [row], row_bytes)
         total = eight_lanes(builder, sums)
-        return call(builder, "llvm.vector.reduce.add.v8i32", I32, [total])
+        total = call(builder, "llvm.vector.reduce.add.v8i32", I32, [total])
+        if not codes.has_offset:
+            return total
+        address = builder.gep(row, [builder.sub(row_bytes, I64(4))])
+        row_sum = builder.load(builder.bitcast(address, I32.as_pointer()), align=1)
+        return builder.sub(total, builder.shl(row_sum, I32(7)))
 
     return types.int32(queries, types.int64, rows, types.int64), codegen
 
@@ -345,7 +363,7 @@ def _distance(metric, queries, q, rows, i):
 
         def int8_distance(metric, queries, q, rows, i):
             row_end, query_end = rows.shape[1], queries.shape[1]
-            code_dot = _codes(queries, q, rows, i) - np.int32(128) * _int_at(rows, i, row_end - 4)
+            code_dot = _codes(queries, q, rows, i)
             scale = _float_at(queries, q, query_end - 12) * _float_at(rows, i, row_end - 12)
             dot = scale * np.float32(np.int32(code_dot))
             if metric != L2:

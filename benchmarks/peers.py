@@ -190,9 +190,12 @@ class Svs:
         self.index = svs.Vamana.build(parameters, base, svs.DistanceType.MIP, num_threads=threads)
 
     def search(self, queries: np.ndarray, k: int, ef: int, threads: int) -> np.ndarray:
+        import svs
+
         if self.index.num_threads != threads:  # a new pool of threads
             self.index.num_threads = threads
-        self.index.search_window_size = ef
+        buffer = svs.SearchBufferConfig(ef)  # prefetching as the class has it: builds differ
+        self.index.search_parameters = svs.VamanaSearchParameters(buffer)
         return self.index.search(queries, k)[0].astype(np.int64)
 
 

@@ -93,7 +93,7 @@ def draw_race(axes: Axes, race: dict, title: str) -> None:
         points = [
             (stretched(entry["recall"]), entry["queries_per_processor_s"][name])
             for entry in entries
-            if name in entry["queries_per_s"]
+            if name in entry["queries_per_s"] and entry["ef"][name][0] != entry["ef"][name][1]
         ]
         if points:
             is_ours = name.startswith("ours")

@@ -40,9 +40,11 @@ class Side:
         return [bracket for bracket in found if bracket]
 
     def bracket(self, ladder: Sequence[Any], target: float) -> Bracket | None:
-        """Of one ladder; None: the target is out of its reach, or below its first rung."""
+        """Of one ladder; the first rung twice, where it is past the target; None: out of reach."""
         low, high = 0, len(ladder) - 1
-        if self.recall(ladder[low]) >= target or self.recall(ladder[high]) < target:
+        if self.recall(ladder[low]) >= target:
+            return ladder[low], ladder[low]
+        if self.recall(ladder[high]) < target:
             return None
         while high - low > 1:
             middle = (low + high) // 2
@@ -103,7 +105,7 @@ def race_builds(
 def race_searches(
     sides: list[Side], target: float, threads: int, rounds: int, least_seconds: float
 ) -> dict:
-    """Queries/s of every side that reaches recall `target`, and their ratios, at that very recall.
+    """Queries/s of every side that reaches recall `target`, and their ratios, at that recall.
 
     A turn times each side at the two rungs around the target, on the same queries; its queries/s
     are interpolated, their logarithm over recall. Of several ladders, the fastest is taken.
@@ -170,7 +172,9 @@ def batch_size(plan: Mapping[Side, tuple[Any, ...]], threads: int, least_seconds
 
 
 def interpolate(target: float, recalls: list[float], rates: list[float]) -> float:
-    """The rate at recall `target`, its logarithm taken as linear between two points."""
+    """The rate at recall `target`: its logarithm is linear between two points (or of a first rung)."""
+    if recalls[0] >= target:
+        return rates[0]
     part = (target - recalls[0]) / (recalls[1] - recalls[0])
     return math.exp((1 - part) * math.log(rates[0]) + part * math.log(rates[1]))
 

@@ -85,6 +85,7 @@ def test_a_cached_truth_is_not_used_for_other_rows(monkeypatch):
 def test_interpolation_is_logarithmic():
     assert race.interpolate(0.925, [0.90, 0.95], [4000.0, 1000.0]) == pytest.approx(2000.0)
     assert race.interpolate(0.90, [0.90, 0.95], [4000.0, 1000.0]) == pytest.approx(4000.0)
+    assert race.interpolate(0.90, [0.93, 0.93], [4000.0, 4000.0]) == 4000.0  # past it at once
 
 
 def test_ratios_are_of_the_same_turn():

@@ -76,8 +76,9 @@ def test_every_ladder_that_reaches_the_target_is_bracketed(tiny):
     assert side.recall((7, "long")) == pytest.approx(0.7)
     assert side.brackets(0.45) == [((4, "short"), (5, "short")), ((4, "long"), (5, "long"))]
     assert side.brackets(0.75) == [((7, "long"), (8, "long"))]  # short ends before
-    assert side.brackets(0.15) == [((1, "long"), (2, "long"))]  # short begins after
-    assert side.brackets(0.05) == []
+    # short begins after
+    assert side.brackets(0.15) == [((2, "short"), (2, "short")), ((1, "long"), (2, "long"))]
+    assert side.brackets(1.05) == []
     assert side.fastest(side.brackets(0.75), 0.75, 1) == ((7, "long"), (8, "long"))
 
 

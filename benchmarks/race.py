@@ -172,7 +172,7 @@ def batch_size(plan: Mapping[Side, tuple[Any, ...]], threads: int, least_seconds
 
 
 def interpolate(target: float, recalls: list[float], rates: list[float]) -> float:
-    """The rate at recall `target`: its logarithm is linear between two points (or of a first rung)."""
+    """The rate at recall `target`, log-linear between two points, or else that of a first rung."""
     if recalls[0] >= target:
         return rates[0]
     part = (target - recalls[0]) / (recalls[1] - recalls[0])

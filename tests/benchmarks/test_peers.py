@@ -18,7 +18,7 @@ def test_a_peer_answers_like_exact_search(name, tiny):
     if reason := reason_to_skip(name):
         pytest.skip(reason)
     peer = PEERS[name].make()
-    peer.build(tiny.base, Setting(), 2)
+    peer.build(tiny.base, Setting(), 1)  # two threads, and usearch may lose rows of so few
     first, last = peer.ladders[-1][0], peer.ladders[-1][-1]
     for threads in (1, 2):
         labels = peer.search(tiny.queries, 10, last, threads)

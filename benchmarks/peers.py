@@ -1,13 +1,18 @@
-"""One small class a library, all with the same three methods, so that they can be raced.
+"""One small class a library, all with the same methods, so that they can be raced.
 
 Rows are unit length (cosine) and their labels are their numbers. A library is imported when it is
 built; its name goes into `PEERS` and that is all there is to adding one.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple, Protocol
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+
+K = 10
+# 10, 11, 12, 13, 14, 15, 17, ... in steps of about 10 %: fine enough to interpolate between
+EFS = sorted({round(K * 1.1**i) for i in range(60)})
 
 
 class Setting(NamedTuple):
@@ -19,9 +24,16 @@ class Setting(NamedTuple):
 
 
 class Peer(Protocol):
+    @property
+    def ladders(self) -> Sequence[Sequence[Any]]:
+        """What `search` takes in the place of ef: on a ladder, recall grows with every rung.
+
+        One ladder (`EFS`) for a graph; one for each value of a second knob, where there are two.
+        """
+
     def build(self, base: np.ndarray, setting: Setting, threads: int) -> None: ...
 
-    def search(self, queries: np.ndarray, k: int, ef: int, threads: int) -> np.ndarray:
+    def search(self, queries: np.ndarray, k: int, rung: Any, threads: int, /) -> np.ndarray:
         """Labels int64 (q, k)."""
 
     @property
@@ -29,11 +41,22 @@ class Peer(Protocol):
         """What the library says it holds, where it says so."""
 
 
-class Ours:
-    """hnsw_gpu on the CPU; "int8" walks on int8 rows and re-ranks with the kept fp32 rows."""
+class Reranked(NamedTuple):
+    """A beam of ef, of which the nearest are compared once more by their refine rows."""
 
-    def __init__(self, dtype: str) -> None:
+    ef: int
+    rerank: int
+
+
+class Ours:
+    """hnsw_gpu on the CPU; "int8" and "int4" walk on codes and re-rank with `refine` rows."""
+
+    def __init__(self, dtype: str, refine: bool | str = False) -> None:
         self.dtype = dtype
+        self.refine = refine
+        self.ladders: tuple = (EFS,)
+        if refine:
+            self.ladders += ([Reranked(ef, 40) for ef in EFS if ef > 20],)
 
     def build(self, base: np.ndarray, setting: Setting, threads: int) -> None:
         import hnsw_gpu
@@ -44,13 +67,14 @@ class Ours:
             self.dtype,
             M=setting.M,
             ef_construction=setting.ef_construction,
-            refine=self.dtype != "fp32",
+            refine=self.refine,
             seed=setting.seed,
         )
         self.index.add(base, threads=threads)
 
-    def search(self, queries: np.ndarray, k: int, ef: int, threads: int) -> np.ndarray:
-        return self.index.search(queries, k, ef=ef, threads=threads).labels
+    def search(self, queries: np.ndarray, k: int, rung: int | Reranked, threads: int) -> np.ndarray:
+        ef, rerank = rung if isinstance(rung, Reranked) else (rung, "auto")
+        return self.index.search(queries, k, ef=ef, rerank=rerank, threads=threads).labels
 
     @property
     def nbytes(self) -> int | None:
@@ -65,6 +89,7 @@ class Ours:
 class Hnswlib:
     """Its own build compiles with -march=native; see README.md on checking that it did."""
 
+    ladders = (EFS,)
     nbytes: int | None = None
 
     def build(self, base: np.ndarray, setting: Setting, threads: int) -> None:
@@ -87,6 +112,7 @@ class Hnswlib:
 class Faiss:
     """IndexHNSWFlat; the inner product of unit rows is their cosine."""
 
+    ladders = (EFS,)
     nbytes: int | None = None
 
     def build(self, base: np.ndarray, setting: Setting, threads: int) -> None:
@@ -104,7 +130,78 @@ class Faiss:
         return self.index.search(queries, k)[1]
 
 
+class Probes(NamedTuple):
+    """Lists scanned, and candidates for each of the k answers: those are compared as fp32."""
+
+    nprobe: int
+    k_factor: int
+
+
+class FaissIvf:
+    """IVF2048,PQ(dim/2)x4fsr,RFlat: lists of four-bit codes scanned by FastScan, then re-ranked.
+
+    The coarse quantizer leans on BLAS: see README.md on the settings to unset.
+    """
+
+    ladders = tuple(
+        [Probes(n, factor) for n in sorted({round(1.1**i) for i in range(81)}) if n <= 2048]
+        for factor in (2, 4, 8, 16, 32)
+    )
+    nbytes: int | None = None
+
+    def build(self, base: np.ndarray, setting: Setting, threads: int) -> None:
+        import faiss
+
+        self.faiss = faiss
+        faiss.omp_set_num_threads(threads)
+        n, dim = base.shape
+        lists = min(2048, n // 39)  # faiss asks for 39 rows a list to learn from
+        codes = next(count for count in range(dim // 2, 0, -1) if dim % count == 0)
+        description = f"IVF{lists},PQ{codes}x4fsr,RFlat"
+        self.index: Any = faiss.index_factory(dim, description, faiss.METRIC_INNER_PRODUCT)
+        self.lists = faiss.extract_index_ivf(self.index)
+        self.lists.cp.seed = setting.seed
+        self.index.train(base)
+        self.index.add(base)
+
+    def search(self, queries: np.ndarray, k: int, probes: Probes, threads: int) -> np.ndarray:
+        self.faiss.omp_set_num_threads(threads)
+        # more lists than there are, and faiss 1.15 finds wrong neighbours
+        self.lists.nprobe = min(probes.nprobe, self.lists.nlist)
+        self.index.k_factor = probes.k_factor
+        return self.index.search(queries, k)[1]
+
+
+class Svs:
+    """Intel's Vamana graph on fp32 rows, of as many links a node, with its own other settings.
+
+    By inner product its alpha is at most 1: 0.95, which is its 1.2 of squared distances.
+    """
+
+    ladders = (EFS,)
+    nbytes: int | None = None
+
+    def build(self, base: np.ndarray, setting: Setting, threads: int) -> None:
+        import svs
+
+        parameters = svs.VamanaBuildParameters(
+            alpha=0.95, graph_max_degree=2 * setting.M, window_size=setting.ef_construction
+        )
+        self.index = svs.Vamana.build(parameters, base, svs.DistanceType.MIP, num_threads=threads)
+
+    def search(self, queries: np.ndarray, k: int, ef: int, threads: int) -> np.ndarray:
+        import svs
+
+        if self.index.num_threads != threads:  # a new pool of threads
+            self.index.num_threads = threads
+        buffer = svs.SearchBufferConfig(ef)  # prefetching as the class has it: builds differ
+        self.index.search_parameters = svs.VamanaSearchParameters(buffer)
+        return self.index.search(queries, k)[0].astype(np.int64)
+
+
 class Usearch:
+    ladders = (EFS,)
+
     def build(self, base: np.ndarray, setting: Setting, threads: int) -> None:
         from usearch.index import Index
 
@@ -126,22 +223,40 @@ class Usearch:
         return int(self.index.memory_usage)
 
 
-# name: (how to make one, the distribution whose version is recorded)
-PEERS: dict[str, tuple[Callable[[], Peer], str]] = {
-    "ours-fp32": (lambda: Ours("fp32"), "hnsw-gpu"),
-    "ours-int8": (lambda: Ours("int8"), "hnsw-gpu"),
-    "hnswlib": (Hnswlib, "hnswlib"),
-    "faiss": (Faiss, "faiss-cpu"),
-    "usearch": (Usearch, "usearch"),
+class Maker(NamedTuple):
+    make: Callable[[], Peer]
+    module: str  # to import
+    distribution: str  # whose version is recorded
+    leans_on_blas: bool = False
+
+
+PEERS: dict[str, Maker] = {
+    "ours-fp32": Maker(lambda: Ours("fp32"), "hnsw_gpu", "hnsw-gpu"),
+    "ours-int8": Maker(lambda: Ours("int8", True), "hnsw_gpu", "hnsw-gpu"),
+    "ours-int4": Maker(lambda: Ours("int4", "fp16"), "hnsw_gpu", "hnsw-gpu"),
+    "hnswlib": Maker(Hnswlib, "hnswlib", "hnswlib"),
+    "faiss": Maker(Faiss, "faiss", "faiss-cpu"),
+    "faiss-ivf": Maker(FaissIvf, "faiss", "faiss-cpu", leans_on_blas=True),
+    "svs": Maker(Svs, "svs", "scalable-vs"),
+    "usearch": Maker(Usearch, "usearch", "usearch"),
 }
+
+
+def reason_to_skip(name: str) -> str:
+    """Why the peer cannot be imported here; empty if it can."""
+    module, distribution = PEERS[name].module, PEERS[name].distribution
+    try:
+        importlib.import_module(module)
+    except ImportError as error:  # absent, or not for this processor or Python
+        return f"{distribution} cannot be imported: {error}"
+    return ""
 
 
 def make(name: str, dim: int) -> Peer:
     """An empty peer; another was built and searched first, so that nothing is left to compile."""
-    factory, _ = PEERS[name]
-    warm = factory()
-    rows = np.random.default_rng(0).standard_normal((300, dim)).astype(np.float32)
+    warm = PEERS[name].make()
+    rows = np.random.default_rng(0).standard_normal((1_000, dim)).astype(np.float32)
     warm.build(rows, Setting(M=4, ef_construction=8), threads=2)
     for threads in (1, 2):
-        warm.search(rows[:20], 10, 10, threads)
-    return factory()
+        warm.search(rows[:20], K, warm.ladders[0][0], threads)
+    return PEERS[name].make()

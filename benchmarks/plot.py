@@ -1,4 +1,4 @@
-"""Draws results/cpu.json: recall against queries/s, and what a search costs inside."""
+"""Draws what `benchmarks.cpu.run` found: recall against queries/s, a search from inside."""
 
 import math
 from pathlib import Path
@@ -9,13 +9,23 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 COLORS = {
+    "ours-int4": "#7b1fa2",
     "ours-int8": "#b3261e",
     "ours-fp32": "#e8710a",
     "hnswlib": "#1a5fb4",
+    "svs": "#0f9d9d",
     "faiss": "#4a7f3c",
+    "faiss-ivf": "#9bc53d",
     "usearch": "#77767b",
 }
-LABELS = {"ours-int8": "hnsw_gpu int8 + refine", "ours-fp32": "hnsw_gpu fp32"}
+LABELS = {
+    "ours-int4": "hnsw_gpu int4 + refine",
+    "ours-int8": "hnsw_gpu int8 + refine",
+    "ours-fp32": "hnsw_gpu fp32",
+    "svs": "SVS Vamana fp32",
+    "faiss": "faiss HNSW",
+    "faiss-ivf": "faiss IVF, 4 bits + refine",
+}
 PARTS = {
     "links": "#c8c6c4",
     "visited": "#8f8d8b",
@@ -32,19 +42,27 @@ def draw(results: dict, path: Path) -> None:
     if "race" in results:
         races = results["race"]["results"]
         shown = [name for name in ("glove", "verses") if name in races] or list(races)[:2]
-        figure = Figure(figsize=(10.4, 5.6), layout="constrained")
+        figure = titled(10.4, 6.0, results["race"]["about"])
         every = columns(figure, len(shown))
         for axes, name in zip(every, shown, strict=True):
             draw_race(axes, races[name], TITLES.get(name, name))
         handles, labels = every[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=5, **LEGEND)
+        figure.legend(handles, labels, loc="outside lower center", ncols=4, **LEGEND)
         figure.savefig(path, dpi=160)
     if "growth" in results and "anatomy" in results:
-        figure = Figure(figsize=(10.4, 4.6), layout="constrained")
+        figure = titled(10.4, 5.0, results["growth"]["about"])
         left, right = columns(figure, 2)
         draw_growth(left, results["growth"]["results"])
         draw_anatomy(right, results["anatomy"]["results"])
         figure.savefig(path.with_name(f"{path.stem}-inside.png"), dpi=160)
+
+
+def titled(width: float, height: float, about: dict) -> Figure:
+    """A figure that says which kind of processor it is of."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    model = about["processor"].partition(" (")[0]
+    figure.suptitle(f"{model}, {about['kind']}", x=0.01, ha="left", fontsize=12, color="#555555")
+    return figure
 
 
 def columns(figure: Figure, count: int) -> list[Axes]:
@@ -70,12 +88,12 @@ def draw_race(axes: Axes, race: dict, title: str) -> None:
     entries = [entry for entry in race["searches"] + race["curve"] if entry["threads"] == 1]
     title = f"{title}, {race['rows'] / 1000:,.0f}k × {race['dim']}"
     entries.sort(key=lambda entry: entry["recall"])
-    names = [name for name in COLORS if name in race["recall_at_ef"]]
+    names = [name for name in COLORS if name in race["build"]["seconds"]]
     for name in names:
         points = [
             (stretched(entry["recall"]), entry["queries_per_processor_s"][name])
             for entry in entries
-            if name in entry["queries_per_s"]
+            if name in entry["queries_per_s"] and entry["ef"][name][0] != entry["ef"][name][1]
         ]
         if points:
             is_ours = name.startswith("ours")

@@ -6,52 +6,73 @@ turns (A, B, A, B, ...), every turn gives one ratio, and the median of the ratio
 
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from benchmarks.datasets import Dataset, recall
-from benchmarks.peers import Peer, Setting, make
+from benchmarks.peers import K, Peer, Setting, make
 
-K = 10
-# 10, 11, 12, 13, 14, 15, 17, ... in steps of about 10 %: fine enough to interpolate between
-EFS = sorted({round(K * 1.1**i) for i in range(60)})
+Bracket = tuple[Any, Any]  # neighbouring rungs of a ladder, with the target recall between them
 
 
 class Side:
-    """A built index in a race, with its recall at every ef asked for so far."""
+    """A built index in a race, with its recall at every rung (mostly an ef) asked for so far."""
 
     def __init__(self, name: str, peer: Peer, dataset: Dataset) -> None:
         self.name = name
         self.peer = peer
         self.dataset = dataset
-        self.recalls: dict[int, float] = {}
+        self.recalls: dict[Any, float] = {}
 
-    def recall(self, ef: int) -> float:
-        if ef not in self.recalls:
-            labels = self.peer.search(self.dataset.queries, K, ef, threads=2)
-            self.recalls[ef] = recall(self.dataset, labels, K)
-        return self.recalls[ef]
+    def recall(self, rung: Any) -> float:
+        if rung not in self.recalls:
+            labels = self.peer.search(self.dataset.queries, K, rung, 2)
+            self.recalls[rung] = recall(self.dataset, labels, K)
+        return self.recalls[rung]
 
-    def bracket(self, target: float) -> tuple[int, int] | None:
-        """Neighbouring ef of `EFS` with the target recall between them; None: out of reach."""
-        low, high = 0, len(EFS) - 1
-        if self.recall(EFS[low]) >= target or self.recall(EFS[high]) < target:
+    def brackets(self, target: float) -> list[Bracket]:
+        """The two rungs around the target recall of every ladder that reaches it."""
+        found = (self.bracket(ladder, target) for ladder in self.peer.ladders)
+        return [bracket for bracket in found if bracket]
+
+    def bracket(self, ladder: Sequence[Any], target: float) -> Bracket | None:
+        """Of one ladder; the first rung twice, where it is past the target; None: out of reach."""
+        low, high = 0, len(ladder) - 1
+        if self.recall(ladder[low]) >= target:
+            return ladder[low], ladder[low]
+        if self.recall(ladder[high]) < target:
             return None
         while high - low > 1:
             middle = (low + high) // 2
-            if self.recall(EFS[middle]) < target:
+            if self.recall(ladder[middle]) < target:
                 low = middle
             else:
                 high = middle
-        return EFS[low], EFS[high]
+        return ladder[low], ladder[high]
 
-    def seconds(self, queries: np.ndarray, ef: int, threads: int) -> tuple[float, float]:
+    def fastest(self, brackets: list[Bracket], target: float, threads: int) -> Bracket:
+        """The bracket with the highest rate at the target, by processor time of a short trial."""
+        if len(brackets) == 1:
+            return brackets[0]
+        trial = self.dataset.queries[:1_000]
+
+        def rate(bracket: Bracket) -> float:
+            spent = [
+                min(self.seconds(trial, rung, threads)[1] for _ in range(3)) for rung in bracket
+            ]
+            recalls = [self.recall(rung) for rung in bracket]
+            return interpolate(target, recalls, [1 / seconds for seconds in spent])
+
+        return max(brackets, key=rate)
+
+    def seconds(self, queries: np.ndarray, rung: Any, threads: int) -> tuple[float, float]:
         """Wall and processor seconds of one search."""
         wall, processor = time.perf_counter(), time.process_time()
-        self.peer.search(queries, K, ef, threads)
+        self.peer.search(queries, K, rung, threads)
         return time.perf_counter() - wall, time.process_time() - processor
 
 
@@ -84,20 +105,24 @@ def race_builds(
 def race_searches(
     sides: list[Side], target: float, threads: int, rounds: int, least_seconds: float
 ) -> dict:
-    """Queries/s of every side that reaches recall `target`, and their ratios, at that very recall.
+    """Queries/s of every side that reaches recall `target`, and their ratios, at that recall.
 
-    A turn times each side at the two ef around the target, on the same queries; its queries/s are
-    interpolated, their logarithm over recall.
+    A turn times each side at the two rungs around the target, on the same queries; its queries/s
+    are interpolated, their logarithm over recall. Of several ladders, the fastest is taken.
     """
-    brackets = {side: bracket for side in sides if (bracket := side.bracket(target))}
+    brackets = {
+        side: side.fastest(found, target, threads)
+        for side in sides
+        if (found := side.brackets(target))
+    }
     count, turns = time_in_turn(brackets, threads, rounds, least_seconds)
     rates: dict[str, list[float]] = {side.name: [] for side in brackets}
     processor_rates: dict[str, list[float]] = {side.name: [] for side in brackets}
     for spent in turns:
         for side, bracket in brackets.items():
-            recalls = [side.recall(ef) for ef in bracket]
+            recalls = [side.recall(rung) for rung in bracket]
             for into, clock in ((rates, 0), (processor_rates, 1)):
-                ends = [count / spent[side, ef][clock] for ef in bracket]
+                ends = [count / spent[side, rung][clock] for rung in bracket]
                 into[side.name].append(interpolate(target, recalls, ends))
     return {
         "recall": target,
@@ -113,13 +138,13 @@ def race_searches(
     }
 
 
-Turn = dict[tuple[Side, int], tuple[float, float]]  # (side, ef): wall and processor seconds
+Turn = dict[tuple[Side, Any], tuple[float, float]]  # (side, rung): wall and processor seconds
 
 
 def time_in_turn(
-    plan: Mapping[Side, tuple[int, ...]], threads: int, rounds: int, least_seconds: float
+    plan: Mapping[Side, tuple[Any, ...]], threads: int, rounds: int, least_seconds: float
 ) -> tuple[int, list[Turn]]:
-    """Searches of each side at its ef, `rounds` times in turn: (queries a search, the times)."""
+    """Searches of each side at its rungs, `rounds` times in turn: (queries a search, the times)."""
     if not plan:
         return 0, []
     count = batch_size(plan, threads, least_seconds)
@@ -128,26 +153,28 @@ def time_in_turn(
         turn: Turn = {}
         for place in range(max(map(len, plan.values()))):
             for side in in_turn(plan, number):
-                ef = plan[side][place]
+                rung = plan[side][place]
                 queries = np.roll(side.dataset.queries, -number * count, axis=0)[:count]
-                turn[side, ef] = side.seconds(queries, ef, threads)
+                turn[side, rung] = side.seconds(queries, rung, threads)
         turns.append(turn)
     return count, turns
 
 
-def batch_size(plan: Mapping[Side, tuple[int, ...]], threads: int, least_seconds: float) -> int:
+def batch_size(plan: Mapping[Side, tuple[Any, ...]], threads: int, least_seconds: float) -> int:
     """Queries for a search so that the fastest takes `least_seconds`, if there are as many."""
     fastest = 0.0
-    for side, efs in plan.items():
+    for side, rungs in plan.items():
         trial = side.dataset.queries[:300]
-        side.seconds(trial, efs[0], threads)
-        fastest = max(fastest, len(trial) / side.seconds(trial, efs[0], threads)[0])
+        side.seconds(trial, rungs[0], threads)
+        fastest = max(fastest, len(trial) / side.seconds(trial, rungs[0], threads)[0])
     everything = min(len(side.dataset.queries) for side in plan)
     return min(everything, math.ceil(fastest * least_seconds))
 
 
 def interpolate(target: float, recalls: list[float], rates: list[float]) -> float:
-    """The rate at recall `target`, its logarithm taken as linear between two points."""
+    """The rate at recall `target`, log-linear between two points, or else that of a first rung."""
+    if recalls[0] >= target:
+        return rates[0]
     part = (target - recalls[0]) / (recalls[1] - recalls[0])
     return math.exp((1 - part) * math.log(rates[0]) + part * math.log(rates[1]))
 

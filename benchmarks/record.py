@@ -16,10 +16,11 @@ SETTING = Setting()
 
 def about(peers: list[str]) -> dict:
     """What a reader needs to judge or repeat a section."""
-    distributions = ["numpy", "numba", *(PEERS[name][1] for name in peers)]
+    distributions = ["numpy", "numba", *(PEERS[name].distribution for name in peers)]
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "processor": processor(),
+        "kind": kind(),
         "cores": len(os.sched_getaffinity(0)),
         "load_average": os.getloadavg()[0],
         "system": platform.platform(),
@@ -37,13 +38,30 @@ def about(peers: list[str]) -> dict:
 
 def processor() -> str:
     """Model and the vector extensions that matter here."""
+    model, flags = cpuinfo()
+    present = [flag for flag in ("avx2", "avx512f", "avx512_vnni") if flag in flags]
+    return f"{model} ({', '.join(present)})"
+
+
+def kind() -> str:
+    """Of processor: ratios of one say little about another, so their results lie side by side."""
+    _, flags = cpuinfo()
+    kinds = {"avx512_vnni": "AVX-512 VNNI", "avx512f": "AVX-512", "avx2": "AVX2"}
+    return next((name for flag, name in kinds.items() if flag in flags), platform.machine())
+
+
+def file_of_kind(stem: str) -> Path:
+    """Such as results/cpu-avx512-vnni.json."""
+    return RESULTS / f"{stem}-{kind().lower().replace('avx-', 'avx').replace(' ', '-')}.json"
+
+
+def cpuinfo() -> tuple[str, list[str]]:
+    """Model and flags of the first core."""
     facts: dict[str, str] = {}
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         field, _, value = line.partition(":")
         facts.setdefault(field.strip(), value.strip())
-    flags = facts.get("flags", "").split()
-    present = [flag for flag in ("avx2", "avx512f", "avx512_vnni") if flag in flags]
-    return f"{facts.get('model name', platform.machine())} ({', '.join(present)})"
+    return facts.get("model name", platform.machine()), facts.get("flags", "").split()
 
 
 def rounded(value: Any) -> Any:

@@ -6,8 +6,8 @@ from statistics import median
 import numpy as np
 
 from benchmarks import datasets
-from benchmarks.peers import Ours, Setting, make
-from benchmarks.race import K, Side, interpolate, race_searches, time_in_turn
+from benchmarks.peers import K, Ours, Setting, make
+from benchmarks.race import Side, interpolate, race_searches, time_in_turn
 from hnsw_gpu.engine.search import Result, search_graph
 from hnsw_gpu.engine.vectors import encode_queries
 

@@ -1,21 +1,22 @@
-"""The benchmarks' command line: `python -m benchmarks.cpu.run --peers hnswlib,faiss,usearch`."""
+"""The benchmarks' command line: `python -m benchmarks.cpu.run --peers hnswlib,svs`."""
 
 import json
+import os
 from pathlib import Path
 
 import click
 
 from benchmarks import datasets, plot
 from benchmarks.cpu import anatomy, growth, memory
-from benchmarks.peers import PEERS, Ours, make
+from benchmarks.peers import EFS, PEERS, Ours, make, reason_to_skip
 from benchmarks.race import race_builds, race_searches
-from benchmarks.record import RESULTS, SETTING, about, rounded
+from benchmarks.record import SETTING, about, file_of_kind, kind, rounded
 
-OURS = ["ours-fp32", "ours-int8"]
+OURS = ["ours-fp32", "ours-int8", "ours-int4"]
 SECTIONS = ["race", "memory", "growth", "anatomy"]
 RECALLS = (0.90, 0.95, 0.99)  # where ratios are taken, on one thread and on two
 CURVE = (0.80, 0.85, 0.93, 0.97, 0.98)  # points for the plot only, one thread
-EFS = (16, 32, 64, 128, 256)  # where recall is compared at equal ef
+COMPARED_EFS = (16, 32, 64, 128, 256)  # where recall is compared at equal ef
 
 
 def names(_context: click.Context, option: click.Parameter, text: str) -> list[str]:
@@ -31,7 +32,12 @@ def names(_context: click.Context, option: click.Parameter, text: str) -> list[s
 
 
 @click.command()
-@click.option("--peers", default="", callback=names, help="Of hnswlib, faiss, usearch.")
+@click.option(
+    "--peers",
+    default="",
+    callback=names,
+    help=f"Of {', '.join(n for n in PEERS if n not in OURS)}.",
+)
 @click.option(
     "--datasets", "sets", default="glove,verses,clusters", show_default=True, callback=names
 )
@@ -47,7 +53,10 @@ def names(_context: click.Context, option: click.Parameter, text: str) -> list[s
 @click.option("--seconds", default=0.5, show_default=True, help="Least length of a timed search.")
 @click.option("--quick", is_flag=True, help="A smoke test on 2,000 rows: its times mean nothing.")
 @click.option(
-    "--out", type=click.Path(dir_okay=False, path_type=Path), default=RESULTS / "cpu.json"
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=file_of_kind("cpu"),
+    show_default="results/cpu-KIND.json, by the kind of processor",
 )
 def main(
     peers: list[str],
@@ -60,6 +69,14 @@ def main(
     out: Path,
 ) -> None:
     """The engine on the CPU: search, build, memory, growth with n, and where the time goes."""
+    results = json.loads(out.read_text()) if out.exists() else {}
+    refuse_mixture(results, out)
+    if not quick:
+        refuse_blas_settings(peers)
+    left_out = {name: reason for name in peers if (reason := reason_to_skip(name))}
+    peers = [name for name in peers if name not in left_out]
+    for name, reason in left_out.items():
+        click.echo(f"{name} is left out: {reason}", err=True)
     if quick:
         sets, rounds, build_rounds, seconds = ["tiny"], 1, 1, 0.01
     sizes = [500, 1_000, 2_000] if quick else [10_000, 33_000, 100_000, 1_000_000]
@@ -72,14 +89,37 @@ def main(
         "growth": lambda: growth.measure(sets[0], sizes, SETTING, 64, 0.95, rounds, seconds),
         "anatomy": lambda: {name: dissect(sets[0], name, rounds) for name in OURS},
     }
-    results = json.loads(out.read_text()) if out.exists() else {}
     for section in only:
         click.echo(f"{section} ...", err=True)
-        results[section] = {"about": about(peers), "results": work[section]()}
+        results[section] = {
+            "about": {**about(peers), "left_out": left_out},
+            "results": work[section](),
+        }
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(rounded(results), indent=1) + "\n")
     report(results)
     plot.draw(results, out.with_suffix(".png"))
+
+
+def refuse_mixture(results: dict, out: Path) -> None:
+    """One file holds one kind of processor."""
+    others = {section["about"]["kind"] for section in results.values()} - {kind()}
+    if others:
+        raise click.UsageError(
+            f"{out} holds results of {', '.join(sorted(others))} and this processor is of the kind "
+            f"{kind()}: give another --out"
+        )
+
+
+def refuse_blas_settings(peers: list[str]) -> None:
+    """A peer that leans on BLAS is not raced with the BLAS of an older processor."""
+    given = [name for name in ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE") if name in os.environ]
+    slowed = [name for name in peers if PEERS[name].leans_on_blas]
+    if given and slowed:
+        raise click.UsageError(
+            f"{', '.join(slowed)} leans on BLAS, which {', '.join(given)} pins: "
+            f"run `env {' '.join(f'-u {name}' for name in given)} python -m benchmarks.cpu.run ...`"
+        )
 
 
 def race(
@@ -99,7 +139,11 @@ def race(
         "dim": dataset.base.shape[1],
         "queries": len(dataset.queries),
         "build": build,
-        "recall_at_ef": {side.name: {str(ef): side.recall(ef) for ef in EFS} for side in sides},
+        "recall_at_ef": {
+            side.name: {str(ef): side.recall(ef) for ef in COMPARED_EFS}
+            for side in sides
+            if EFS in side.peer.ladders
+        },
         "searches": searches,
         "curve": curve,
     }

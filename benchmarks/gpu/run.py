@@ -24,8 +24,7 @@ from benchmarks.gpu.check import check_index
 from benchmarks.gpu.kernel_times import Clock, measure, peak_bandwidth
 from benchmarks.gpu.report import draw, gpu_facts, report
 from benchmarks.gpu.sides import PEERS, Sizes, chosen_ef, cores, judge, raced, wall
-from benchmarks.peers import Setting
-from benchmarks.race import EFS, K
+from benchmarks.peers import EFS, K, Setting
 from benchmarks.record import RESULTS, SETTING, about, rounded
 from hnsw_gpu.engine.vectors import encode_queries
 from hnsw_gpu.engine.walk import Walk

@@ -11,8 +11,7 @@ import numpy as np
 from benchmarks import datasets
 from benchmarks.datasets import Dataset
 from benchmarks.gpu.kernel_times import Clock, Round, places, spread
-from benchmarks.peers import Hnswlib, Setting
-from benchmarks.race import EFS, K
+from benchmarks.peers import EFS, Hnswlib, K, Setting
 
 ITOPK = range(32, 513, 32)  # CAGRA's ef
 PEERS = {"hnswlib": "hnswlib", "cagra": "cuvs"}  # name: the package that must be there

@@ -1,4 +1,4 @@
-"""Keys of a block of rows at once (rule R5): a hop scores what it lists, no branch a neighbour.
+"""Keys of a block of rows at once (rule R5): a hop compares what it lists, no branch a neighbour.
 
 Rows of codes are taken EIGHT at a time: their integer sums are turned into one vector, which goes
 on as one distance does in `distance.py`, by the same operations, so to the same bits.

@@ -11,8 +11,9 @@ pytest.importorskip("matplotlib", reason="the benchmarks draw, which comes with 
 import hnsw_gpu
 from benchmarks import datasets, race
 from benchmarks.cpu import anatomy
-from benchmarks.cpu.run import main
-from benchmarks.record import SETTING
+from benchmarks.cpu.run import OURS, main
+from benchmarks.peers import PEERS, Maker
+from benchmarks.record import SETTING, kind
 
 pytestmark = pytest.mark.slow
 
@@ -84,6 +85,7 @@ def test_a_cached_truth_is_not_used_for_other_rows(monkeypatch):
 def test_interpolation_is_logarithmic():
     assert race.interpolate(0.925, [0.90, 0.95], [4000.0, 1000.0]) == pytest.approx(2000.0)
     assert race.interpolate(0.90, [0.90, 0.95], [4000.0, 1000.0]) == pytest.approx(4000.0)
+    assert race.interpolate(0.90, [0.93, 0.93], [4000.0, 4000.0]) == 4000.0  # past it at once
 
 
 def test_ratios_are_of_the_same_turn():
@@ -91,7 +93,40 @@ def test_ratios_are_of_the_same_turn():
     assert race.ratios(seconds) == {"ours-fp32/hnswlib": {"median": 0.75, "low": 0.5, "high": 1.0}}
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "int8"])
+def test_kinds_of_processor_are_not_mixed_in_a_file(tmp_path):
+    out = tmp_path / "cpu.json"
+    before = json.dumps({"race": {"about": {"kind": "another kind"}, "results": {}}})
+    out.write_text(before)
+    done = CliRunner().invoke(main, ["--quick", "--only", "race", "--out", str(out)])
+    assert done.exit_code == 2
+    assert "holds results of another kind" in done.output and kind() in done.output
+    assert out.read_text() == before
+
+
+def test_a_peer_on_a_pinned_blas_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setenv("OPENBLAS_CORETYPE", "Haswell")
+    monkeypatch.delenv("OPENBLAS_L2_SIZE", raising=False)
+    options = ["--only", "", "--out", str(tmp_path / "cpu.json"), "--peers"]
+    done = CliRunner().invoke(main, [*options, "hnswlib,faiss-ivf"])
+    assert done.exit_code == 2
+    assert "faiss-ivf leans on BLAS" in done.output and "-u OPENBLAS_CORETYPE" in done.output
+    assert CliRunner().invoke(main, [*options, "hnswlib"]).exit_code == 0
+
+
+def test_an_absent_peer_is_named_in_the_results(monkeypatch, tmp_path):
+    absent = Maker(lambda: None, "no_such_library", "no-such-distribution")
+    monkeypatch.setitem(PEERS, "absent", absent)
+    out = tmp_path / "cpu.json"
+    options = ["--quick", "--only", "race", "--peers", "absent", "--out", str(out)]
+    done = CliRunner().invoke(main, options)
+    assert done.exit_code == 0, done.output
+    race = json.loads(out.read_text())["race"]
+    assert list(race["about"]["left_out"]) == ["absent"]
+    assert "no_such_library" in race["about"]["left_out"]["absent"]
+    assert list(race["results"]["tiny"]["build"]["seconds"]) == OURS
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "int8", "int4"])
 def test_the_recorded_walk_is_the_engines(dtype):
     """`shares` raises unless hops and distances agree; the replay must sum up all of them."""
     base, queries = datasets.tiny()

@@ -2,9 +2,9 @@
 
 After it no coordinate is much larger than the others, whatever the vectors were, so a few bits a
 coordinate keep what tells them apart. Each of ROUNDS rounds changes signs at random and applies the
-Walsh-Hadamard transform to the first, or in turn to the last, power of two of the coordinates; where
-that is not all of them, pairs from both halves are then turned by 45 degrees (Kac's walk). Sums of two
-float32 numbers and nothing else: there is no order of summation to differ.
+Walsh-Hadamard transform to the first, or in turn to the last, power of two of the coordinates;
+where that is not all of them, pairs from both halves are then turned by 45 degrees (Kac's walk).
+Sums of two float32 numbers and nothing else: there is no order of summation to differ.
 """
 
 import functools

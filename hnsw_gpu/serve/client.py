@@ -66,6 +66,7 @@ class Client:
         k: int = 10,
         *,
         ef: int = 64,
+        rerank: int | str | None = "auto",
         allow: str | None = None,
         timeout_s: float | None = None,
     ) -> SearchResult:
@@ -78,7 +79,8 @@ class Client:
         given = inputs.vectors("queries", given[None] if given.ndim == 1 else given)
         if given.dtype not in (np.float16, np.float32):
             given = given.astype(np.float32)
-        target = "/v1/search?" + urlencode({"k": k, "ef": ef} | ({"allow": allow} if allow else {}))
+        asked = {"k": k, "ef": ef, "rerank": "all" if rerank is None else rerank}
+        target = "/v1/search?" + urlencode(asked | ({"allow": allow} if allow else {}))
         headers = {"Content-Type": formats.NPY, "Accept": formats.NPY}
         if timeout_s is not None:
             headers["X-Timeout-Ms"] = str(max(1, round(1000 * timeout_s)))

@@ -55,7 +55,7 @@ def test_every_array_of_a_file_begins_on_a_line(tmp_path, dtype, refine) -> None
     index.save(tmp_path / "x")
     names = tuple(index._state.arrays())
     for mapped in ((), names):
-        arrays, _, _ = open_arrays(tmp_path / "x", mapped)
+        arrays, _, _ = open_arrays(tmp_path / "x", lambda _, mapped=mapped: mapped)
         assert {name: array.ctypes.data % 64 for name, array in arrays.items()} == dict.fromkeys(
             arrays, 0
         )

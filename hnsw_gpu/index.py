@@ -246,8 +246,9 @@ class Index(Searching):
         if rounded.worn:
             logger.warning(
                 "%s: rounding takes over %.0f %% of what tells them apart from %s of %s vectors; a "
-                "finer dtype finds more, or vectors without their mean and outliers",
+                "finer dtype finds more,%s or vectors without their mean and outliers",
                 dtype, 100 * LOST_SHARE, f"{rounded.worn:,}", f"{count:,}",
+                " rerank=None does," if self.refine else "",
             )  # fmt: skip
         if rounded.merged:
             logger.warning(

@@ -7,7 +7,7 @@ from hnsw_gpu import Index, load
 from hnsw_gpu.files import open_arrays
 
 DIM = 27
-KINDS = [("fp32", False), ("fp16", "fp32"), ("int8", False), ("int8", "fp16")]
+KINDS = [("fp32", False), ("fp16", "fp32"), ("int8", False), ("int8", "fp16"), ("int4", "fp16")]
 
 
 def rows_of(count, seed=0):

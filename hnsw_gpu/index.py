@@ -3,7 +3,7 @@
 import copy
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,7 @@ from hnsw_gpu.searching import Searching
 logger = logging.getLogger("hnsw_gpu")
 
 ENCODE_ROWS = 16384  # vectors checked and encoded at a time
+ROWS = ("vectors", "refine_vectors")  # in a file
 PARAMETERS = ("dim", "metric", "dtype", "M", "ef_construction", "refine", "seed")  # in a file
 
 
@@ -44,10 +45,12 @@ class Index(Searching):
     dim: numbers a vector, 1 to 65,536.
     metric: "cosine" ("cos", "angular"), "l2" ("sqeuclidean"), "euclidean" (its root), or "ip"
         ("inner_product", "dot"). Distances are 1 - cosine, squared l2, l2, and 1 - dot.
-    dtype: how vectors are stored: "fp32", "fp16" or "int8".
+    dtype: how vectors are stored: "fp32", "fp16", "int8" or "int4" (an eighth of fp32: rotated,
+        four bits a number; searched on the CPU).
     M: most links of a node on the layers above; twice as many on layer 0. 2 to 128.
     ef_construction: beam capacity while building.
-    refine: with "fp16" or "int8", also keep rows as "fp32" (True) or "fp16": they re-rank the beam.
+    refine: also keep rows as "fp32" (True) or "fp16", finer than dtype: they re-rank the beam and
+        give the distances. None: "fp16" with "int4", which needs some, else none.
     seed: of the levels. Same seed and same calls give the same bytes.
     device: where searches run: "cpu", "cuda" (the current GPU; RuntimeError says what is missing),
         or "auto" (a GPU if there is one; the logger says which). Graphs are built on the CPU.
@@ -70,7 +73,7 @@ class Index(Searching):
         *,
         M: int = 16,
         ef_construction: int = 200,
-        refine: bool | str = False,
+        refine: bool | str | None = None,
         seed: int = 0,
         device: str = "cpu",
     ) -> None:
@@ -124,7 +127,10 @@ class Index(Searching):
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the nodes, links and labels take; room for vectors to come is not counted."""
+        """Bytes that the nodes, links and labels take, mapped rows too.
+
+        Room for vectors to come is not counted.
+        """
         return self._state.nbytes
 
     @property
@@ -240,8 +246,9 @@ class Index(Searching):
         if rounded.worn:
             logger.warning(
                 "%s: rounding takes over %.0f %% of what tells them apart from %s of %s vectors; a "
-                "finer dtype finds more, or vectors without their mean and outliers",
+                "finer dtype finds more,%s or vectors without their mean and outliers",
                 dtype, 100 * LOST_SHARE, f"{rounded.worn:,}", f"{count:,}",
+                " rerank=None does," if self.refine else "",
             )  # fmt: skip
         if rounded.merged:
             logger.warning(
@@ -334,25 +341,32 @@ class Index(Searching):
         ValueError, before anything is written, if `load` would refuse what it would hold.
         """
         state, about, arrays = self._contents()
-        _restored(about, arrays, reads_rows=False)  # what `load` would refuse is not written
+        _restored(about, arrays, unread=ROWS)  # what `load` would refuse is not written
         write_arrays(path, arrays, about, state.require_unchanged)
 
 
 def load(path: str | os.PathLike[str], *, mmap: bool = False, device: str = "auto") -> Index:
     """The Index saved at `path`. CorruptIndexError if the file is damaged or not an index.
 
-    mmap: map the vectors instead of reading them; neither their checksum nor their values are
-        looked at then (`check` looks at the values). Leave the file as it is meanwhile; to replace
-        it, write another one and rename it over the old one, as `save` does. Before and after each
-        search the size and the time of the file are compared: CorruptIndexError if it was written
-        to or cut in place. A file that is cut during a search ends the process (SIGBUS), and a
-        change that keeps size and time goes unnoticed.
+    mmap: leave the vectors on disk, and map them: the refine rows where there are some, of which a
+        search reads `rerank` a query; else the rows that it walks on. Neither their checksum nor
+        their values are looked at then (`check` looks at the values). Leave the file as it is
+        meanwhile; to replace it, write another one and rename it over the old one, as `save` does.
+        Before and after each search the size and the time of the file are compared:
+        CorruptIndexError if it was written to or cut in place. A file that is cut during a search
+        ends the process (SIGBUS), and a change that keeps size and time goes unnoticed.
     """
     inputs.one_of("device", device, ("cpu", "auto", "cuda"))
-    mapped = ("vectors", "refine_vectors") if mmap else ()
-    arrays, about, file = open_arrays(path, mapped)
+    mapped: set[str] = set()
+
+    def choose(names: Iterable[str]) -> set[str]:
+        if mmap:
+            mapped.add("refine_vectors" if "refine_vectors" in names else "vectors")
+        return mapped
+
+    arrays, about, file = open_arrays(path, choose)
     try:
-        index = _restored(about, arrays, reads_rows=not mmap)
+        index = _restored(about, arrays, unread=mapped)
     except KeyError as error:
         raise CorruptIndexError(f"{path}: {error} is missing") from None
     except (TypeError, ValueError) as error:
@@ -374,13 +388,18 @@ def _load_again(path: str, checksum: str, device: str) -> Index:
 
 def _unpickled(about: dict[str, Any], arrays: dict[str, np.ndarray], device: str) -> Index:
     arrays = {name: copy_aligned(array) for name, array in arrays.items()}
-    return _restored(about, arrays, reads_rows=False).to(device)
+    return _restored(about, arrays, unread=ROWS).to(device)
 
 
-def _restored(about: dict[str, Any], arrays: dict[str, np.ndarray], *, reads_rows: bool) -> Index:
-    """The Index of what is in a file; KeyError, TypeError, ValueError say what is wrong."""
+def _restored(
+    about: dict[str, Any], arrays: dict[str, np.ndarray], *, unread: Collection[str]
+) -> Index:
+    """The Index of what is in a file; KeyError, TypeError, ValueError say what is wrong.
+
+    unread: the names of rows that are not looked at.
+    """
     index = Index(**{name: about[name] for name in PARAMETERS})
     next_label = inputs.integer("next_label", about["next_label"], 0, inputs.LARGEST_LABEL + 1)
     kept = index._state.parameters
-    index._state = from_arrays(kept, arrays, next_label, reads_rows=reads_rows)
+    index._state = from_arrays(kept, arrays, next_label, unread=unread)
     return index

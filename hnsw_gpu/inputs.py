@@ -20,6 +20,7 @@ ALIASES = {
 LEAST_RERANK = 20  # nodes that refine rows re-rank: more gain nothing at k = 10
 MOST_NODES = 2**31 - 1
 LARGEST_LABEL = 2**63 - 1
+DEFAULT_REFINE = {"int4": "fp16"}  # where nobody says; it cannot do without
 REFINE = {False: "", "": "", True: "fp32", "fp32": "fp32", "fp16": "fp16"}
 CUDA_MEMORY = (2, 13)  # device types of DLPack: plain, managed
 MASKED = "masked values"
@@ -80,13 +81,18 @@ def integer(name: str, value: Any, least: int, most: int | None = None) -> int:
     return number
 
 
-def refine(value: bool | str, dtype: str) -> str:
+def refine(value: bool | str | None, dtype: str) -> str:
     """The dtype of the rows that are kept beside those of `dtype`; "" for none."""
+    if value is None:
+        value = DEFAULT_REFINE.get(dtype, "")
     if value not in REFINE:
-        raise ValueError(f"refine={value!r}: expected True, False, 'fp32' or 'fp16'")
+        raise ValueError(f"refine={value!r}: expected True, False, 'fp32', 'fp16' or None")
     kept = REFINE[value]
-    if dtype == "int4" and not kept:
-        kept = "fp16"
+    if not kept and dtype in DEFAULT_REFINE:
+        raise ValueError(
+            f"refine={value!r}: distances of dtype={dtype!r} are estimates, expected "
+            "'fp16' (the default) or 'fp32' rows that decide"
+        )
     if kept and np.dtype(STORAGE[kept]).itemsize <= np.dtype(STORAGE[dtype]).itemsize:
         raise ValueError(f"refine={value!r}: {kept} rows are no finer than dtype={dtype!r}")
     return kept
@@ -95,6 +101,16 @@ def refine(value: bool | str, dtype: str) -> str:
 def threads(value: int | None) -> int:
     """How many threads to use; None: one a processor."""
     return thread_count(None if value is None else integer("threads", value, 1))
+
+
+def reranked(value: int | str | None, k: int) -> int | None:
+    """How many nodes refine rows re-rank; None: the whole beam."""
+    if value is None:
+        return None
+    if isinstance(value, str):
+        one_of("rerank", value, ("auto",))
+        return max(2 * k, LEAST_RERANK)
+    return integer("rerank", value, 1)
 
 
 def walk(
@@ -107,11 +123,9 @@ def walk(
 ) -> Walk:
     """The numbers of a search."""
     k = integer("k", k, 1, MOST_NODES)
-    if rerank == "auto":
-        rerank = max(2 * k, LEAST_RERANK)
     return Walk(
         k=k,
-        rerank=0 if rerank is None else integer("rerank", rerank, 1),
+        rerank=reranked(rerank, k) or 0,
         ef=integer("ef", ef, 1),
         expand=integer("expand", expand, 1, 32),
         ef_upper=integer("ef_upper", ef_upper, 1, 65536),

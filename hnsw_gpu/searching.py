@@ -58,8 +58,8 @@ class Searching:
             (`np.packbits(mask, axis=-1, bitorder="little")`); or int labels (m,).
         expand: nodes expanded in one step, 1 to 32. None: 1 on the CPU; on a GPU 4, below ef 48 it
             is 2. Devices answer alike at the same `expand`. ef_upper: beam capacity above layer 0.
-        rerank: nearest nodes of the beam whose refine rows are compared, k or more; "auto": 2 k, 20
-            or more; None: all ef.
+        rerank: how many of the nearest in the beam the refine rows compare, where the index has
+            them; at least k are. "auto": 2 k, at least 20. None: all ef.
         stream: of a GPU, for queries that lie there; None: CuPy's current one.
         out: arrays (labels int64, distances float32), each (q, k), that take the result.
 
@@ -87,10 +87,12 @@ class Searching:
         *,
         ef: int,
         allow: ArrayLike | None = None,
+        rerank: int | str | None = "auto",
         threads: int | None = None,
     ) -> SearchResult:
         """As `search`, of queries that `checked_queries` gave."""
-        return self._found(queries, inputs.walk(k, ef, threads, self._expand(ef)), allow)
+        walk = inputs.walk(k, ef, threads, self._expand(ef), rerank=rerank)
+        return self._found(queries, walk, allow)
 
     def checked_queries(self, queries: ArrayLike) -> np.ndarray:
         """float32 (q, dim) of the queries of a search; what `search` raises where they are bad."""

@@ -5,11 +5,13 @@ an engine's encoding is held against the oracle too. Keys are Python integers.
 
 On fp32 and fp16 the sums are taken in float64 and rounded once: an engine gives the same float only
 where every summation order is exact, which `integer_vectors` sees to. The int8 distance is a fixed
-chain of float32 operations and is the same on any data.
+chain of float32 operations and is the same on any data, and so is the int4 one: a dot product of whole numbers, and a multiply-add that
+rounds once.
 """
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from fractions import Fraction
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -51,26 +53,124 @@ def quantise(vector: np.ndarray) -> Codes:
     return Codes(codes, scale, (scale * scale) * np.float32(sum(c * c for c in codes)))
 
 
-def stored(vector: np.ndarray, metric: str, dtype: str) -> Codes | list[float]:
+class Int4(NamedTuple):
+    """An int4 vector, rotated: value = scale * code; codes are odd, -15..15, but for a query's."""
+
+    codes: list[int]
+    scale: np.float32
+    square: np.float32  # squared length of what was given
+
+
+def sign(place: int) -> int:
+    """-1 or 1, by the place alone."""
+    return -1 if mix((place + 1) * 0x9E3779B97F4A7C15) >> 63 else 1
+
+
+def rotated(vector: np.ndarray, rounds: int = 4) -> np.ndarray:
+    """Signs, then butterflies of the first or the last 2**p coordinates; and of halves, if more."""
+    values = vector.astype(np.float32)
+    dim = len(values)
+    power = 2 ** (dim.bit_length() - 1)
+    half_root = np.float32(math.sqrt(0.5))
+    for turn in range(rounds):
+        values = values * np.array([sign(turn * dim + j) for j in range(dim)], np.float32)
+        first = dim - power if turn % 2 else 0
+        part, factor, step = values[first : first + power], np.float32(1), 1
+        while step < power:
+            pairs = part.reshape(-1, 2, step)
+            part = np.stack([pairs[:, 0] + pairs[:, 1], pairs[:, 0] - pairs[:, 1]], axis=1).ravel()
+            factor = factor * half_root
+            step *= 2
+        values = np.concatenate([values[:first], part * factor, values[first + power :]])
+        if power < dim:
+            left, right = values[: dim // 2].copy(), values[dim - dim // 2 :].copy()
+            values[: dim // 2] = (left + right) * half_root
+            values[dim - dim // 2 :] = (left - right) * half_root
+    return values
+
+
+def whole(values: np.ndarray, most: int) -> tuple[list[int], np.float32]:
+    """Values as whole numbers of a unit, at most `most` of it, and the unit; zeros have unit 0."""
+    unit = np.float32(max(abs(x) for x in values)) / np.float32(most)
+    if unit == 0:
+        return [0] * len(values), unit
+    return [math.floor(x / unit + np.float32(most + 0.5)) - most for x in values], unit
+
+
+def int4_row(vector: np.ndarray) -> Int4:
+    """Coordinates in 12 bits, of which codes are made in nine steps; the best cosine stays."""
+    values = rotated(vector)
+    numbers, unit = whole(values, 2047)
+    square = math.fsum(float(x) ** 2 for x in values)
+    if unit == 0:
+        return Int4([-15] * len(values), np.float32(0), np.float32(0))
+    best_cosine, best_dot, best = -1.0, 0, [0]
+    for step in range(9):
+        factor = round(2**16 * 7.5 / (2047 * (0.6 + 0.05 * step)))
+        codes = [2 * min(max((x * factor >> 16) + 8, 0), 15) - 15 for x in numbers]
+        dot = sum(a * b for a, b in zip(numbers, codes, strict=True))
+        cosine = dot / math.sqrt(sum(code * code for code in codes))
+        if cosine > best_cosine:
+            best_cosine, best_dot, best = cosine, dot, codes
+    return Int4(best, np.float32(square / (float(unit) * best_dot)), np.float32(square))
+
+
+def int4_query(vector: np.ndarray) -> Int4:
+    """The same rotated vector in 8 bits."""
+    values = rotated(vector)
+    codes, scale = whole(values, 127)
+    return Int4(codes, scale, np.float32(math.fsum(float(x) ** 2 for x in values)))
+
+
+def int4_value(row: Int4) -> np.ndarray:
+    """float64 (dim,) that a row stands for, still rotated."""
+    return float(row.scale) * np.array(row.codes, np.float64)
+
+
+def rounded(exact: Fraction) -> np.float32:
+    """The nearest float32; of two as near, the even one."""
+    near = np.float32(float(exact))
+    around = (np.nextafter(near, np.float32(-np.inf)), near, np.nextafter(near, np.float32(np.inf)))
+    return min(around, key=lambda x: (abs(Fraction(float(x)) - exact), int(x.view(np.uint32)) & 1))
+
+
+def int4_distance(query: Int4, row: Int4, metric: str) -> np.float32:
+    """R1 for int4: a whole number, rounded to float32, and one multiply-add, rounded once."""
+    dot = np.float32(sum(q * x for q, x in zip(query.codes, row.codes, strict=True)))
+    factor, start = query.scale * row.scale, np.float32(metric == "cosine")
+    if metric == "l2":
+        factor, start = np.float32(2) * factor, query.square + row.square
+    return rounded(Fraction(float(start)) - Fraction(float(factor)) * Fraction(float(dot)))
+
+
+def stored(vector: np.ndarray, metric: str, dtype: str) -> Codes | Int4 | list[float]:
     """What an index keeps of `vector`."""
     if metric == "cosine":
         vector = unit(vector)
     if dtype == "int8":
         return quantise(vector)
+    if dtype == "int4":
+        return int4_row(vector)
     return [float(x) for x in vector.astype({"fp32": np.float32, "fp16": np.float16}[dtype])]
 
 
-def asked(query: np.ndarray, metric: str, dtype: str) -> Codes | list[float]:
+def asked(query: np.ndarray, metric: str, dtype: str) -> Codes | Int4 | list[float]:
     """What a search makes of `query`: int8 is quantised like a row, fp16 stays float32."""
+    if dtype == "int4":
+        return int4_query(unit(query) if metric == "cosine" else query)
     return stored(query, metric, "fp32" if dtype == "fp16" else dtype)
 
 
-def distance(query: Codes | list[float], row: Codes | list[float], metric: str) -> np.float32:
+def distance(
+    query: Codes | Int4 | list[float], row: Codes | Int4 | list[float], metric: str
+) -> np.float32:
     """R1: float32, smaller is nearer."""
+    if isinstance(query, Int4) and isinstance(row, Int4):
+        return int4_distance(query, row, metric)
     if isinstance(query, Codes) and isinstance(row, Codes):
         return int8_distance(query, row, metric)
-    assert not isinstance(query, Codes)
-    assert not isinstance(row, Codes)
+    assert isinstance(query, list)
+    assert isinstance(row, list)
     if metric == "l2":
         return np.float32(sum((q - x) ** 2 for q, x in zip(query, row, strict=True)))
     return np.float32((metric == "cosine") - sum(q * x for q, x in zip(query, row, strict=True)))

@@ -204,7 +204,9 @@ def test_bits_behind_the_last_label_are_ignored(rows, queries):
     oracle.assert_same(index.search(queries, 101, allow=bits), index.search(queries, 101))
 
 
-@pytest.mark.parametrize(("dtype", "refine"), [("fp16", False), ("int8", False), ("int8", True)])
+@pytest.mark.parametrize(
+    ("dtype", "refine"), [("fp16", False), ("int8", False), ("int8", True), ("int4", "fp16")]
+)
 def test_filters_in_every_storage_form(rows, queries, dtype, refine):
     index = hnsw_gpu.Index(DIM, "cosine", dtype, refine=refine)
     index.add(rows[:3000])

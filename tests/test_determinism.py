@@ -18,6 +18,8 @@ STORED = (
     ("cosine", "fp16", False),
     ("l2", "int8", False),
     ("cosine", "int8", "fp16"),
+    ("cosine", "int4", "fp16"),
+    ("l2", "int4", "fp32"),
 )
 
 

@@ -9,6 +9,7 @@ import oracle
 import pytest
 
 import hnsw_gpu
+from hnsw_gpu.engine import encode_queries, key_nodes, search_graph
 
 METRICS = ("l2", "euclidean", "ip", "cosine")
 ALIASES = {
@@ -18,7 +19,15 @@ ALIASES = {
     "cos": "cosine",
     "angular": "cosine",
 }
-STORED = (("fp32", False), ("fp16", False), ("int8", False), ("int8", True), ("int8", "fp16"))
+STORED = (
+    ("fp32", False),
+    ("fp16", False),
+    ("int8", False),
+    ("int8", True),
+    ("int8", "fp16"),
+    ("int4", True),
+    ("int4", "fp16"),
+)
 DIMS = (1, 3, 31, 100, 127, 769, 1536, 4096)
 
 
@@ -172,7 +181,7 @@ def test_integers_are_exact(dim, metric, dtype, refine):
     vectors, queries = oracle.integers(150, dim, seed=dim), oracle.integers(9, dim, seed=dim + 1)
     assert len(np.unique(vectors, axis=0)) == 150 or dim == 3
     index = built(np.unique(vectors, axis=0), metric, dtype, refine=refine)
-    labels, distances = index.search(queries, 12, ef=200)
+    labels, distances = index.search(queries, 12, ef=200, rerank=None)
     truth = oracle.distances(queries, np.unique(vectors, axis=0), metric)
     expected_labels, expected = oracle.nearest(truth, 12)
     np.testing.assert_array_equal(labels, expected_labels)
@@ -256,7 +265,8 @@ def test_exact_search_of_an_index_compares_what_it_keeps(metric, dtype, refine, 
     gone = index.labels[::3]
     index.delete(gone)
     found = index.exact_search(queries, 7, threads=1)
-    oracle.assert_same(found, index.search(queries, 7, ef=len(rows)))  # a walk that meets all
+    # a walk that meets all, and re-ranks them
+    oracle.assert_same(found, index.search(queries, 7, ef=len(rows), rerank=None))
     if dtype == "fp32":
         truth = hnsw_gpu.exact_search(index.vectors(index.labels), queries, 7, metric)
         np.testing.assert_allclose(found.distances, truth.distances, rtol=1e-5, atol=1e-5)
@@ -366,11 +376,49 @@ def test_refine_true_means_fp32():
     assert hnsw_gpu.Index(4, dtype="int8", refine=True).refine == "fp32"
     assert not hnsw_gpu.Index(4, dtype="int8").refine
     assert hnsw_gpu.Index(4, dtype="fp16", refine="fp32").refine == "fp32"
+    assert hnsw_gpu.Index(4, dtype="int4", refine=True).refine == "fp32"
+
+
+def test_int4_keeps_finer_rows():
+    assert hnsw_gpu.Index(4, dtype="int4").refine == "fp16"
+    assert hnsw_gpu.Index(4, dtype="int4", refine="fp16").refine == "fp16"
+    for none in (False, ""):
+        with pytest.raises(ValueError, match="refine=.*'int4' are estimates, expected 'fp16'"):
+            hnsw_gpu.Index(4, dtype="int4", refine=none)
+
+
+@pytest.mark.parametrize(("dtype", "refine"), [("int8", True), ("int4", None)])
+def test_rerank_says_how_many_the_finer_rows_compare(dtype, refine):
+    """By hand: the nearest by the rows walked on, and of these the nearest by the finer ones."""
+    rows, queries = oracle.gaussian(300, 24, seed=5), oracle.gaussian(20, 24, seed=6)
+    rows[:, 0] += 30  # coarse codes
+    queries[:, 0] += 30
+    index = built(rows, "l2", dtype, refine=refine)
+    state = index._state
+    coarse = encode_queries(queries, "l2", dtype)
+    walked = search_graph(state.graph, state.rows[:300], coarse, "l2", k=300, ef=300)
+    walked = key_nodes(walked.keys)
+    fine = np.square(queries[:, None] - index.vectors(np.arange(300))[walked]).sum(axis=2)
+    differ = set()
+    for rerank, count in ((1, 5), (5, 5), (12, 12), ("auto", 20), (100, 100), (None, 300)):
+        best = fine[:, :count].argsort(axis=1, kind="stable")[:, :5]
+        expected = np.take_along_axis(walked, best, axis=1)
+        found = index.search(queries, 5, ef=300, rerank=rerank)
+        np.testing.assert_array_equal(found.labels, expected)
+        differ.add(found.labels.tobytes())
+    assert len(differ) > 1, "it makes no difference"
 
 
 @pytest.mark.parametrize(
     ("dtype", "refine", "row_bytes"),
-    [("fp32", False, 512), ("fp16", False, 256), ("int8", False, 160), ("int8", True, 672)],
+    [
+        ("fp32", False, 512),
+        ("fp16", False, 256),
+        ("int8", False, 160),
+        ("int8", True, 672),
+        ("int4", "fp16", 96 + 256),
+        ("int4", True, 96 + 512),
+    ],  # fmt: skip
 )
 def test_nbytes_counts_rows_links_and_labels(dtype, refine, row_bytes):
     vectors = oracle.gaussian(2000, 128, seed=5)
@@ -547,16 +595,18 @@ def test_signed_zeros_and_tiny_and_huge_rows():
     vectors = np.array(
         [[0.0, 1], [-0.0, 1], [1e-13, 0], [-1e-13, 0], [0, 0], [1e15, 1], [1e15, -1e15]], np.float32
     )
-    for dtype in ("fp32", "int8"):
-        index = built(vectors, "l2", dtype)
+    for dtype in ("fp32", "int8", "int4"):
+        refine = True if dtype == "int4" else None
+        index = built(vectors, "l2", dtype, refine=refine)
         labels, distances = index.search(vectors, 7)
         assert np.isfinite(distances).all()
         np.testing.assert_array_equal(np.sort(labels, axis=1), np.tile(np.arange(7), (7, 1)))
         np.testing.assert_array_equal(distances[:, 0], np.zeros(7))
     tiny = np.array([[1e-30, 0], [0, 1e-30], [-3e-30, 0], [1e15, 1e15]], np.float32)
-    for dtype in ("fp32", "fp16", "int8"):
+    for dtype in ("fp32", "fp16", "int8", "int4"):
         index = built(tiny, "cosine", dtype)
-        oracle.assert_nearest(index.search(tiny, 4), tiny, tiny, 4, "cosine", dtype)
+        precise = index.refine or dtype
+        oracle.assert_nearest(index.search(tiny, 4), tiny, tiny, 4, "cosine", precise)
 
 
 def test_all_zero_rows_are_fine_where_a_length_is_not_needed():

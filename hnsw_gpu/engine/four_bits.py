@@ -1,10 +1,11 @@
 """int4 rows: rotated vectors, four bits a coordinate, asked for by queries of eight.
 
 A row of B bytes, whole 32-byte blocks, is B - 12 bytes of codes, float32 scale, float32 squared
-length of the vector, and int32 sum of 2 c - 15 over its codes c. Byte j holds code j in its low four
-bits and code B - 12 + j in its high ones; a code c of 0..15 stands for scale * (2 c - 15). The step of the codes is the one of STEPS whose decoded
-row has the best cosine to the vector, and the scale the one that makes the dot product of the two
-the squared length.
+length of the vector, and int32 sum of 2 c - 15 over its codes c. Byte j holds code j in its low
+four bits and code B - 12 + j in its high ones; a code c of 0..15 stands for scale * (2 c - 15).
+Codes are made of coordinates that were rounded to -FINEST..FINEST, by integers. Their step is the
+one of STEPS whose decoded row has the best cosine to the vector, and the scale the one that makes
+the dot product of the two the squared length.
 
 A query is 2 B bytes, int8 codes as they meet the low and the high bits of a row (0 where they meet
 no code), float32 scale and squared length, and int32 fifteen times the sum of its codes: what twice
@@ -13,98 +14,132 @@ the dot product of codes is too large by. Integers, so the same on every process
 
 import numpy as np
 
-from hnsw_gpu.engine.alignment import empty_aligned
 from hnsw_gpu.engine.compiled import jit
 from hnsw_gpu.engine.rotation import rotate, rotate_back
 
 TAIL_BYTES = 12  # of a row and of a query
-STEPS = np.linspace(0.6, 1.0, 9).astype(np.float32)  # of the largest coordinate, for 7.5 codes
+FINEST = 2047  # times 15 times the most dimensions is below 2^31
+STEPS = np.linspace(0.6, 1.0, 9)  # of the largest coordinate, for 7.5 codes
+SHIFT = 16
+FACTORS = np.rint(2**SHIFT * 7.5 / (FINEST * STEPS)).astype(np.int32)  # of a coordinate, to codes
+LANES = 8
 
 
 def encode_int4(vectors, rows):
     """Write float32 vectors (m, dim) as `rows` uint8 (m, B)."""
     rotated = rotate(vectors)
-    tails = np.zeros((len(rows), 3), np.float32)
-    _encode(rotated, rows, tails, tails.view(np.int32))
-    rows[:, -TAIL_BYTES:] = tails.view(np.uint8)
+    units = np.abs(rotated).max(axis=1, initial=0) / np.float32(FINEST)
+    _encode(rotated, units, np.empty(vectors.shape[1], np.int32), np.empty(LANES), rows)
 
 
 def decode_int4(rows, dim):
     """float32 vectors (n, dim) that rows (n, B) stand for."""
-    codes = np.concatenate([rows[:, :-TAIL_BYTES] & 15, rows[:, :-TAIL_BYTES] >> 4], axis=1)[:, :dim]
+    codes = np.concatenate([rows[:, :-TAIL_BYTES] & 15, rows[:, :-TAIL_BYTES] >> 4], axis=1)
     scales = np.ascontiguousarray(rows[:, -TAIL_BYTES : -TAIL_BYTES + 4]).view(np.float32)
-    return rotate_back((2 * codes.astype(np.float32) - 15) * scales)
+    return rotate_back((2 * codes[:, :dim].astype(np.float32) - 15) * scales)
 
 
 def encode_int4_queries(vectors, queries):
-    """Write float32 vectors (q, dim) as `queries` int8 (q, ...)."""
+    """Write float32 vectors (q, dim) as `queries` int8 (q, 2 B + 12)."""
     rotated = rotate(vectors)
-    count, dim = rotated.shape
-    used = queries.shape[1] - TAIL_BYTES
-    held = used // 2 - TAIL_BYTES
     scales = np.abs(rotated).max(axis=1, initial=0) / np.float32(127)
-    divisors = np.where(scales > 0, scales, np.float32(1))
-    codes = np.clip(np.rint(rotated / divisors[:, None]), -127, 127).astype(np.int8)
-    low = min(dim, held)
-    queries[:] = 0
-    queries[:, :low] = codes[:, :low]
-    queries[:, used // 2 : used // 2 + dim - low] = codes[:, low:]
-    tails = np.empty((count, 3), np.float32)
-    tails[:, 0] = scales
-    tails[:, 1] = _squares(rotated)
-    tails[:, 2] = (15 * codes.sum(axis=1, dtype=np.int32)).astype(np.int32).view(np.float32)
-    queries[:, used:] = tails.view(np.int8)
-
-
-@jit(allocates=True)
-def _squares(vectors):
-    result = np.empty(vectors.shape[0], np.float32)
-    for i in range(vectors.shape[0]):
-        total = 0.0
-        for j in range(vectors.shape[1]):
-            total += np.float64(vectors[i, j]) * np.float64(vectors[i, j])
-        result[i] = total
-    return result
+    _encode_queries(rotated, scales, np.empty(LANES), queries)
 
 
 @jit
-def _code(value, inverse):
-    return np.int64(min(max(np.floor(value * inverse) + np.float32(8), np.float32(0)), np.float32(15)))
+def _square(vector, totals):
+    """float64 squared length: sums of every LANES-th square, and then theirs."""
+    totals[:] = 0
+    whole = len(vector) // LANES * LANES
+    for start in range(0, whole, LANES):
+        for lane in range(LANES):
+            value = np.float64(vector[start + lane])
+            totals[lane] += value * value
+    for j in range(whole, len(vector)):
+        totals[j - whole] += np.float64(vector[j]) * np.float64(vector[j])
+    total = 0.0
+    for lane in range(LANES):
+        total += totals[lane]
+    return total
 
 
 @jit
-def _encode(vectors, rows, tails, sums):
+def _code(coordinate, factor):
+    """0..15 of a coordinate -FINEST..FINEST."""
+    code = np.int32(np.int32(np.int32(coordinate * factor) >> np.int32(SHIFT)) + np.int32(8))
+    return min(max(code, np.int32(0)), np.int32(15))
+
+
+@jit
+def _odd(code):
+    """What a code stands for, in scales."""
+    return np.int32(np.int32(2) * code - np.int32(15))
+
+
+@jit
+def _best_factor(coordinates):
+    """The factor whose codes have the best cosine to coordinates, and their dot product."""
+    best, best_dot, best_cosine = FACTORS[0], np.int32(0), -1.0
+    for factor in FACTORS:
+        dot, length = np.int32(0), np.int32(0)
+        for j in range(len(coordinates)):
+            number = _odd(_code(coordinates[j], factor))
+            dot = np.int32(dot + np.int32(coordinates[j] * number))
+            length = np.int32(length + np.int32(number * number))
+        cosine = dot / np.sqrt(np.float64(length))
+        if cosine > best_cosine:
+            best, best_dot, best_cosine = factor, dot, cosine
+    return best, best_dot
+
+
+@jit
+def _round(vector, unit, coordinates):
+    """Write a vector as whole numbers of units."""
+    for j in range(len(vector)):
+        coordinates[j] = np.int32(vector[j] / unit + np.float32(FINEST + 0.5)) - FINEST
+
+
+@jit
+def _encode(vectors, units, coordinates, totals, rows):
     dim = vectors.shape[1]
     held = rows.shape[1] - TAIL_BYTES
     for i in range(vectors.shape[0]):
-        squares, largest = 0.0, np.float32(0)
-        for j in range(dim):
-            squares += np.float64(vectors[i, j]) * np.float64(vectors[i, j])
-            largest = max(largest, abs(vectors[i, j]))
-        rows[i, :] = 0
-        tails[i, 0] = 0
-        tails[i, 1] = squares
-        sums[i, 2] = -15 * dim
-        if largest == 0:
-            continue
-        best, best_dot, best_inverse = -1.0, 0.0, np.float32(0)
-        for s in range(len(STEPS)):
-            inverse = np.float32(7.5) / (largest * STEPS[s])
-            dot, length = 0.0, np.int64(0)
+        row = rows[i]
+        row[:] = 0
+        total, scale, square = np.int32(-15 * dim), 0.0, 0.0
+        if units[i] > 0:
+            _round(vectors[i], units[i], coordinates)
+            factor, dot = _best_factor(coordinates)
+            square = _square(vectors[i], totals)
+            scale = square / (np.float64(units[i]) * dot)
+            total = np.int32(0)
             for j in range(dim):
-                code = 2 * _code(vectors[i, j], inverse) - 15
-                dot += np.float64(vectors[i, j]) * np.float64(code)
-                length += code * code
-            cosine = dot / np.sqrt(np.float64(length))
-            if cosine > best:
-                best, best_dot, best_inverse = cosine, dot, inverse
-        tails[i, 0] = squares / best_dot
-        total = 0
+                total = np.int32(total + _odd(_code(coordinates[j], factor)))
+            for j in range(min(dim, held)):
+                row[j] = _code(coordinates[j], factor)
+            for j in range(held, dim):
+                row[j - held] |= np.uint8(_code(coordinates[j], factor) << 4)
+        tail = row[held:]
+        tail[:8].view(np.float32)[0] = scale
+        tail[:8].view(np.float32)[1] = square
+        tail[8:].view(np.int32)[0] = total
+
+
+@jit
+def _encode_queries(vectors, scales, totals, queries):
+    dim = vectors.shape[1]
+    used = queries.shape[1] - TAIL_BYTES
+    held = used // 2 - TAIL_BYTES
+    for i in range(vectors.shape[0]):
+        vector, query = vectors[i], queries[i]
+        unit = scales[i] if scales[i] > 0 else np.float32(1)
+        query[:] = 0
+        total = np.int32(0)
         for j in range(dim):
-            code = np.uint8(_code(vectors[i, j], best_inverse))
-            total += 2 * np.int64(code) - 15
-            if j < held:
-                rows[i, j] |= code
-            else:
-                rows[i, j - held] |= np.uint8(code << 4)
-        sums[i, 2] = total
+            code = np.int32(vector[j] / unit + np.float32(127.5)) - 127
+            total += code
+            query[j if j < held else used // 2 + j - held] = code
+        tail = query[used:]
+        tail[:8].view(np.float32)[0] = scales[i]
+        tail[:8].view(np.float32)[1] = _square(vector, totals)
+        tail[8:].view(np.int32)[0] = 15 * total

@@ -2,10 +2,12 @@
 
 After it no coordinate is much larger than the others, whatever the vectors were, so a few bits a
 coordinate keep what tells them apart. Each of ROUNDS rounds changes signs at random and applies the
-Walsh-Hadamard transform to the first, or in turn to the last, power of two of the coordinates; where
-that is not all of them, pairs from both halves are then turned by 45 degrees (Kac's walk). Sums of two
-float32 numbers and nothing else: there is no order of summation to differ.
+Walsh-Hadamard transform to the first, or in turn to the last, power of two of the coordinates;
+where that is not all of them, pairs from both halves are then turned by 45 degrees (Kac's walk).
+Sums of two float32 numbers and nothing else: there is no order of summation to differ.
 """
+
+import functools
 
 import numpy as np
 
@@ -18,17 +20,18 @@ HALF_ROOT = np.float32(np.sqrt(0.5))
 def rotate(vectors):
     """float32 (m, dim), rotated."""
     rotated = np.array(vectors, np.float32, order="C")
-    _rotate(rotated, _signs(vectors.shape[1]))
+    _rotate(rotated, _signs(vectors.shape[1]), np.empty(vectors.shape[1], np.float32))
     return rotated
 
 
 def rotate_back(vectors):
     """float32 (m, dim), what `rotate` made into `vectors`, but for rounding."""
     turned = np.array(vectors, np.float32, order="C")
-    _rotate_back(turned, _signs(vectors.shape[1]))
+    _rotate_back(turned, _signs(vectors.shape[1]), np.empty(vectors.shape[1], np.float32))
     return turned
 
 
+@functools.cache
 def _signs(dim):
     """float32 (ROUNDS, dim) of -1 and 1 that depend on their place alone (splitmix64)."""
     with np.errstate(over="ignore"):
@@ -39,30 +42,34 @@ def _signs(dim):
 
 
 @jit
-def _rotate(vectors, signs):
+def _rotate(vectors, signs, spare):
     dim = vectors.shape[1]
     power = _largest_power(dim)
     for i in range(vectors.shape[0]):
+        vector = vectors[i]
         for turn in range(ROUNDS):
             for j in range(dim):
-                vectors[i, j] *= signs[turn, j]
-            _transform(vectors, i, (turn & 1) * (dim - power), power)
+                vector[j] *= signs[turn, j]
+            first = (turn & 1) * (dim - power)
+            _transform(vector[first : first + power], spare[:power])
             if power < dim:
-                _turn_pairs(vectors, i)
+                _turn_pairs(vector)
 
 
 @jit
-def _rotate_back(vectors, signs):
+def _rotate_back(vectors, signs, spare):
     """The steps of `_rotate` in reverse order: each undoes itself."""
     dim = vectors.shape[1]
     power = _largest_power(dim)
     for i in range(vectors.shape[0]):
+        vector = vectors[i]
         for turn in range(ROUNDS - 1, -1, -1):
             if power < dim:
-                _turn_pairs(vectors, i)
-            _transform(vectors, i, (turn & 1) * (dim - power), power)
+                _turn_pairs(vector)
+            first = (turn & 1) * (dim - power)
+            _transform(vector[first : first + power], spare[:power])
             for j in range(dim):
-                vectors[i, j] *= signs[turn, j]
+                vector[j] *= signs[turn, j]
 
 
 @jit
@@ -74,27 +81,37 @@ def _largest_power(dim):
 
 
 @jit
-def _transform(vectors, i, first, count):
-    """Walsh-Hadamard transform of `count` coordinates from `first`, its own inverse."""
-    half = 1
-    scale = np.float32(1)
-    while half < count:
-        for start in range(first, first + count, 2 * half):
-            for j in range(start, start + half):
-                a, b = vectors[i, j], vectors[i, j + half]
-                vectors[i, j] = a + b
-                vectors[i, j + half] = a - b
+def _transform(values, spare):
+    """Walsh-Hadamard transform of a power of two of values, its own inverse.
+
+    Each step adds and subtracts neighbours and moves the sums before the differences (Pease 1968):
+    all steps are alike, and all of one step can be done at once.
+    """
+    now, then, scale = values, spare, np.float32(1)
+    steps = len(values)
+    while steps > 1:
+        _add_and_subtract(now, then)
+        now, then = then, now
         scale *= HALF_ROOT
-        half *= 2
-    for j in range(first, first + count):
-        vectors[i, j] *= scale
+        steps //= 2
+    for j in range(len(values)):
+        values[j] = now[j] * scale
 
 
 @jit
-def _turn_pairs(vectors, i):
-    """Turn each pair (j, j + half) by 45 degrees and mirror it: its own inverse."""
-    half = vectors.shape[1] // 2
+def _add_and_subtract(values, result):
+    half = len(values) // 2
     for j in range(half):
-        a, b = vectors[i, j], vectors[i, vectors.shape[1] - half + j]
-        vectors[i, j] = (a + b) * HALF_ROOT
-        vectors[i, vectors.shape[1] - half + j] = (a - b) * HALF_ROOT
+        a, b = values[2 * j], values[2 * j + 1]
+        result[j] = a + b
+        result[half + j] = a - b
+
+
+@jit
+def _turn_pairs(vector):
+    """Turn each pair (j, j + half) by 45 degrees and mirror it: its own inverse."""
+    half, far = len(vector) // 2, len(vector) - len(vector) // 2
+    for j in range(half):
+        a, b = vector[j], vector[far + j]
+        vector[j] = (a + b) * HALF_ROOT
+        vector[far + j] = (a - b) * HALF_ROOT

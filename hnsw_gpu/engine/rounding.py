@@ -1,5 +1,8 @@
 """What storing takes from vectors by rounding: told to who adds them, and changes nothing.
 
+Where finer rows decide, the coarse ones are looked at all the same: a walk leads to what is near
+by them, and past LOST_SHARE to others, which nothing re-ranks.
+
 Two vectors may become equal rows, which share a node. And what tells vectors apart may be small
 beside what they share: the mean of all, or one large number that sets the scale of an int8 row.
 """
@@ -11,7 +14,7 @@ import numpy as np
 from hnsw_gpu.engine.compiled import jit
 from hnsw_gpu.engine.vectors import decode
 
-LOST_SHARE = 0.25  # of what tells a vector apart; normal are 0.0005 (fp16) and 0.01 (int8)
+LOST_SHARE = 0.25  # of what tells a vector apart; normal: 0.0005 (fp16), 0.01 (int8), 0.09 (int4)
 LEAST_ROWS = 32  # of fewer, the mean is close to each
 LEAST_APART = 1e-13  # of squared lengths: below, vectors are copies of each other
 EPSILON = 2.0**-23  # of a float32 near 1, as dot products of unit vectors are

@@ -1,5 +1,6 @@
 """What an index holds, and as what arrays it is saved."""
 
+from collections.abc import Collection
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -92,18 +93,22 @@ class State(NamedTuple):
         kept = self.parameters
         return decode(self.cpu.finest[nodes], kept.dim, kept.refine or kept.dtype)
 
-    def problems(self, *, reads_rows: bool = True) -> list[str]:
-        """What is wrong with the graph, the labels or the rows, in sentences."""
+    def problems(self, *, unread: Collection[str] = ()) -> list[str]:
+        """What is wrong with the graph, the labels or the rows, in sentences.
+
+        unread: rows, by their name in `arrays`, that are not looked at.
+        """
         # that of a file is looked at as it is
         graph = self.graph if self.graph is self.room else packed(self.graph)
         found: list[str] = check_graph(graph)
         found += self.labels.problems(self.node_count, self.next_label)
-        if reads_rows:
-            cpu, kept = self.cpu, self.parameters
-            found += row_problems("vectors", cpu.rows, kept.dim, kept.metric, kept.dtype)
-            if cpu.refine_rows is not None:
-                fine = cpu.refine_rows
-                found += row_problems("refine_vectors", fine, kept.dim, kept.metric, kept.refine)
+        cpu, kept = self.cpu, self.parameters
+        for name, rows, dtype in (
+            ("vectors", cpu.rows, kept.dtype),
+            ("refine_vectors", cpu.refine_rows, kept.refine),
+        ):
+            if rows is not None and name not in unread:
+                found += row_problems(name, rows, kept.dim, kept.metric, dtype)
         return found
 
     def arrays(self) -> dict[str, np.ndarray]:
@@ -136,7 +141,7 @@ def empty_state(parameters: Parameters) -> State:
 
 
 def from_arrays(
-    parameters: Parameters, arrays: dict[str, Any], next_label: int, *, reads_rows: bool
+    parameters: Parameters, arrays: dict[str, Any], next_label: int, *, unread: Collection[str]
 ) -> State:
     """The state that gave `arrays`. KeyError names what is missing, ValueError what is wrong."""
     empty = empty_state(parameters)
@@ -158,7 +163,7 @@ def from_arrays(
         next_label=next_label,
     )
     state.table.clear()
-    problems = state.problems(reads_rows=reads_rows)
+    problems = state.problems(unread=unread)
     if problems:
         raise ValueError("; ".join(problems))
     return state

@@ -30,6 +30,7 @@ import errno
 import json
 import logging
 import math
+import mmap
 import os
 import re
 import secrets
@@ -269,27 +270,39 @@ def read_arrays(
     looked at; names that the file lacks are ignored. CorruptIndexError on anything `write` cannot
     have written; OSError of the system as it is. No more memory is asked for than the file's size.
     """
-    arrays, about, _ = open_arrays(path, mapped)
+    arrays, about, _ = open_arrays(path, lambda names: mapped)
     return arrays, about
 
 
 def open_arrays(
-    path: Path, mapped: tuple[str, ...]
+    path: Path, choose: Callable[[Iterable[str]], Iterable[str]]
 ) -> tuple[dict[str, np.ndarray], dict[str, Any], MappedFile]:
-    """As `read_arrays`, and the file, which says whether what is mapped is still as it was."""
+    """As `read_arrays`, and the file, which says whether what is mapped is still as it was.
+
+    choose: which of the arrays that the file holds, by name, are mapped.
+    """
     arrays: dict[str, np.ndarray] = {}
     with _open(path) as file, ThreadPoolExecutor(thread_count(None)) as pool, _naming(path):
         about, entries, start = _contents(file)
         opened = MappedFile(path, file, _header_checksum(file, start))
+        mapped = set(choose(entries))
         for name, entry in entries.items():
             dtype = np.dtype(DTYPES[entry.dtype])
             if name in mapped:
-                arrays[name] = np.memmap(file, dtype, "r", start, entry.shape)
+                arrays[name] = _mapped(file, dtype, start, entry)
             else:
                 arrays[name] = _empty(entry, dtype)
                 _read_array(pool, file, start, name, entry, _bytes(arrays[name]))
             start += entry.nbytes
     return {name: array for name, array in arrays.items() if "." not in name}, about, opened
+
+
+def _mapped(file: FileIO, dtype: np.dtype, start: int, entry: Entry) -> np.ndarray:
+    """An array of the file, of which the system reads what is asked for and nothing around it."""
+    array = np.memmap(file, dtype, "r", start, entry.shape)
+    if hasattr(mmap, "MADV_RANDOM"):
+        array._mmap.madvise(mmap.MADV_RANDOM)  # type: ignore[attr-defined]
+    return array
 
 
 def verify_arrays(path: Path) -> None:

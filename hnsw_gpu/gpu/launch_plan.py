@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hnsw_gpu.engine import BLOCK_BYTES, STORAGE, row_length
+from hnsw_gpu.engine import STORAGE, empty_queries, empty_rows, row_length
 from hnsw_gpu.gpu import kernel_source
 
 LANES = 32
@@ -275,5 +275,4 @@ def _row_bytes(dtype: str, dim: int) -> int:
 
 def query_bytes(dtype: str, dim: int) -> int:
     """Bytes of an encoded query (`encode_queries` in vectors.py)."""
-    row_bytes = _row_bytes(dtype, dim)
-    return {"fp32": row_bytes, "fp16": 2 * row_bytes, "int8": row_bytes + BLOCK_BYTES}[dtype]
+    return empty_queries(1, empty_rows(0, dim, dtype)).nbytes

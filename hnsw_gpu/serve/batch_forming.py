@@ -20,18 +20,29 @@ class BatchKey(NamedTuple):
 
     searched: Index
     ef: int
+    rerank: int | None  # None: of no account, or the whole beam
     allow: object  # identifies the filter
     rounded_k: int  # the next power of two, but no more than ef needs
     is_bulk: bool  # needs several calls of the engine: takes turns with the others
 
     @classmethod
     def of(
-        cls, index: Index, k: int, ef: int, allow: np.ndarray | None, is_bulk: bool = False
+        cls,
+        index: Index,
+        k: int,
+        ef: int,
+        rerank: int | None,
+        allow: np.ndarray | None,
+        is_bulk: bool = False,
     ) -> "BatchKey":
         # A request keeps its 1-d filter alive, and so its id. A 2-d one is its own.
         shared: object = id(allow) if allow is None or allow.ndim < 2 else object()
         rounded_k = min(1 << (k - 1).bit_length(), max(ef, k))
-        return cls(index, ef, shared, rounded_k, is_bulk)
+        if not index.refine:
+            rerank = None
+        if rerank is not None and rerank < rounded_k:  # of which at least k are re-ranked
+            rounded_k = k
+        return cls(index, ef, rerank, shared, rounded_k, is_bulk)
 
 
 @dataclass(eq=False)

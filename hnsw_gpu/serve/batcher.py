@@ -73,10 +73,11 @@ class Batcher:
     threads: of each search; None: all cores.
     on_batch: called with a Batch after each call of the engine, on the engine's thread.
 
-    Requests share a batch if they have the same ef, the same k once rounded up to a power of two
-    (at most ef), and no `allow` or the same 1-d array object; those larger than a batch are groups
-    of their own. Such groups take turns; within a group, first come, first served. Queries are
-    copied; do not modify `allow` before the answer.
+    Requests share a batch if they have the same ef, the same number to re-rank (if the index has
+    refine rows), the same k once rounded up to a power of two (at most ef), and no `allow` or the
+    same 1-d array object; those larger than a batch are groups of their own. Such groups take
+    turns; within a group, first come, first served. Queries are copied; do not modify `allow`
+    before the answer.
     A `with` or `async with` block closes the batcher at its end.
     """
 
@@ -115,6 +116,7 @@ class Batcher:
         k: int = 10,
         *,
         ef: int = 64,
+        rerank: int | str | None = "auto",
         allow: ArrayLike | None = None,
         timeout_s: float | None = None,
     ) -> SearchResult:
@@ -125,7 +127,9 @@ class Batcher:
         """
         index = self._index
         given = _own(index.checked_queries(queries))
-        return await self.search_checked(index, given, k, ef=ef, allow=allow, timeout_s=timeout_s)
+        return await self.search_checked(
+            index, given, k, ef=ef, rerank=rerank, allow=allow, timeout_s=timeout_s
+        )
 
     async def search_checked(
         self,
@@ -134,6 +138,7 @@ class Batcher:
         k: int,
         *,
         ef: int,
+        rerank: int | str | None = "auto",
         allow: ArrayLike | None = None,
         timeout_s: float | None = None,
     ) -> SearchResult:
@@ -142,7 +147,7 @@ class Batcher:
         The index is the served one, or one that a swap has just replaced.
         """
         future: asyncio.Future[SearchResult] = asyncio.get_running_loop().create_future()
-        request = self._enqueue(index, queries, k, ef, allow, timeout_s, future)
+        request = self._enqueue(index, queries, k, ef, rerank, allow, timeout_s, future)
         try:
             async with asyncio.timeout(timeout_s):
                 return await future
@@ -159,6 +164,7 @@ class Batcher:
         k: int = 10,
         *,
         ef: int = 64,
+        rerank: int | str | None = "auto",
         allow: ArrayLike | None = None,
         timeout_s: float | None = None,
     ) -> "Future[SearchResult]":
@@ -170,7 +176,7 @@ class Batcher:
         future = AnswerFuture()
         index = self._index
         given = _own(index.checked_queries(queries))
-        request = self._enqueue(index, given, k, ef, allow, timeout_s, future)
+        request = self._enqueue(index, given, k, ef, rerank, allow, timeout_s, future)
         future.add_done_callback(lambda _: self._forget(request))
         return future
 
@@ -180,6 +186,7 @@ class Batcher:
         queries: np.ndarray,
         k: int,
         ef: int,
+        rerank: int | str | None,
         allow: ArrayLike | None,
         timeout_s: float | None,
         future: AnyFuture,
@@ -189,7 +196,7 @@ class Batcher:
             raise ValueError(f"timeout_s={timeout_s}: expected more than 0")
         mask = None if allow is None else inputs.array("allow", allow)
         is_bulk = len(queries) > self._rows_of_a_batch(index)
-        key = BatchKey.of(index, k, ef, mask, is_bulk)
+        key = BatchKey.of(index, k, ef, inputs.reranked(rerank, k), mask, is_bulk)
         request = QueuedSearch(key, queries, k, mask, timeout_s, future)
         self._require_threads()
         with self._lock:
@@ -365,7 +372,7 @@ class Batcher:
         rows = [part.request.queries[part.start : part.stop] for part in parts]
         queries = rows[0] if len(rows) == 1 else np.concatenate(rows)
         return key.searched.search_checked(
-            queries, k, ef=key.ef, allow=allow, threads=self._threads
+            queries, k, ef=key.ef, rerank=key.rerank, allow=allow, threads=self._threads
         )
 
     def _divide(

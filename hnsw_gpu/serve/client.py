@@ -104,6 +104,7 @@ class Client:
         k: int = 10,
         *,
         ef: int = 64,
+        rerank: int | str | None = "auto",
         allow: str | None = None,
         timeout_s: float | None = None,
     ) -> SearchResult:
@@ -118,7 +119,8 @@ class Client:
         if given.dtype not in (np.float16, np.float32):
             given = given.astype(np.float32)
         k, ef = inputs.integer("k", k, 1, inputs.MOST_NODES), inputs.integer("ef", ef, 1)
-        path = "/v1/search?" + urlencode({"k": k, "ef": ef} | ({"allow": allow} if allow else {}))
+        options = {"k": k, "ef": ef, "rerank": "all" if rerank is None else rerank}
+        path = "/v1/search?" + urlencode(options | ({"allow": allow} if allow else {}))
         headers = {"Content-Type": formats.NPY, "Accept": formats.NPY}
         if timeout_s is not None:
             asked_s = min(_positive("timeout_s", timeout_s), LONGEST_TIMEOUT_S)

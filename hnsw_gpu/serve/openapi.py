@@ -80,6 +80,18 @@ def _search(limits: dict[str, int]) -> dict[str, Any]:
         "parameters": [
             parameter("k", number(limits["k"], 10), "results per query"),
             parameter("ef", number(limits["ef"], 64), "beam capacity: higher recall, slower"),
+            parameter(
+                "rerank",
+                {
+                    "oneOf": [
+                        {"type": "integer", "minimum": 1, "maximum": limits["ef"]},
+                        {"enum": ["auto", "all"]},
+                    ],
+                    "default": "auto",
+                },
+                "nearest of the beam that refine rows compare, at least k; auto: 2 k, at least 20; "
+                "all: ef",
+            ),
             parameter("allow", {"type": "string"}, "name of a registered filter"),
             parameter(
                 "X-Timeout-Ms",

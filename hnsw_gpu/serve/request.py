@@ -20,6 +20,7 @@ class SearchParameters(NamedTuple):
 
     k: int
     ef: int
+    rerank: int | str | None
     filter_name: str | None
     timeout_s: float  # the caller's, at most the server's
     content_type: str  # of the body
@@ -30,12 +31,13 @@ def search_parameters(request: Request, most_timeout_s: float) -> SearchParamete
     """Problem 406, 415 or 422 says what is wrong with them."""
     given = request.query_params
     for name in given:
-        if name not in ("k", "ef", "allow"):
-            raise Problem(422, f"{name!r:.60}: expected k, ef or allow")
+        if name not in ("k", "ef", "rerank", "allow"):
+            raise Problem(422, f"{name!r:.60}: expected k, ef, rerank or allow")
         if len(given.getlist(name)) > 1:
             raise Problem(422, f"{name}: given more than once")
     k = _whole_number("k", given.get("k", "10"), MOST_K)
     ef = _whole_number("ef", given.get("ef", "64"), MOST_EF)
+    rerank = _rerank(given.get("rerank", "auto"))
     timeout_s = most_timeout_s
     timeout_ms = request.headers.get("x-timeout-ms")
     if timeout_ms is not None:
@@ -44,7 +46,16 @@ def search_parameters(request: Request, most_timeout_s: float) -> SearchParamete
     accept = formats.negotiate(request.headers.get("accept"), content_type)
     if accept is None:
         raise Problem(406, f"Accept: expected one of {', '.join(formats.FORMATS)}")
-    return SearchParameters(k, ef, given.get("allow"), timeout_s, content_type, accept)
+    return SearchParameters(k, ef, rerank, given.get("allow"), timeout_s, content_type, accept)
+
+
+def _rerank(text: str) -> int | str | None:
+    if text in ("auto", "all"):
+        return None if text == "all" else text
+    try:
+        return _whole_number("rerank", text, MOST_EF)
+    except Problem as problem:
+        raise Problem(422, f"{problem.detail}, auto or all") from None
 
 
 def _whole_number(name: str, text: str, most: int) -> int:

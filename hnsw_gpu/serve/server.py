@@ -159,8 +159,9 @@ class Server:
                 queries = await call(numbers, queries_of, search, served)
                 left_s = max(deadline - time.perf_counter(), 1e-9)
                 return served, await batcher.search_checked(
-                    served.index, queries, asked.k, ef=asked.ef, allow=allow, timeout_s=left_s
-                )
+                    served.index, queries, asked.k, ef=asked.ef, rerank=asked.rerank,
+                    allow=allow, timeout_s=left_s,
+                )  # fmt: skip
         except TimeoutError:
             raise Problem(504, f"no answer within {asked.timeout_s:g} s") from None
         except CorruptIndexError as error:  # it is mapped, and the file was changed

@@ -364,7 +364,7 @@ def test_against_another_set(metric, method) -> None:
         assert both.report[name] == inside.report[name]
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "fp16", "int8"])
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "int8", "int4"])
 def test_against_an_index(tmp_path, dtype) -> None:
     rows = made()
     other = rows[200:500] + 0.12 * np.random.default_rng(2).normal(size=(300, 12))

@@ -17,7 +17,7 @@ from hnsw_gpu.engine.search import search_graph
 from hnsw_gpu.engine.vectors import encode, encode_queries
 
 METRICS = ["l2", "ip", "cosine"]
-DTYPES = ["fp32", "fp16", "int8"]
+DTYPES = ["fp32", "fp16", "int8", "int4"]
 
 
 def integer_vectors(n: int, dim: int, metric: str, dtype: str, seed: int) -> np.ndarray:

@@ -7,7 +7,7 @@ import pytest
 import hnsw_gpu
 
 COPIES, DISTINCT, DIM = 3000, 1000, 32
-STORED = (("fp32", False), ("fp16", False), ("int8", False), ("int8", True))
+STORED = (("fp32", False), ("fp16", False), ("int8", False), ("int8", True), ("int4", True))
 
 
 def copies_first():

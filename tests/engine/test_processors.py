@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+from llvmlite.binding import get_host_cpu_features
 
 pytestmark = [
     pytest.mark.slow,
@@ -16,23 +17,30 @@ pytestmark = [
 ]
 
 LEVELS = ("x86-64", "x86-64-v2", "x86-64-v3")  # beside the processor that is there
+WIDE = {"+avx512f", "+avx512bw", "+avx512cd", "+avx512dq", "+avx512vl"}  # what x86-64-v4 has more
+if set(get_host_cpu_features().flatten().split(",")) >= WIDE:
+    LEVELS += ("x86-64-v4",)  # without dot products of codes
 
 JOB = """
 import sys
 import numpy as np
 import hnsw_gpu
+from hnsw_gpu.engine import encode_queries, search_graph
 random = np.random.default_rng(0)
 whole = random.integers(-8, 9, size=(500, 40)).astype(np.float32)
 real = random.standard_normal((500, 40)).astype(np.float32)
 found = {}
-for dtype in ("fp32", "fp16", "int8"):
+for dtype in ("fp32", "fp16", "int8", "int4"):
     for metric in ("l2", "ip", "cosine"):
         for name, rows in (("whole", whole), ("real", real)):
             index = hnsw_gpu.Index(40, metric, dtype)
             index.add(rows[:450])
             labels, distances = index.search(rows, 10)
             near = index.neighbor_graph(5)
-            parts = (labels, distances, near.labels, near.distances, *index._state.graph)
+            state, asked = index._state, encode_queries(rows, metric, dtype)
+            walked = search_graph(state.graph, state.rows[:state.node_count], asked, metric, k=9, ef=30)
+            parts = (labels, distances, near.labels, near.distances, *state.graph, state.rows)
+            parts += (*walked, *([] if dtype == "int8" else [asked]))  # nobody reads some bytes of it
             for i, part in enumerate(parts):
                 found[f"{name} {dtype} {metric} {i}"] = part
 np.savez(sys.argv[1], **found)

@@ -167,7 +167,9 @@ def test_after_building(data, pieces, tmp_path):
 
 
 @pytest.mark.parametrize("metric", ("ip", "cosine"))
-@pytest.mark.parametrize(("dtype", "refine"), [("fp32", False), ("fp16", False), ("int8", True)])
+@pytest.mark.parametrize(
+    ("dtype", "refine"), [("fp32", False), ("fp16", False), ("int8", True), ("int4", "fp16")]
+)
 def test_other_metrics_and_dtypes(metric, dtype, refine, tmp_path):
     for data in (clusters, growing_outwards):
         index = hnsw_gpu.Index(DIM, metric, dtype, M=6, ef_construction=40, refine=refine)

@@ -7,7 +7,7 @@ from hnsw_gpu import Index, load
 from hnsw_gpu.files import open_arrays
 
 DIM = 27
-KINDS = [("fp32", False), ("fp16", "fp32"), ("int8", False), ("int8", "fp16")]
+KINDS = [("fp32", False), ("fp16", "fp32"), ("int8", False), ("int8", "fp16"), ("int4", "fp16")]
 
 
 def rows_of(count, seed=0):
@@ -55,7 +55,7 @@ def test_every_array_of_a_file_begins_on_a_line(tmp_path, dtype, refine) -> None
     index.save(tmp_path / "x")
     names = tuple(index._state.arrays())
     for mapped in ((), names):
-        arrays, _, _ = open_arrays(tmp_path / "x", mapped)
+        arrays, _, _ = open_arrays(tmp_path / "x", lambda _, mapped=mapped: mapped)
         assert {name: array.ctypes.data % 64 for name, array in arrays.items()} == dict.fromkeys(
             arrays, 0
         )

@@ -322,7 +322,9 @@ def test_an_add_allocates_what_it_adds() -> None:
 # ---------------------------------------------------------------- copies
 
 
-@pytest.mark.parametrize("settings", [{}, {"dtype": "int8", "refine": True}, {"dtype": "fp16"}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"dtype": "int8", "refine": True}, {"dtype": "fp16"}, {"dtype": "int4"}]
+)
 def test_pickles_and_copies_are_the_index(settings) -> None:
     index = built(**settings)
     index.delete([3, 4])

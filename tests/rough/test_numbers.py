@@ -11,7 +11,14 @@ from hnsw_gpu.engine import vectors as vectors_module
 from hnsw_gpu.recall import recall
 
 N, DIM, K = 400, 16, 10
-STORED = [("fp32", False), ("fp16", False), ("int8", False), ("int8", True), ("fp16", True)]
+STORED = [
+    ("fp32", False),
+    ("fp16", False),
+    ("int8", False),
+    ("int8", True),
+    ("fp16", True),
+    ("int4", "fp16"),
+]
 LEAST_RECALL = {"fp32": 0.995, "fp16": 0.98, "int8": 0.95}
 
 

@@ -84,6 +84,9 @@ ASKED = [
     {"rows": slice(400, 403), "k": 10, "allow": np.arange(0, ROWS, 7)},
     {"rows": slice(403, 405), "k": 3, "allow": np.arange(ROWS) % 2 == 0},
     {"rows": slice(405, 410), "k": 4, "allow": RNG.random((5, ROWS)) < 0.3},
+    {"rows": slice(20, 21), "k": 10, "rerank": 10},  # less than the 16 that a batch would ask for
+    {"rows": slice(21, 23), "k": 10, "rerank": 20},
+    {"rows": slice(23, 24), "k": 9, "rerank": None},
     {"rows": slice(410, 560), "k": 4, "allow": RNG.random((150, ROWS)) < 0.3},
 ]
 
@@ -92,11 +95,11 @@ def is_mask(allow):
     return allow is not None and allow.dtype.kind == "b"
 
 
-@pytest.mark.parametrize("kind", ["cosine", "l2", "int8", "euclidean", "deleted", "copies"])
+@pytest.mark.parametrize("kind", ["cosine", "l2", "int8", "int4", "euclidean", "deleted", "copies"])
 def test_answers_are_those_of_the_index(kind):
     """All at once, from a loop and from threads; several sizes of batch."""
     metric = kind if kind in ("l2", "euclidean") else "cosine"
-    how = {"dtype": "int8", "refine": True} if kind == "int8" else {}
+    how = {"dtype": kind, "refine": True} if kind in ("int8", "int4") else {}
     index = Index(DIM, metric, M=8, ef_construction=60, **how)
     index.add(np.concatenate([VECTORS, VECTORS[:50]]) if kind == "copies" else VECTORS)
     if kind == "deleted":

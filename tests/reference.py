@@ -360,27 +360,33 @@ def search(
 # --- building -------------------------------------------------------------------------------------
 
 
-RELAXED = 1.1  # layer 0 but under ip: distances between neighbours count for more
-
-
 def select(
-    candidates: Iterable[int], table: KeyTable, limit: int, factor: float = 1.0
+    candidates: Iterable[int],
+    table: KeyTable,
+    limit: int,
+    factor: float = 1.0,
+    is_filled: bool = False,
 ) -> list[int]:
     """The paper's algorithm 4, strict: ids of the neighbours kept, nearest first.
 
     candidates: keys of nodes by their distance to the point; `table[a][b]` is the key of b for a.
     One is kept only if it is strictly nearer to the point than `factor` times its distance to
-    every neighbour kept before it.
+    every neighbour kept before it. Where `is_filled`, those follow, up to `limit`, whom the first
+    neighbour that rejects them is nearer than the point, but not four times or more.
     """
     kept: list[int] = []
+    rejected: list[int] = []
     for candidate in sorted(candidates):
         if len(kept) == limit:
             break
         node = node_of(candidate)
-        between = [np.float32(factor) * distance_of(table[other][node]) for other in kept]
-        if all(candidate >> 32 < ordered(distance) for distance in between):
+        between = [distance_of(table[other][node]) for other in kept]
+        near = [d for d in between if candidate >> 32 >= ordered(np.float32(factor) * d)]
+        if not near:
             kept.append(node)
-    return kept
+        elif candidate >> 32 < ordered(4 * near[0]):
+            rejected.append(node)
+    return (kept + rejected * is_filled)[:limit]
 
 
 def node_table(vectors: np.ndarray, metric: str, dtype: str) -> KeyTable:
@@ -414,7 +420,7 @@ def insert_nodes(
     seed: int,
     growth: int = 50,
     largest_batch: int = 2048,
-    factor: float = RELAXED,
+    is_strict: bool = False,
 ) -> Graph:
     """The graph of nodes ..stop, grown from a graph of fewer, in batches of 1/growth of it."""
     M = graph.neighbors.shape[1]
@@ -423,7 +429,7 @@ def insert_nodes(
     while start < stop:
         batch = range(start, min(stop, start + max(1, min(start // growth, largest_batch))))
         levels = {point: draw_level(seed, point, M) for point in batch}
-        insert_batch(layers, table, levels, M, ef_construction, factor)
+        insert_batch(layers, table, levels, M, ef_construction, is_strict)
         start = batch.stop
     return graph_of(layers, M)
 
@@ -434,7 +440,7 @@ def insert_batch(
     levels: dict[int, int],
     M: int,
     ef_construction: int,
-    factor: float,
+    is_strict: bool,
 ) -> None:
     """Insert the points `levels` names, one level each, into `layers`."""
     own_links: dict[tuple[int, int], list[int]] = {}
@@ -444,9 +450,9 @@ def insert_batch(
             mates = [mate for mate in levels if mate < point and levels[mate] >= layer]
             candidates = beams.get(layer, []) + [table[point][mate] for mate in mates]
             nearest = sorted(candidates)[:ef_construction]
-            own_links[layer, point] = (
-                select(nearest, table, M) if layer else select(nearest, table, M + M // 2, factor)
-            )
+            limit = M if layer else M + M // 2
+            factor = 1.0 if layer or is_strict else 1.2
+            own_links[layer, point] = select(nearest, table, limit, factor)
 
     layers += [{} for _ in range(len(layers), max(levels.values()) + 1)]
     sources: dict[tuple[int, int], list[int]] = {}
@@ -455,10 +461,8 @@ def insert_batch(
         for target in targets:
             sources.setdefault((layer, target), []).append(point)
     for (layer, target), points in sources.items():
-        if layer:
-            relink(layers[layer], target, points, table, M, 1.0)
-        else:
-            relink(layers[layer], target, points, table, 2 * M, factor)
+        width = M if layer else 2 * M
+        relink(layers[layer], target, points, table, width, is_relaxed=not (layer or is_strict))
 
 
 def point_beams(
@@ -481,7 +485,8 @@ def relink(
     sources: list[int],
     table: KeyTable,
     width: int,
-    factor: float,
+    *,
+    is_relaxed: bool,
 ) -> None:
     """Give a target its reverse links: nearest first where they fit, else selected with the old."""
     old = links[target]
@@ -489,7 +494,9 @@ def relink(
     if len(old) + len(new) <= width:
         links[target] = old + [node_of(key) for key in new]
     else:
-        links[target] = select([table[target][node] for node in old] + new, table, width, factor)
+        candidates = [table[target][node] for node in old] + new
+        factor = 1.05 if is_relaxed else 1.0
+        links[target] = select(candidates, table, width, factor, is_filled=is_relaxed)
 
 
 def empty_graph(M: int) -> Graph:

@@ -15,10 +15,11 @@ least 1 and at most BATCH. For a batch:
 
 Each row is written by one iteration of one loop, so the threads need no locks and leave no trace.
 Selection is algorithm 4 of Malkov & Yashunin in its strict form: a candidate is kept only if it is
-nearer to the point than to every neighbour kept before it; a tie is rejected. On layer 0 it may be
-farther by less than RELAXED (the alpha of DiskANN, Subramanya et al. 2019), a copy still not; but
-under inner product distances have no zero to be measured from. That and the longer own lists take
-18 to 21 % of the hops at recall 0.95 and 0.99 (GloVe, 60,000 rows), 19 to 36 % (verses).
+nearer to the point than to every neighbour kept before it; a tie is rejected. On layer 0 a factor
+relaxes that (the alpha of DiskANN, Subramanya et al. 2019), RELAXED_OWN for a point's own links and
+RELAXED for a target's, whose free slots take the nearest that were rejected, unless they are near
+copies of a neighbour. Under inner product distances have no zero to be measured from, so all is
+strict. Together with the longer own lists that takes a fifth to a quarter of a search's hops.
 Afterwards `repair` sees to it that layer 0 leads from every node to every other.
 """
 
@@ -40,7 +41,9 @@ from hnsw_gpu.engine.workers import run_chunks
 BATCH = 2048  # comparing a batch with itself then costs a few percent of its searches
 BATCH_DIVISOR = 50  # larger batches give their targets too many links at once, all chosen blindly
 LINK_CHUNK = 64  # points or targets that a thread takes at a time
-RELAXED = np.float32(1.1)  # a kept neighbour rejects what is nearer to it by this factor or more
+RELAXED = np.float32(1.05)  # what is nearer to a kept neighbour than this share of its distance
+RELAXED_OWN = np.float32(1.2)  # to the point is rejected; the same for the point's own links
+NEAR_COPY = np.float32(4)  # times nearer to a kept neighbour than to the point
 BITS_OF_DISTANCE = np.uint64(0xFFFFFFFF00000000)
 NOBODY = np.iinfo(np.int32).max  # in `nodes`, where a layer has room: behind every id
 
@@ -60,6 +63,7 @@ class Selection(NamedTuple):
     kept_keys: np.ndarray  # (M0,) uint64
     own: np.ndarray  # (1, ...) the target as query
     candidates: np.ndarray  # (1, M0 + sources of a target) uint64
+    rejected: np.ndarray  # (M0,) uint64, the nearest that may fill free slots
 
 
 def empty_graph(M):
@@ -273,6 +277,7 @@ def _new_selection(growth, most_sources):
         kept_keys=np.empty(M0, np.uint64),
         own=queries[M0:],
         candidates=np.empty((1, M0 + most_sources), np.uint64),
+        rejected=np.empty(M0, np.uint64),
     )
 
 
@@ -312,7 +317,8 @@ def _link_points(growth, task, selection, first, start, stop, targets, sources):
             _add_batch_mates(growth, task, first, q, layer)
             candidates = size(task.keys, row)
             limit = graph.neighbors.shape[1] if layer else targets.shape[1]
-            count = _select(growth, layer, task.keys, row, candidates, limit, selection)
+            factor = _factor(growth, layer, RELAXED_OWN)
+            count = _select(growth, layer, task.keys, row, candidates, limit, factor, selection)
             layer_start = graph.layer_offsets[layer - 1] if layer else np.int64(0)
             first_target = graph.neighbors0.shape[0] + layer_start if layer else np.int64(0)
             for j in range(count):
@@ -342,14 +348,19 @@ def _add_batch_mates(growth, task, first, q, layer):
 
 
 @jit
-def _select(growth, layer, keys, row, candidates, limit, selection):
-    """Algorithm 4, strict: writes the kept keys, nearest first, at most `limit`; returns how many.
+def _factor(growth, layer, relaxed):
+    """What the distance to a kept neighbour is multiplied by."""
+    return relaxed if layer == 0 and growth.metric != IP else np.float32(1)
 
-    The candidates are keys[row, :candidates], ascending by distance to the point.
+
+@jit
+def _select(growth, layer, keys, row, candidates, limit, factor, selection):
+    """Algorithm 4, strict but for the factor: writes the kept keys, nearest first; how many.
+
+    The candidates are keys[row, :candidates], ascending by distance to the point; at most `limit`
+    are kept. `rejected` gets the nearest others that are no near copies, then KEY_NONE.
     """
-    count = 0
-    is_relaxed = layer == 0 and growth.metric != IP
-    factor = RELAXED if is_relaxed else np.float32(1)
+    count, rejected = 0, 0
     for i in range(candidates):
         key = keys[row, i]
         node = _node(growth.graph, layer, key_node(key))
@@ -358,6 +369,9 @@ def _select(growth, layer, keys, row, candidates, limit, selection):
             between = distance(growth.metric, selection.kept, j, growth.rows, node)
             if make_key(factor * between, 0) <= key & BITS_OF_DISTANCE:
                 is_kept = False
+                if make_key(NEAR_COPY * between, 0) > key and rejected < limit:
+                    selection.rejected[rejected] = key
+                    rejected += 1
                 break
         if is_kept:
             selection.kept_keys[count] = key
@@ -365,6 +379,19 @@ def _select(growth, layer, keys, row, candidates, limit, selection):
             count += 1
             if count == limit:
                 break
+    if rejected < limit:
+        selection.rejected[rejected] = KEY_NONE
+    return count
+
+
+@jit
+def _fill(selection, count, limit):
+    """Add the nearest rejected keys to `count` kept ones, up to `limit`; how many there are."""
+    for i in range(limit - count):
+        if selection.rejected[i] == KEY_NONE:
+            break
+        selection.kept_keys[count] = selection.rejected[i]
+        count += 1
     return count
 
 
@@ -409,7 +436,10 @@ def _relink(growth, layer, neighbors, row, sources, selection):
         node = _node(graph, layer, link)
         key = make_key(distance(growth.metric, selection.own, 0, growth.rows, node), link)
         insert(candidates, 0, new + count, key)
-    count = _select(growth, layer, candidates, 0, new + count, width, selection)
+    factor = _factor(growth, layer, RELAXED)
+    count = _select(growth, layer, candidates, 0, new + count, width, factor, selection)
+    if factor != 1:
+        count = _fill(selection, count, width)
     for j in range(width):
         neighbors[row, j] = key_node(selection.kept_keys[j]) if j < count else -1
 

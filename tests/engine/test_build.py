@@ -79,7 +79,7 @@ def twin(
             seed=seed,
             growth=growth,
             largest_batch=largest_batch,
-            factor=1 if metric == "ip" else reference.RELAXED,
+            is_strict=metric == "ip",
         )
     return made
 
@@ -224,6 +224,10 @@ def test_oracle_selects_strictly() -> None:
     near = np.array([0, 2, 3.9, 4.1, 2], dtype=np.float32)[:, None]
     table = reference.node_table(near, "l2", "fp32")
     assert reference.select(table[0][1:], table, limit=5, factor=4.2) == [1, 3]
+    # Filled, those rejected follow that are not four times nearer to a kept one: no copies.
+    assert reference.select(table[0][1:], table, limit=5) == [1]
+    assert reference.select(table[0][1:], table, limit=5, is_filled=True) == [1, 3]
+    assert reference.select(table[0][1:], table, limit=1, is_filled=True) == [1]
 
 
 # --- what comes of it -----------------------------------------------------------------------------

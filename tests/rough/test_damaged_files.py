@@ -75,6 +75,25 @@ CODES = [
     (put(3, 21, 1), "row 3 has values in the padding"),
     (put(3, 4, 99), "row 3 has a (sum of codes|norm) that is not that of its codes"),
 ]
+LENGTH, FITS = "a length that is negative or not", "a scale that does not fit its codes and its"
+HALVES = [  # four bits a number: byte 0 holds the first and the last of 21
+    (put_tail(5, 0, np.float32, lambda x: np.nan), "row 5 has a scale that is negative or not"),
+    (put_tail(5, 0, np.float32, lambda x: np.inf), "row 5 has a scale that is negative or not"),
+    (put_tail(5, 0, np.float32, lambda x: -x), "row 5 has a scale that is negative or not"),
+    (put_tail(5, 0, np.float32, lambda x: x / 2), f"row 5 has {FITS}"),
+    (put_tail(5, 0, np.float32, lambda x: 9 * x), f"row 5 has {FITS}"),
+    (put_tail(5, 0, np.float32, lambda x: 0), f"row 5 has {FITS}"),
+    (put_tail(9, 4, np.float32, lambda x: np.nan), f"row 9 has {LENGTH}"),
+    (put_tail(9, 4, np.float32, lambda x: np.inf), f"row 9 has {LENGTH}"),
+    (put_tail(9, 4, np.float32, lambda x: -x), f"row 9 has {LENGTH}"),
+    (put_tail(9, 4, np.float32, lambda x: 2 * x), f"row 9 has {FITS}"),
+    (put_tail(9, 4, np.float32, lambda x: 0), f"row 9 has {FITS}"),
+    (put_tail(9, 8, np.int32, lambda x: x + 1), "row 9 has a sum of codes that is not that of"),
+    (put(3, 4, 0), "row 3 has a sum of codes that is not that of"),
+    (put(3, 1, 0x1F), "row 3 has values in the padding"),
+    (put(3, 19, 0x80), "row 3 has values in the padding"),
+]
+UNIT = (put_tail(4, 4, np.float32, lambda x: x * 0.99), "row 4 has a length other than 1, which co")
 LARGE = (put(4, 4, 3e20), "row 4 has NaN, infinite or too large values")
 LONG = (put(4, 4, 3), "row 4 has a length other than 1, which cosine needs")
 FORGED = [
@@ -86,6 +105,9 @@ FORGED = [
         ("l2", "fp16", False, "vectors", FLOATS),
         ("l2", "int8", False, "vectors", CODES),
         ("cosine", "int8", False, "vectors", CODES),
+        ("l2", "int4", "fp32", "vectors", HALVES),
+        ("cosine", "int4", "fp16", "vectors", [*HALVES, UNIT]),
+        ("ip", "int4", "fp32", "refine_vectors", FLOATS),
         ("l2", "int8", "fp16", "refine_vectors", FLOATS),
         ("l2", "fp16", "fp32", "refine_vectors", FLOATS),
         ("cosine", "fp16", "fp32", "refine_vectors", [LONG]),
@@ -102,17 +124,21 @@ def test_numbers_that_no_add_lets_in(tmp_path, how, name, change, message) -> No
     forge(path, name, change)
     with pytest.raises(CorruptIndexError, match=f"x.hnsw: {name}: {message}"):
         load(path)
+    if name == "vectors" and how["refine"]:  # which are in memory
+        with pytest.raises(CorruptIndexError, match=f"x.hnsw: {name}: {message}"):
+            load(path, mmap=True)
+        return
     mapped = load(path, mmap=True)  # reads none of them
     with pytest.raises(ValueError, match=f"^{name}: {message}"):
         mapped.check()
 
 
 @pytest.mark.parametrize("factor", [1e-13, 1e-12, 1, 1e12, 1e17])
-@pytest.mark.parametrize("dtype", ["fp32", "int8"])
+@pytest.mark.parametrize("dtype", ["fp32", "int8", "int4"])
 @pytest.mark.parametrize("metric", ["l2", "cosine"])
 def test_numbers_of_any_size_that_add_lets_in(tmp_path, factor, dtype, metric) -> None:
     """Whatever `add` takes, `load` does."""
-    index = Index(DIM, metric, dtype)
+    index = Index(DIM, metric, dtype, refine="fp32" if dtype == "int4" else None)
     rows = rows_of(50) * np.float32(factor)
     rows[0, 1:] = 0  # one code is not 0
     index.add(rows)

@@ -120,5 +120,5 @@ def test_what_rounding_takes(dim):
     decoded = vectors.decode(vectors.encode(rows, "l2", "int4"), dim, "int4").astype(np.float64)
     squares = np.square(rows.astype(np.float64)).sum(axis=1)
     lost = np.sqrt(np.square(decoded - rows).sum(axis=1) / squares)
-    assert 0.08 < lost.mean() < 0.115 and lost.max() < 0.15
+    assert 0.08 < lost.mean() < 0.115 and lost.max() < 0.2
     np.testing.assert_allclose((decoded * rows).sum(axis=1), squares, rtol=2e-3)

@@ -2,6 +2,7 @@
 
 import errno
 import gc
+import mmap
 import os
 import signal
 import stat
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from hnsw_gpu import CorruptIndexError, Index, load
+from hnsw_gpu.engine.mapped_rows import ask_for
 from hnsw_gpu.files import read_arrays, storage, write_arrays
 
 DIM = 21  # rows of every dtype are padded
@@ -148,7 +150,53 @@ def test_numbers_of_any_size_that_add_lets_in(tmp_path, factor, dtype, metric) -
     np.testing.assert_array_equal(again.vectors(again.labels), index.vectors(index.labels))
 
 
-# ---------------------------------------------------------------- mapped files that change
+# ---------------------------------------------------------------- mapped files
+
+
+@pytest.mark.parametrize(
+    ("how", "on_disk"),
+    [
+        ({}, "rows"),
+        ({"dtype": "int4"}, "refine_rows"),
+        ({"dtype": "int8", "refine": "fp32"}, "refine_rows"),
+    ],
+)
+def test_the_finest_rows_stay_on_disk(tmp_path, how, on_disk) -> None:
+    """And the others, which a walk reads, are read and checked at once."""
+    expected = saved(tmp_path / "x.hnsw", **how).search(rows_of(9), 5)
+    index = load(tmp_path / "x.hnsw", mmap=True, device="cpu")
+    cpu = index._state.cpu
+    found = {name for name in ("rows", "refine_rows") if hasattr(getattr(cpu, name), "_mmap")}
+    assert found == {on_disk}
+    for one, other in zip(index.search(rows_of(9), 5), expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+class Noting(mmap.mmap):
+    """A map that notes what it is advised of."""
+
+    def madvise(self, *asked):
+        self.asked = [*getattr(self, "asked", []), asked]
+        return super().madvise(*asked)
+
+
+def test_rows_on_disk_are_asked_for_by_page(tmp_path) -> None:
+    page = mmap.PAGESIZE
+    with open(tmp_path / "x", "w+b") as file:
+        file.truncate(20 * page)
+        mapped = Noting(file.fileno(), 0, access=mmap.ACCESS_READ)
+        rows = np.ndarray((40, page // 4), np.uint8, mapped, offset=page + 64).view(np.memmap)
+        rows._mmap = mapped
+        ask_for(rows[:30], np.array([0, 5, 11]))
+        wanted, quarter = mmap.MADV_WILLNEED, page // 4
+        assert mapped.asked == [
+            (wanted, page, 64 + quarter),
+            (wanted, 2 * page, 64 + 2 * quarter),
+            (wanted, 3 * page, 64 + 4 * quarter),
+        ]
+        ask_for(np.array(rows), np.array([0, 5, 11]))  # in memory
+        assert len(mapped.asked) == 3
+
 
 USES = {
     "search": lambda index: index.search(rows_of(3), 5),

@@ -107,8 +107,7 @@ def reranked(value: int | str | None, k: int) -> int | None:
     """How many nodes refine rows re-rank; None: the whole beam."""
     if value is None:
         return None
-    if isinstance(value, str):
-        one_of("rerank", value, ("auto",))
+    if isinstance(value, str) and value == "auto":
         return max(2 * k, LEAST_RERANK)
     return integer("rerank", value, 1)
 

@@ -5,8 +5,8 @@ an engine's encoding is held against the oracle too. Keys are Python integers.
 
 On fp32 and fp16 the sums are taken in float64 and rounded once: an engine gives the same float only
 where every summation order is exact, which `integer_vectors` sees to. The int8 distance is a fixed
-chain of float32 operations and is the same on any data, and so is the int4 one: a dot product of whole numbers, and a multiply-add that
-rounds once.
+chain of float32 operations and is the same on any data, and so is the int4 one: a dot product of
+whole numbers, and a multiply-add that rounds once.
 """
 
 import math
@@ -67,7 +67,7 @@ def sign(place: int) -> int:
 
 
 def rotated(vector: np.ndarray, rounds: int = 4) -> np.ndarray:
-    """Signs, then butterflies of the first or the last 2**p coordinates; and of halves, if more."""
+    """Signs, then butterflies of the first or the last 2**p; after both, of halves, if more."""
     values = vector.astype(np.float32)
     dim = len(values)
     power = 2 ** (dim.bit_length() - 1)
@@ -82,7 +82,7 @@ def rotated(vector: np.ndarray, rounds: int = 4) -> np.ndarray:
             factor = factor * half_root
             step *= 2
         values = np.concatenate([values[:first], part * factor, values[first + power :]])
-        if power < dim:
+        if turn % 2 and power < dim:
             left, right = values[: dim // 2].copy(), values[dim - dim // 2 :].copy()
             values[: dim // 2] = (left + right) * half_root
             values[dim - dim // 2 :] = (left - right) * half_root

@@ -87,6 +87,33 @@ def test_search_writes_the_exact_neighbours(files, tmp_path):
         np.testing.assert_allclose(found["distances"], distances, rtol=1e-5)
 
 
+def test_rerank(tmp_path):
+    rows = np.float32(oracle.gaussian(900, DIM, seed=7) + 9)  # coarse codes
+    np.save(tmp_path / "rows.npy", rows)
+    np.save(tmp_path / "queries.npy", rows[:50])
+    index = tmp_path / "a.hnsw"
+    run("build", tmp_path / "rows.npy", "-o", index, "--dtype", "int4", "--metric", "l2")
+    assert json.loads(run("info", index, "--json"))["refine"] == "fp16"
+    loaded, answers = hnsw_gpu.load(index), set()
+    for given, rerank in (("auto", "auto"), ("all", None), (1, 1), (9, 9)):
+        output = tmp_path / "a.npz"
+        run("search", index, tmp_path / "queries.npy", "-o", output, "-k", 4, "--rerank", given)
+        expected = loaded.search(rows[:50], 4, rerank=rerank)
+        with np.load(output) as found:
+            np.testing.assert_array_equal(found["labels"], expected.labels)
+        answers.add(expected.labels.tobytes())
+        command = ["recall", index, tmp_path / "queries.npy", "-k", 4, "--ef", 64, "--json"]
+        (point,) = json.loads(run(*command, "--rerank", given))
+        truth = oracle.distances(rows[:50], loaded.vectors(loaded.labels), "l2")
+        assert point["recall"] == pytest.approx(oracle.recall(expected.labels, truth, 4))
+    assert len(answers) == 4
+    for wrong in ("0", "some", "-1", "1.5"):
+        text = run(
+            "search", index, tmp_path / "queries.npy", "-o", output, "--rerank", wrong, code=2
+        )
+        assert f"'{wrong}' is no number from 1 on, auto or all" in text
+
+
 def test_search_in_blocks_is_the_search_in_one(files, tmp_path, monkeypatch):
     answers = []
     for block in (QUERIES, 7, 1):

@@ -124,6 +124,7 @@ def settings_cases():
         ("ef_construction", 2**40, ValueError),
         ("refine", "fp64", ValueError),
         ("refine", True, ValueError),  # fp32 rows have nothing finer beside them
+        ("refine", 2, ValueError),
         ("seed", -1, ValueError),
         ("seed", 1.5, TypeError),
         ("seed", 2**64, ValueError),
@@ -263,10 +264,17 @@ def test_no_number_is_left_after_the_largest_label():
 
 
 # None is a default; a huge ef or number of threads is more than there is to do
-RIGHT_NUMBERS = {("threads", "None"), ("expand", "None"), ("ef", "huge"), ("threads", "huge")}
+RIGHT_NUMBERS = {
+    ("threads", "None"),
+    ("rerank", "None"),
+    ("rerank", "huge"),
+    ("expand", "None"),
+    ("ef", "huge"),
+    ("threads", "huge"),
+}
 WRONG_NUMBERS = [
     (name, case)
-    for name in ("k", "ef", "expand", "ef_upper", "threads")
+    for name in ("k", "ef", "expand", "ef_upper", "rerank", "threads")
     for case in NUMBERS
     if (name, case) not in RIGHT_NUMBERS
 ]

@@ -383,7 +383,7 @@ def test_int4_keeps_finer_rows():
     assert hnsw_gpu.Index(4, dtype="int4").refine == "fp16"
     assert hnsw_gpu.Index(4, dtype="int4", refine="fp16").refine == "fp16"
     for none in (False, ""):
-        with pytest.raises(ValueError, match="refine=.*'int4' are estimates, expected 'fp16'"):
+        with pytest.raises(ValueError, match=r"refine=.*'int4' are estimates, expected 'fp16'"):
             hnsw_gpu.Index(4, dtype="int4", refine=none)
 
 
@@ -418,7 +418,7 @@ def test_rerank_says_how_many_the_finer_rows_compare(dtype, refine):
         ("int8", True, 672),
         ("int4", "fp16", 96 + 256),
         ("int4", True, 96 + 512),
-    ],  # fmt: skip
+    ],
 )
 def test_nbytes_counts_rows_links_and_labels(dtype, refine, row_bytes):
     vectors = oracle.gaussian(2000, 128, seed=5)

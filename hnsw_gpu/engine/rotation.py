@@ -2,8 +2,11 @@
 
 After it no coordinate is much larger than the others, whatever the vectors were, so a few bits a
 coordinate keep what tells them apart. Each of ROUNDS rounds changes signs at random and applies the
-Walsh-Hadamard transform to the first, or in turn to the last, power of two of the coordinates;
-where that is not all of them, pairs from both halves are then turned by 45 degrees (Kac's walk).
+Walsh-Hadamard transform to the first, or in turn to the last, power of two of the coordinates.
+Where that is not all of them, after each two rounds, which leave none out, pairs from both halves
+are turned by 45 degrees (Kac's walk). Turned after every round, a number that the first round left
+out would in part come back to where the second one leaves it out.
+
 Sums of two float32 numbers and nothing else: there is no order of summation to differ.
 """
 
@@ -52,7 +55,7 @@ def _rotate(vectors, signs, spare):
                 vector[j] *= signs[turn, j]
             first = (turn & 1) * (dim - power)
             _transform(vector[first : first + power], spare[:power])
-            if power < dim:
+            if turn & 1 and power < dim:
                 _turn_pairs(vector)
 
 
@@ -64,7 +67,7 @@ def _rotate_back(vectors, signs, spare):
     for i in range(vectors.shape[0]):
         vector = vectors[i]
         for turn in range(ROUNDS - 1, -1, -1):
-            if power < dim:
+            if turn & 1 and power < dim:
                 _turn_pairs(vector)
             first = (turn & 1) * (dim - power)
             _transform(vector[first : first + power], spare[:power])

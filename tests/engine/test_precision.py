@@ -86,6 +86,8 @@ def test_recall_of_refined_rows_is_that_of_fp32(index, rows, queries, metric, ef
     assert recall("fp16", False) >= plain - 0.002
     assert recall("int8", "fp16") >= plain - 0.004
     assert recall("int8", False) >= plain - 0.05
+    assert recall("int4", True) >= plain - 0.01
+    assert recall("int4", "fp16") >= plain - 0.012
 
 
 def test_refined_radius_and_neighbours(index, rows, queries):

@@ -38,9 +38,10 @@ for dtype in ("fp32", "fp16", "int8", "int4"):
             labels, distances = index.search(rows, 10)
             near = index.neighbor_graph(5)
             state, asked = index._state, encode_queries(rows, metric, dtype)
-            walked = search_graph(state.graph, state.rows[:state.node_count], asked, metric, k=9, ef=30)
+            codes = state.rows[:state.node_count]
+            walked = search_graph(state.graph, codes, asked, metric, k=9, ef=30)
             parts = (labels, distances, near.labels, near.distances, *state.graph, state.rows)
-            parts += (*walked, *([] if dtype == "int8" else [asked]))  # nobody reads some bytes of it
+            parts += (*walked, *([] if dtype == "int8" else [asked]))  # which has bytes not in use
             for i, part in enumerate(parts):
                 found[f"{name} {dtype} {metric} {i}"] = part
 np.savez(sys.argv[1], **found)

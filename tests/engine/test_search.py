@@ -270,7 +270,7 @@ def test_forgetting_around_the_undo_list(visited: int) -> None:
     assert counts.tolist() == [visited]
 
 
-# --- int8 and int4 on any data -----------------------------------------------------------------------------
+# --- int8 and int4 on any data --------------------------------------------------------------------
 
 
 def real_vectors(n: int, dim: int, rng: np.random.Generator) -> np.ndarray:

@@ -94,6 +94,26 @@ def test_radius_and_neighbour_graph(machine):
     oracle.assert_same(cpu.neighbor_graph(5, ef=ROWS), gpu.neighbor_graph(5, ef=ROWS))
 
 
+def test_int4_stays_on_the_cpu_and_says_why(machine, caplog, tmp_path):
+    """The kernels do not know it."""
+    why = "dtype='int4': the GPU searches fp32, fp16, int8"
+    with pytest.raises(RuntimeError, match=f"device='cuda': {why}"):
+        hnsw_gpu.Index(DIM, "l2", "int4", device="cuda")
+    index = hnsw_gpu.Index(DIM, "l2", "int4")
+    index.add(vectors(ROWS, seed=1))
+    with pytest.raises(RuntimeError, match=f"device='cuda': {why}"):
+        index.to("cuda")
+    assert index.device == "cpu"
+    expected = index.search(vectors(9, seed=2), 7)
+    index.save(tmp_path / "x.hnsw")
+    with caplog.at_level(logging.INFO, "hnsw_gpu"):
+        assert index.to("auto").device == "cpu"
+    assert f"device='auto': searching on the CPU: {why}" in caplog.text
+    loaded = hnsw_gpu.load(tmp_path / "x.hnsw")  # "auto"
+    assert loaded.device == "cpu"
+    oracle.assert_same(loaded.search(vectors(9, seed=2), 7), expected)
+
+
 def test_the_default_of_expand_is_the_devices(machine):
     cpu, gpu = pair()
     queries = vectors(9, seed=2)

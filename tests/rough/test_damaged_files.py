@@ -2,6 +2,7 @@
 
 import errno
 import gc
+import mmap
 import os
 import signal
 import stat
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from hnsw_gpu import CorruptIndexError, Index, load
+from hnsw_gpu.engine.mapped_rows import ask_for
 from hnsw_gpu.files import read_arrays, storage, write_arrays
 
 DIM = 21  # rows of every dtype are padded
@@ -75,6 +77,25 @@ CODES = [
     (put(3, 21, 1), "row 3 has values in the padding"),
     (put(3, 4, 99), "row 3 has a (sum of codes|norm) that is not that of its codes"),
 ]
+LENGTH, FITS = "a length that is negative or not", "a scale that does not fit its codes and its"
+HALVES = [  # four bits a number: byte 0 holds the first and the last of 21
+    (put_tail(5, 0, np.float32, lambda x: np.nan), "row 5 has a scale that is negative or not"),
+    (put_tail(5, 0, np.float32, lambda x: np.inf), "row 5 has a scale that is negative or not"),
+    (put_tail(5, 0, np.float32, lambda x: -x), "row 5 has a scale that is negative or not"),
+    (put_tail(5, 0, np.float32, lambda x: x / 2), f"row 5 has {FITS}"),
+    (put_tail(5, 0, np.float32, lambda x: 9 * x), f"row 5 has {FITS}"),
+    (put_tail(5, 0, np.float32, lambda x: 0), f"row 5 has {FITS}"),
+    (put_tail(9, 4, np.float32, lambda x: np.nan), f"row 9 has {LENGTH}"),
+    (put_tail(9, 4, np.float32, lambda x: np.inf), f"row 9 has {LENGTH}"),
+    (put_tail(9, 4, np.float32, lambda x: -x), f"row 9 has {LENGTH}"),
+    (put_tail(9, 4, np.float32, lambda x: 2 * x), f"row 9 has {FITS}"),
+    (put_tail(9, 4, np.float32, lambda x: 0), f"row 9 has {FITS}"),
+    (put_tail(9, 8, np.int32, lambda x: x + 1), "row 9 has a sum of codes that is not that of"),
+    (put(3, 4, 0), "row 3 has a sum of codes that is not that of"),
+    (put(3, 1, 0x1F), "row 3 has values in the padding"),
+    (put(3, 19, 0x80), "row 3 has values in the padding"),
+]
+UNIT = (put_tail(4, 4, np.float32, lambda x: x * 0.99), "row 4 has a length other than 1, which co")
 LARGE = (put(4, 4, 3e20), "row 4 has NaN, infinite or too large values")
 LONG = (put(4, 4, 3), "row 4 has a length other than 1, which cosine needs")
 FORGED = [
@@ -86,6 +107,9 @@ FORGED = [
         ("l2", "fp16", False, "vectors", FLOATS),
         ("l2", "int8", False, "vectors", CODES),
         ("cosine", "int8", False, "vectors", CODES),
+        ("l2", "int4", "fp32", "vectors", HALVES),
+        ("cosine", "int4", "fp16", "vectors", [*HALVES, UNIT]),
+        ("ip", "int4", "fp32", "refine_vectors", FLOATS),
         ("l2", "int8", "fp16", "refine_vectors", FLOATS),
         ("l2", "fp16", "fp32", "refine_vectors", FLOATS),
         ("cosine", "fp16", "fp32", "refine_vectors", [LONG]),
@@ -102,17 +126,21 @@ def test_numbers_that_no_add_lets_in(tmp_path, how, name, change, message) -> No
     forge(path, name, change)
     with pytest.raises(CorruptIndexError, match=f"x.hnsw: {name}: {message}"):
         load(path)
+    if name == "vectors" and how["refine"]:  # which are in memory
+        with pytest.raises(CorruptIndexError, match=f"x.hnsw: {name}: {message}"):
+            load(path, mmap=True)
+        return
     mapped = load(path, mmap=True)  # reads none of them
     with pytest.raises(ValueError, match=f"^{name}: {message}"):
         mapped.check()
 
 
 @pytest.mark.parametrize("factor", [1e-13, 1e-12, 1, 1e12, 1e17])
-@pytest.mark.parametrize("dtype", ["fp32", "int8"])
+@pytest.mark.parametrize("dtype", ["fp32", "int8", "int4"])
 @pytest.mark.parametrize("metric", ["l2", "cosine"])
 def test_numbers_of_any_size_that_add_lets_in(tmp_path, factor, dtype, metric) -> None:
     """Whatever `add` takes, `load` does."""
-    index = Index(DIM, metric, dtype)
+    index = Index(DIM, metric, dtype, refine="fp32" if dtype == "int4" else None)
     rows = rows_of(50) * np.float32(factor)
     rows[0, 1:] = 0  # one code is not 0
     index.add(rows)
@@ -122,7 +150,53 @@ def test_numbers_of_any_size_that_add_lets_in(tmp_path, factor, dtype, metric) -
     np.testing.assert_array_equal(again.vectors(again.labels), index.vectors(index.labels))
 
 
-# ---------------------------------------------------------------- mapped files that change
+# ---------------------------------------------------------------- mapped files
+
+
+@pytest.mark.parametrize(
+    ("how", "on_disk"),
+    [
+        ({}, "rows"),
+        ({"dtype": "int4"}, "refine_rows"),
+        ({"dtype": "int8", "refine": "fp32"}, "refine_rows"),
+    ],
+)
+def test_the_finest_rows_stay_on_disk(tmp_path, how, on_disk) -> None:
+    """And the others, which a walk reads, are read and checked at once."""
+    expected = saved(tmp_path / "x.hnsw", **how).search(rows_of(9), 5)
+    index = load(tmp_path / "x.hnsw", mmap=True, device="cpu")
+    cpu = index._state.cpu
+    found = {name for name in ("rows", "refine_rows") if hasattr(getattr(cpu, name), "_mmap")}
+    assert found == {on_disk}
+    for one, other in zip(index.search(rows_of(9), 5), expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+class Noting(mmap.mmap):
+    """A map that notes what it is advised of."""
+
+    def madvise(self, *asked):
+        self.asked = [*getattr(self, "asked", []), asked]
+        return super().madvise(*asked)
+
+
+def test_rows_on_disk_are_asked_for_by_page(tmp_path) -> None:
+    page = mmap.PAGESIZE
+    with open(tmp_path / "x", "w+b") as file:
+        file.truncate(20 * page)
+        mapped = Noting(file.fileno(), 0, access=mmap.ACCESS_READ)
+        rows = np.ndarray((40, page // 4), np.uint8, mapped, offset=page + 64).view(np.memmap)
+        rows._mmap = mapped
+        ask_for(rows[:30], np.array([0, 5, 11]))
+        wanted, quarter = mmap.MADV_WILLNEED, page // 4
+        assert mapped.asked == [
+            (wanted, page, 64 + quarter),
+            (wanted, 2 * page, 64 + 2 * quarter),
+            (wanted, 3 * page, 64 + 4 * quarter),
+        ]
+        ask_for(np.array(rows), np.array([0, 5, 11]))  # in memory
+        assert len(mapped.asked) == 3
+
 
 USES = {
     "search": lambda index: index.search(rows_of(3), 5),

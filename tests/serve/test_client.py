@@ -14,7 +14,7 @@ pytest.importorskip("prometheus_client")
 import served
 from served import QUERIES, ROWS, running
 
-from hnsw_gpu import Client, ServerError, load
+from hnsw_gpu import Client, Index, ServerError, load
 from hnsw_gpu.serve import client, formats
 
 
@@ -43,6 +43,24 @@ def equal(found, expected):
     for a, b in zip(found, expected, strict=True):
         assert a.dtype == b.dtype
         np.testing.assert_array_equal(a, b)
+
+
+def test_rerank(tmp_path):
+    index = Index(QUERIES.shape[1], "l2", "int4", M=8, ef_construction=40)
+    rows = np.random.default_rng(6).normal(size=(900, QUERIES.shape[1])) + 9  # coarse codes
+    index.add(rows)
+    index.save(tmp_path / "docs.hnsw")
+    with (
+        running(tmp_path / "docs.hnsw") as one,
+        Client(f"http://127.0.0.1:{one.port}") as asking,
+    ):
+        answers = {
+            rerank: asking.search(rows[:50], 4, ef=99, rerank=rerank)
+            for rerank in ("auto", None, 1, 9)
+        }
+    for rerank, found in answers.items():
+        equal(found, index.search(rows[:50], 4, ef=99, rerank=rerank))
+    assert len({found.labels.tobytes() for found in answers.values()}) == 4
 
 
 def test_it_answers_as_the_index_does(asking, folder):

@@ -68,7 +68,7 @@ rerank_option = click.option(
     callback=_rerank,
     default="auto",
     show_default=True,
-    help="Nearest of the beam that refine rows compare; auto: 2 k, at least 20; all: ef.",
+    help="Nearest of the beam that refine rows compare; auto: the most of 2 k, 20 and ef / 4; all: ef.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 

@@ -17,7 +17,8 @@ ALIASES = {
     "cos": "cosine",
     "angular": "cosine",
 }
-LEAST_RERANK = 20  # nodes that refine rows re-rank: more gain nothing at k = 10
+LEAST_RERANK = 20  # nodes that refine rows re-rank, and the share of ef: see benchmarks/README.md
+RERANK_SHARE = 4
 MOST_NODES = 2**31 - 1
 LARGEST_LABEL = 2**63 - 1
 DEFAULT_REFINE = {"int4": "fp16"}  # where nobody says; it cannot do without
@@ -103,12 +104,12 @@ def threads(value: int | None) -> int:
     return thread_count(None if value is None else integer("threads", value, 1))
 
 
-def reranked(value: int | str | None, k: int) -> int | None:
+def reranked(value: int | str | None, k: int, ef: int) -> int | None:
     """How many nodes refine rows re-rank; None: the whole beam."""
     if value is None:
         return None
     if isinstance(value, str) and value == "auto":
-        return max(2 * k, LEAST_RERANK)
+        return max(2 * k, LEAST_RERANK, ef // RERANK_SHARE)
     return integer("rerank", value, 1)
 
 
@@ -121,11 +122,11 @@ def walk(
     rerank: int | str | None = "auto",
 ) -> Walk:
     """The numbers of a search."""
-    k = integer("k", k, 1, MOST_NODES)
+    k, ef = integer("k", k, 1, MOST_NODES), integer("ef", ef, 1)
     return Walk(
         k=k,
-        rerank=reranked(rerank, k) or 0,
-        ef=integer("ef", ef, 1),
+        rerank=reranked(rerank, k, ef) or 0,
+        ef=ef,
         expand=integer("expand", expand, 1, 32),
         ef_upper=integer("ef_upper", ef_upper, 1, 65536),
         threads=threads(threads_given),

@@ -59,7 +59,8 @@ class Searching:
         expand: nodes expanded in one step, 1 to 32. None: 1 on the CPU; on a GPU 4, below ef 48 it
             is 2. Devices answer alike at the same `expand`. ef_upper: beam capacity above layer 0.
         rerank: how many of the nearest in the beam the refine rows compare, where the index has
-            them; at least k are. "auto": 2 k, at least 20. None: all ef.
+            them; at least k are. "auto": the most of 2 k, 20 and ef / 4. None:
+            all ef.
         stream: of a GPU, for queries that lie there; None: CuPy's current one.
         out: arrays (labels int64, distances float32), each (q, k), that take the result.
 

@@ -400,7 +400,7 @@ def test_rerank_says_how_many_the_finer_rows_compare(dtype, refine):
     walked = key_nodes(walked.keys)
     fine = np.square(queries[:, None] - index.vectors(np.arange(300))[walked]).sum(axis=2)
     differ = set()
-    for rerank, count in ((1, 5), (5, 5), (12, 12), ("auto", 20), (100, 100), (None, 300)):
+    for rerank, count in ((1, 5), (5, 5), (12, 12), ("auto", 75), (100, 100), (None, 300)):
         best = fine[:, :count].argsort(axis=1, kind="stable")[:, :5]
         expected = np.take_along_axis(walked, best, axis=1)
         found = index.search(queries, 5, ef=300, rerank=rerank)

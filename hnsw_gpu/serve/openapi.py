@@ -89,7 +89,7 @@ def _search(limits: dict[str, int]) -> dict[str, Any]:
                     ],
                     "default": "auto",
                 },
-                "nearest of the beam that refine rows compare, at least k; auto: 2 k, at least 20; "
+                "nearest of the beam that refine rows compare, at least k; auto: the most of 2 k, 20, ef / 4; "
                 "all: ef",
             ),
             parameter("allow", {"type": "string"}, "name of a registered filter"),

@@ -56,7 +56,7 @@ class Ours:
         self.refine = refine
         self.ladders: tuple = (EFS,)
         if refine:
-            self.ladders += ([Reranked(ef, 40) for ef in EFS if ef > 20],)
+            self.ladders += tuple([Reranked(ef, n) for ef in EFS if ef > n] for n in (20, 40))
 
     def build(self, base: np.ndarray, setting: Setting, threads: int) -> None:
         import hnsw_gpu

@@ -68,7 +68,8 @@ rerank_option = click.option(
     callback=_rerank,
     default="auto",
     show_default=True,
-    help="Nearest of the beam that refine rows compare; auto: the most of 2 k, 20 and ef / 4; all: ef.",
+    help="Nearest of the beam that refine rows compare; auto: of int4 max(2 k, 20, ef / 4), "
+    "else all.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 

@@ -104,12 +104,12 @@ def threads(value: int | None) -> int:
     return thread_count(None if value is None else integer("threads", value, 1))
 
 
-def reranked(value: int | str | None, k: int, ef: int) -> int | None:
+def reranked(value: int | str | None, k: int, ef: int, dtype: str) -> int | None:
     """How many nodes refine rows re-rank; None: the whole beam."""
     if value is None:
         return None
     if isinstance(value, str) and value == "auto":
-        return max(2 * k, LEAST_RERANK, ef // RERANK_SHARE)
+        return max(2 * k, LEAST_RERANK, ef // RERANK_SHARE) if dtype == "int4" else None
     return integer("rerank", value, 1)
 
 
@@ -120,12 +120,13 @@ def walk(
     expand: int,
     ef_upper: int = 1,
     rerank: int | str | None = "auto",
+    dtype: str = "",
 ) -> Walk:
     """The numbers of a search."""
     k, ef = integer("k", k, 1, MOST_NODES), integer("ef", ef, 1)
     return Walk(
         k=k,
-        rerank=reranked(rerank, k, ef) or 0,
+        rerank=reranked(rerank, k, ef, dtype) or 0,
         ef=ef,
         expand=integer("expand", expand, 1, 32),
         ef_upper=integer("ef_upper", ef_upper, 1, 65536),

@@ -33,6 +33,7 @@ class Searching:
 
     dim: int
     metric: str
+    dtype: str
     _metric: str  # the engines'
     _state: State
     _gpu: GpuEngine | None
@@ -59,8 +60,8 @@ class Searching:
         expand: nodes expanded in one step, 1 to 32. None: 1 on the CPU; on a GPU 4, below ef 48 it
             is 2. Devices answer alike at the same `expand`. ef_upper: beam capacity above layer 0.
         rerank: how many of the nearest in the beam the refine rows compare, where the index has
-            them; at least k are. "auto": the most of 2 k, 20 and ef / 4. None:
-            all ef.
+            them; at least k are. "auto": of int4 the most of 2 k, 20 and ef / 4, else all ef, as
+            None.
         stream: of a GPU, for queries that lie there; None: CuPy's current one.
         out: arrays (labels int64, distances float32), each (q, k), that take the result.
 
@@ -74,7 +75,7 @@ class Searching:
         does any that would be refused.
         """
         expand = self._expand(ef) if expand is None else expand
-        walk = inputs.walk(k, ef, threads, expand, ef_upper, rerank)
+        walk = inputs.walk(k, ef, threads, expand, ef_upper, rerank, self.dtype)
         if inputs.is_on_gpu(queries) and self._gpu is not None:
             return self._search_on_gpu(queries, walk, allow, stream, out)
         if stream is not None:
@@ -92,7 +93,8 @@ class Searching:
         threads: int | None = None,
     ) -> SearchResult:
         """As `search`, of queries that `checked_queries` gave."""
-        walk = inputs.walk(k, ef, threads, self._expand(ef), rerank=rerank)
+        expand = self._expand(ef)
+        walk = inputs.walk(k, ef, threads, expand, rerank=rerank, dtype=self.dtype)
         return self._found(queries, walk, allow)
 
     def checked_queries(self, queries: ArrayLike) -> np.ndarray:
@@ -227,7 +229,7 @@ class Searching:
 
         Each search starts from the vector's own node (R10). Copies are neighbours of each other.
         """
-        walk = inputs.walk(k, ef, threads, self._expand(ef))
+        walk = inputs.walk(k, ef, threads, self._expand(ef), dtype=self.dtype)
 
         def find(state: State, engine: CpuEngine | GpuEngine) -> tuple[np.ndarray, np.ndarray]:
             held = state.labels

@@ -196,7 +196,8 @@ class Batcher:
             raise ValueError(f"timeout_s={timeout_s}: expected more than 0")
         mask = None if allow is None else inputs.array("allow", allow)
         is_bulk = len(queries) > self._rows_of_a_batch(index)
-        key = BatchKey.of(index, k, ef, inputs.reranked(rerank, k, ef), mask, is_bulk)
+        reranked = inputs.reranked(rerank, k, ef, index.dtype)
+        key = BatchKey.of(index, k, ef, reranked, mask, is_bulk)
         request = QueuedSearch(key, queries, k, mask, timeout_s, future)
         self._require_threads()
         with self._lock:

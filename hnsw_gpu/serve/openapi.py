@@ -89,8 +89,8 @@ def _search(limits: dict[str, int]) -> dict[str, Any]:
                     ],
                     "default": "auto",
                 },
-                "nearest of the beam that refine rows compare, at least k; auto: the most of 2 k, 20, ef / 4; "
-                "all: ef",
+                "nearest of the beam that refine rows compare; auto: of int4 the most of "
+                "2 k, 20 and ef / 4, else all",
             ),
             parameter("allow", {"type": "string"}, "name of a registered filter"),
             parameter(

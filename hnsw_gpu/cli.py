@@ -45,9 +45,21 @@ def main() -> None:
 
 
 threads_option = click.option("--threads", type=POSITIVE, help="Threads to use. [default: all]")
+
+
+def _device(context: click.Context, parameter: click.Parameter, value: str) -> str:
+    from hnsw_gpu import inputs
+
+    try:
+        return inputs.device(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+
+
 device_option = click.option(
     "--device",
-    type=click.Choice(["auto", "cpu", "cuda"]),
+    callback=_device,
+    metavar="[auto|cpu|cuda|cuda:N]",
     default="auto",
     show_default=True,
     help="Where to search; auto uses a GPU if there is one.",
@@ -489,7 +501,7 @@ def serve(
         held, seconds = served.index, time.perf_counter() - started
         say(
             f"ready after {seconds:.1f} s: {len(held):,} vectors of {held.dim}, {held.metric}, "
-            f"on the {'GPU' if held.device == 'cuda' else 'CPU'}"
+            f"on the {'CPU' if held.device == 'cpu' else 'GPU'}"
         )
 
     names = {name.lower() for name in allowed_hosts}

@@ -128,7 +128,7 @@ def test_metadata(packages):
     core = {package for package, condition in needs if "extra ==" not in condition}
     assert core == {"click", "numba", "numpy", "tqdm"}
     assert set(re.findall("^Provides-Extra: (.*)$", text, re.M)) == {
-        *("bench", "cuda12", "cuda13", "demo", "io", "serve", "test")
+        *("bench", "cuda12", "cuda13", "demo", "io", "peers", "serve", "test", "toolkit")
     }
     assert f"## {version[1]}" in (ROOT / "CHANGELOG.md").read_text()
 

@@ -106,9 +106,9 @@ def gpus() -> list[str]:
     except pynvml.NVMLError as error:
         return [f"none: {error}"]
     try:
-        driver = _answer(pynvml, "driver", pynvml.nvmlSystemGetDriverVersion)
+        driver = _answer(pynvml, "driver", lambda: f"driver {pynvml.nvmlSystemGetDriverVersion()}")
         count = pynvml.nvmlDeviceGetCount()
-        return [f"{_describe(pynvml, i)}, driver {driver}" for i in range(count)] or ["none"]
+        return [f"{_describe(pynvml, i)}, {driver}" for i in range(count)] or ["none"]
     except pynvml.NVMLError as error:
         return [f"unknown: {error}"]
     finally:

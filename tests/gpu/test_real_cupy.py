@@ -52,7 +52,7 @@ def test_an_error_of_cupy_is_told(name: str, monkeypatch: pytest.MonkeyPatch) ->
     index = hnsw_gpu.Index(4, "l2")
     index.add(np.eye(4))
     with cupy_stand_in.installed():
-        with pytest.raises(kind, match="^device='cuda': ") as raised:
+        with pytest.raises(kind, match=r"^device='cuda': ") as raised:
             index.to("cuda")
         assert type(raised.value) is kind and str(error) in str(raised.value)
         assert index.to("auto").device == "cpu"

@@ -93,7 +93,7 @@ def test_cudas_errors_become_built_in_ones(
     error = out_of_memory if kind is MemoryError else cupy_stand_in.CUDARuntimeError(700)
     index = make_index("cpu")
     monkeypatch.setattr(cupy_stand_in, "empty", failing(error))
-    with pytest.raises(kind, match="^device='cuda': ") as raised:
+    with pytest.raises(kind, match=r"^device='cuda': ") as raised:
         index.to("cuda")
     assert type(raised.value) is kind and str(error) in str(raised.value)
     assert index.device == "cpu" and index.to("auto").device == "cpu"
@@ -151,7 +151,7 @@ def test_what_an_old_driver_does_not_load_is_told(
 ) -> None:
     machine.nvrtc, machine.driver = (13, 5), 12040
     monkeypatch.setattr(cupy_stand_in, "RawModule", failing(RuntimeError("UNSUPPORTED_PTX")))
-    with pytest.raises(RuntimeError, match="compiled here: UNSUPPORTED_PTX; NVRTC 13.5 is newer"):
+    with pytest.raises(RuntimeError, match=r"compiled here: UNSUPPORTED_PTX; NVRTC 13\.5 is newer"):
         make_index()
 
 

@@ -300,6 +300,14 @@ def _bytes(context: click.Context, parameter: click.Parameter, text: str | None)
 @click.option("--ef", default=48, show_default=True, help="Beam capacity of the join.")
 @click.option("--seed", default=0, show_default=True, help="Same seed, same result.")
 @threads_option
+@click.option(
+    "--device",
+    callback=_device,
+    metavar="[auto|cpu|cuda|cuda:N]",
+    default="cpu",
+    show_default=True,
+    help="Where rows are compared with each other; the result is the same.",
+)
 def dedup(
     paths: tuple[Path, ...],
     output: Path,
@@ -312,6 +320,7 @@ def dedup(
     memory_limit: int | None,
     write_kept: bool,
     threads: int | None,
+    device: str,
     **settings: Any,
 ) -> None:
     """Find near-duplicates among the vectors of PATHS, files or folders.
@@ -342,6 +351,7 @@ def dedup(
             memory_limit=memory_limit,
             write_kept=write_kept,
             threads=threads,
+            device=device,
             progress=is_watched(),
         )
     except KeyboardInterrupt:

@@ -292,6 +292,9 @@ class GpuEngine:
 
     def _upload_queries(self, slot: Slot, queries: Queries) -> EncodedQueries:
         """Queries, or the stored nodes that ask, encoded on the device."""
+        if queries.encoded is not None:  # for the one kind of rows that there is
+            given = slot.upload("coarse", queries.encoded)
+            return EncodedQueries(given, given)
         if queries.vectors is not None:
             return self._index.encode(slot.upload("queries", queries.vectors))
         ids = np.ascontiguousarray(queries.own, np.int32)

@@ -381,3 +381,28 @@ def test_where_a_gpu_is_required_its_absence_is_a_failure() -> None:
     assert code == 0 and "skipped" in said and "passed" not in said
     code, said = outcome(HNSW_GPU_REQUIRE_GPU="1")
     assert code == 1 and "no GPU that CuPy can use" in said and "passed" not in said
+
+
+def test_the_notebook_runs(tmp_path, monkeypatch) -> None:
+    """Its cells in order, but for the installation, over the emulated engine."""
+    book = json.loads(Path(gpu.__file__).with_name("notebook.ipynb").read_text())
+    assert (book["nbformat"], book["metadata"]["accelerator"]) == (4, "GPU")
+    assert all(not cell.get("outputs") for cell in book["cells"])  # no times of an emulator
+    monkeypatch.setenv("HNSW_GPU_ENGINE", "emulated")
+    monkeypatch.setenv("HNSW_GPU_ROOT", str(Path(gpu.__file__).parents[2]))
+    monkeypatch.setenv("HNSW_GPU_OUT", str(tmp_path))
+    monkeypatch.setenv("PYTEST_ADDOPTS", "-k an_empty_index")  # the others run beside this one
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    names: dict[str, object] = {}
+    ran = 0
+    for number, cell in enumerate(book["cells"]):
+        text = "".join(cell["source"])
+        if cell["cell_type"] == "code":
+            code = compile(text, f"cell {number}", "exec")
+            if "install" not in cell["metadata"].get("tags", []):
+                exec(code, names)
+                ran += 1
+    assert ran == 5
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert [len(series["points"]) for series in found["results"]["synthetic-128"]["series"]]
+    assert (tmp_path / "notebook.png").read_bytes().startswith(b"\x89PNG")

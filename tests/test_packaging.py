@@ -7,6 +7,7 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -131,6 +132,20 @@ def test_metadata(packages):
         *("bench", "cuda12", "cuda13", "demo", "io", "peers", "serve", "test", "toolkit")
     }
     assert f"## {version[1]}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_an_environment_has_one_cuda():
+    """CuPy takes the newest NVRTC that is there; and what has no wheel is in no extra but its own."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    for name, needs in extras.items():
+        has_cuda = any(need.startswith(("nvidia-cuda", "cupy")) for need in needs)
+        assert has_cuda == (name in ("cuda12", "cuda13", "toolkit"))
+        has_source_only = any(need.startswith("hnswlib") for need in needs)
+        assert has_source_only == (name == "peers")
+        of_others = {need for need in needs if need.startswith("hnsw-gpu[")}
+        assert not any("toolkit" in need or "cuda1" in need for need in of_others)
 
 
 def test_the_wheel_works_and_compiles_once(installed, tmp_path):

@@ -67,7 +67,7 @@ part doctor "$python" -m hnsw_gpu doctor
 if wants tests; then
     tests=(tests/gpu/test_gpu_engine.py tests/gpu/test_index_on_gpu.py tests/gpu/test_kernels.py)
     if [ "$engine" = emulated ]; then
-        part tests "$python" -m pytest -q "${tests[@]}" -m "not gpu"
+        part tests "$python" -m pytest -q -n auto "${tests[@]}" -m "not gpu"
     else # what the emulator answers is asked on every machine
         HNSW_GPU_REQUIRE_GPU=1 part tests "$python" -m pytest -q "${tests[@]}" -m gpu
     fi

@@ -135,10 +135,9 @@ def test_metadata(packages):
 
 
 def test_an_environment_has_one_cuda():
-    """CuPy takes the newest NVRTC that is there; and what has no wheel is in no extra but its own."""
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
-        "optional-dependencies"
-    ]
+    """CuPy takes the newest NVRTC that is there. And what has no wheel has an extra of its own."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
     for name, needs in extras.items():
         has_cuda = any(need.startswith(("nvidia-cuda", "cupy")) for need in needs)
         assert has_cuda == (name in ("cuda12", "cuda13", "toolkit"))

@@ -4,9 +4,10 @@
 #
 # It needs Linux, NVIDIA's driver, and Python 3.11 or later with pip; no compiler and no CUDA:
 #
-#   python3 -m pip install -e ".[bench,test,cuda12]" nvidia-cuda-sanitizer-api
+#   python3 -m pip install -e ".[bench,test,cuda12]" nvidia-cuda-sanitizer-api-cu12
 #
-# ([cuda13] where the driver is of CUDA 13.) Where Python is older, pip alone brings a newer one:
+# (With a driver of CUDA 13: cuda13, and nvidia-cuda-sanitizer-api.) Where Python is older, pip alone
+# brings a newer one:
 #
 #   pip install uv && uv venv --python 3.12 --seed .venv-gpu && export PYTHON=.venv-gpu/bin/python
 #
@@ -83,7 +84,7 @@ if wants sanitizers; then
     if [ "$engine" = emulated ]; then
         echo "== ${tools[*]}: skipped, the engine is emulated"
     elif [ ! -x "$sanitizer" ]; then
-        echo "== ${tools[*]}: skipped, there is no compute-sanitizer: pip install nvidia-cuda-sanitizer-api"
+        echo "== ${tools[*]}: skipped, there is no compute-sanitizer: pip install nvidia-cuda-sanitizer-api[-cu12]"
     else
         for tool in "${tools[@]}"; do
             part "$tool" "$sanitizer" --tool "$tool" --error-exitcode 1 \

@@ -45,9 +45,21 @@ def main() -> None:
 
 
 threads_option = click.option("--threads", type=POSITIVE, help="Threads to use. [default: all]")
+
+
+def _device(context: click.Context, parameter: click.Parameter, value: str) -> str:
+    from hnsw_gpu import inputs
+
+    try:
+        return inputs.device(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+
+
 device_option = click.option(
     "--device",
-    type=click.Choice(["auto", "cpu", "cuda"]),
+    callback=_device,
+    metavar="[auto|cpu|cuda|cuda:N]",
     default="auto",
     show_default=True,
     help="Where to search; auto uses a GPU if there is one.",
@@ -314,6 +326,14 @@ def _bytes(context: click.Context, parameter: click.Parameter, text: str | None)
 @click.option("--ef", default=48, show_default=True, help="Beam capacity of the join.")
 @click.option("--seed", default=0, show_default=True, help="Same seed, same result.")
 @threads_option
+@click.option(
+    "--device",
+    callback=_device,
+    metavar="[auto|cpu|cuda|cuda:N]",
+    default="cpu",
+    show_default=True,
+    help="Where rows are compared with each other; the result is the same.",
+)
 def dedup(
     paths: tuple[Path, ...],
     output: Path,
@@ -326,6 +346,7 @@ def dedup(
     memory_limit: int | None,
     write_kept: bool,
     threads: int | None,
+    device: str,
     **settings: Any,
 ) -> None:
     """Find near-duplicates among the vectors of PATHS, files or folders.
@@ -356,6 +377,7 @@ def dedup(
             memory_limit=memory_limit,
             write_kept=write_kept,
             threads=threads,
+            device=device,
             progress=is_watched(),
         )
     except KeyboardInterrupt:
@@ -515,7 +537,7 @@ def serve(
         held, seconds = served.index, time.perf_counter() - started
         say(
             f"ready after {seconds:.1f} s: {len(held):,} vectors of {held.dim}, {held.metric}, "
-            f"on the {'GPU' if held.device == 'cuda' else 'CPU'}"
+            f"on the {'CPU' if held.device == 'cpu' else 'GPU'}"
         )
 
     names = {name.lower() for name in allowed_hosts}

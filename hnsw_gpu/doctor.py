@@ -2,6 +2,7 @@
 
 import os
 import platform
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ def examine() -> dict[str, Any]:
         "compile_cache": compile_cache(),
         "gpus": gpus(),
         "cupy": cupy(),
+        "nvrtc": nvrtc(),
         "gpu_search": gpu_search(),
     }
 
@@ -44,6 +46,13 @@ def cupy() -> str:
     return (
         said if nvrtc else f"{said}, NVRTC from the system or missing: pip install [ctk] brings it"
     )
+
+
+def nvrtc() -> str:
+    """The versions of NVRTC and of the driver, and whether they go together."""
+    from hnsw_gpu.gpu import nvrtc_and_driver
+
+    return nvrtc_and_driver()
 
 
 def gpu_search() -> str:
@@ -97,15 +106,36 @@ def gpus() -> list[str]:
     except pynvml.NVMLError as error:
         return [f"none: {error}"]
     try:
-        driver = pynvml.nvmlSystemGetDriverVersion()
-        handles = map(pynvml.nvmlDeviceGetHandleByIndex, range(pynvml.nvmlDeviceGetCount()))
-        return [f"{_describe(pynvml, handle)}, driver {driver}" for handle in handles] or ["none"]
+        driver = _answer(pynvml, "driver", lambda: f"driver {pynvml.nvmlSystemGetDriverVersion()}")
+        count = pynvml.nvmlDeviceGetCount()
+        return [f"{_describe(pynvml, i)}, {driver}" for i in range(count)] or ["none"]
+    except pynvml.NVMLError as error:
+        return [f"unknown: {error}"]
     finally:
         pynvml.nvmlShutdown()
 
 
-def _describe(nvml: Any, handle: Any) -> str:
-    major, minor = nvml.nvmlDeviceGetCudaComputeCapability(handle)
-    memory = nvml.nvmlDeviceGetMemoryInfo(handle)
-    free, total = memory.free / 2**30, memory.total / 2**30
-    return f"{nvml.nvmlDeviceGetName(handle)}, {total:.0f} GiB ({free:.1f} free), sm_{major}{minor}"
+def _describe(nvml: Any, number: int) -> str:
+    """Name, memory and architecture; each may be what this GPU does not tell."""
+
+    def handle() -> Any:
+        return nvml.nvmlDeviceGetHandleByIndex(number)
+
+    def memory() -> str:
+        told = nvml.nvmlDeviceGetMemoryInfo(handle())
+        return f"{told.total / 2**30:.0f} GiB ({told.free / 2**30:.1f} free)"
+
+    def architecture() -> str:
+        return "sm_{}{}".format(*nvml.nvmlDeviceGetCudaComputeCapability(handle()))
+
+    name = _answer(nvml, "name", lambda: nvml.nvmlDeviceGetName(handle()))
+    said = [_answer(nvml, "memory", memory), _answer(nvml, "architecture", architecture)]
+    return ", ".join([name, *said])
+
+
+def _answer(nvml: Any, what: str, ask: Callable[[], str]) -> str:
+    """What NVML says, or that it does not: of some GPUs it is asked in vain."""
+    try:
+        return str(ask())
+    except nvml.NVMLError as error:
+        return f"{what} unknown ({error})"

@@ -52,8 +52,9 @@ class Index(Searching):
     refine: also keep rows as "fp32" (True) or "fp16", finer than dtype: they re-rank the beam and
         give the distances. None: "fp16" with "int4", which needs some, else none.
     seed: of the levels. Same seed and same calls give the same bytes.
-    device: where searches run: "cpu", "cuda" (the current GPU; RuntimeError says what is missing),
-        or "auto" (a GPU if there is one; the logger says which). Graphs are built on the CPU.
+    device: where searches run: "cpu", "cuda" (CuPy's current GPU; RuntimeError says what is
+        missing), "cuda:1" (a GPU by number), or "auto" (a GPU if there is one; the logger says
+        which). An index is on one GPU: load it once for each. Graphs are built on the CPU.
 
     Equal vectors (equal as the finest rows that are kept) share a node, so copies cost no more
     than a label; the logger "hnsw_gpu" warns where rounding made them equal, or took over a quarter
@@ -151,23 +152,35 @@ class Index(Searching):
 
     @property
     def device(self) -> str:
-        """Where searches run: "cpu" or "cuda"."""
-        return "cpu" if self._gpu is None else "cuda"
+        """Where searches run: "cpu"; "cuda", or "cuda:1" on a GPU that is not the first."""
+        if self._gpu is None:
+            return "cpu"
+        return f"cuda:{self._gpu.number}" if self._gpu.number else "cuda"
 
     def to(self, device: str) -> "Index":
-        """Search on a device from here on, "cpu", "cuda" or "auto"; returns the index itself.
+        """Search on a device from here on (see `device` of the class); returns the index itself.
 
         MemoryError where the index does not fit the GPU (`memory` gives the figures).
         """
-        inputs.one_of("device", device, ("cpu", "auto", "cuda"))
+        number = inputs.device(device).partition(":")[2]
         with self._changing.lock:
             gpu, state = self._gpu, self._state
-            if device == "cpu" and gpu is not None:
+            if device == "cpu":
                 self._gpu = None
-                gpu.close()
-            elif device != "cpu" and gpu is None:
+            elif gpu is None or not gpu.is_usable or (number and int(number) != gpu.number):
                 self._gpu = on_gpu(device, state.cpu, self.dim, state.version)
+            if gpu is not None and gpu is not self._gpu:
+                gpu.close()
         return self
+
+    def compile_kernels(self) -> None:
+        """Compile every kernel that a search on the GPU may need, so that none waits for it.
+
+        On the CPU there is nothing to do.
+        """
+        gpu = self._gpu
+        if gpu is not None:
+            gpu.compile_all()
 
     def memory(self, queries: int = 10_000, *, ef: int = 64) -> dict[str, int]:
         """Bytes by name that the index takes on a GPU, and a batch of queries; needs no GPU.
@@ -356,7 +369,7 @@ def load(path: str | os.PathLike[str], *, mmap: bool = False, device: str = "aut
         CorruptIndexError if it was written to or cut in place. A file that is cut during a search
         ends the process (SIGBUS), and a change that keeps size and time goes unnoticed.
     """
-    inputs.one_of("device", device, ("cpu", "auto", "cuda"))
+    inputs.device(device)
     mapped: set[str] = set()
 
     def choose(names: Iterable[str]) -> set[str]:

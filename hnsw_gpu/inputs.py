@@ -1,6 +1,7 @@
 """Validation of what callers pass, once: clear errors here, no checks inside."""
 
 import operator
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -48,6 +49,18 @@ def one_of(name: str, value: Any, known: Iterable[str]) -> str:
     """`value`, if it is a known name."""
     if not isinstance(value, str) or value not in known:
         raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, known))}")
+    return value
+
+
+def device(value: Any) -> str:
+    """`value`, if it says where to search."""
+    if isinstance(value, str) and re.fullmatch(r"cuda:[0-9]{1,3}", value):
+        return value
+    if not isinstance(value, str) or value not in ("cpu", "auto", "cuda"):
+        raise ValueError(
+            f"device={value!r}: expected 'cpu', 'auto', 'cuda' (CuPy's current GPU), or a GPU by "
+            "number, as 'cuda:1'"
+        )
     return value
 
 

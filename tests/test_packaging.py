@@ -7,6 +7,7 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -128,9 +129,22 @@ def test_metadata(packages):
     core = {package for package, condition in needs if "extra ==" not in condition}
     assert core == {"click", "numba", "numpy", "tqdm"}
     assert set(re.findall("^Provides-Extra: (.*)$", text, re.M)) == {
-        *("bench", "cuda12", "cuda13", "demo", "io", "serve", "test")
+        *("bench", "cuda12", "cuda13", "demo", "io", "peers", "serve", "test", "toolkit")
     }
     assert f"## {version[1]}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_an_environment_has_one_cuda():
+    """CuPy takes the newest NVRTC that is there. And what has no wheel has an extra of its own."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    for name, needs in extras.items():
+        has_cuda = any(need.startswith(("nvidia-cuda", "cupy")) for need in needs)
+        assert has_cuda == (name in ("cuda12", "cuda13", "toolkit"))
+        has_source_only = any(need.startswith("hnswlib") for need in needs)
+        assert has_source_only == (name == "peers")
+        of_others = {need for need in needs if need.startswith("hnsw-gpu[")}
+        assert not any("toolkit" in need or "cuda1" in need for need in of_others)
 
 
 def test_the_wheel_works_and_compiles_once(installed, tmp_path):

@@ -27,7 +27,7 @@ SERVER = ["starlette", "uvicorn", "prometheus_client", "safetensors"]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SETUP = "python3 -m venv .venv-{0} && .venv-{0}/bin/pip install -q "
 DEMO = SETUP.format("demo") + '".[demo]" && .venv-demo/bin/hnsw-gpu demo'
-TESTS = SETUP.format("test") + '-e ".[test]" && '
+TESTS = SETUP.format("test") + '-e ".[test,toolkit]" && '
 TESTS += ".venv-test/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder"
 
 

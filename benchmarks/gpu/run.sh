@@ -1,11 +1,21 @@
 #!/usr/bin/env bash
-# All that a machine with a GPU can say about the GPU engine, in one call of under ten minutes:
-# its tests, compute-sanitizer over a small search, and timings. Without a GPU, on the emulator.
+# All that a machine with a GPU can say about the GPU engine: its tests, compute-sanitizer over a
+# small search, and timings; each part ends within ten minutes. Without a GPU, on the emulator.
+#
+# It needs Linux, NVIDIA's driver, and Python 3.11 or later with pip; no compiler and no CUDA:
+#
+#   python3 -m pip install -e ".[bench,test,cuda12]" nvidia-cuda-sanitizer-api-cu12
+#
+# (With a driver of CUDA 13: cuda13, and nvidia-cuda-sanitizer-api.) Where Python is older, pip alone
+# brings a newer one:
+#
+#   pip install uv && uv venv --python 3.12 --seed .venv-gpu && export PYTHON=.venv-gpu/bin/python
 #
 #   benchmarks/gpu/run.sh [--engine gpu|emulated] [--only tests|sanitizers|timings] [--out FOLDER]
 #                     [options of `python -m benchmarks.gpu.run race`]
 #
-# PYTHON names the interpreter (python3). All parts run; the exit status says whether one failed.
+# PYTHON names the interpreter (python3), SECONDS_A_PART another limit than 600. All parts run; the
+# exit status says whether one failed. Tests that find no GPU fail.
 set -uo pipefail
 cd "$(dirname "$0")/../.." || exit
 
@@ -32,11 +42,15 @@ if [ "$engine" = emulated ] && [ -z "$out" ]; then
 fi
 
 failed=()
+limit=()
+if command -v timeout > /dev/null; then
+    limit=(timeout --kill-after=20 "${SECONDS_A_PART:-600}")
+fi
 part() { # name, command ...
     local name=$1 start=$SECONDS
     shift
     echo "== $name: $*"
-    if "$@"; then
+    if ${limit[@]+"${limit[@]}"} "$@"; then
         echo "== $name: passed, $((SECONDS - start)) s"
     else
         failed+=("$name")
@@ -45,24 +59,34 @@ part() { # name, command ...
 }
 wants() { [ -z "$only" ] || [ "$only" = "$1" ]; }
 
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+    echo "$python is no Python 3.11 or later; what to do says $0 --help" >&2
+    exit 2
+}
+part doctor "$python" -m hnsw_gpu doctor
+
 if wants tests; then
-    chosen=() # here a GPU is asked; what the emulator answers is asked on every machine
-    [ "$engine" = emulated ] || chosen=(-k "not emulated")
-    part tests "$python" -m pytest -q tests/gpu/test_gpu_engine.py tests/gpu/test_kernels.py \
-        ${chosen[@]+"${chosen[@]}"}
+    tests=(tests/gpu/test_gpu_engine.py tests/gpu/test_index_on_gpu.py tests/gpu/test_kernels.py)
+    if [ "$engine" = emulated ]; then
+        part tests "$python" -m pytest -q -n auto "${tests[@]}" -m "not gpu"
+    else # what the emulator answers is asked on every machine
+        HNSW_GPU_REQUIRE_GPU=1 part tests "$python" -m pytest -q "${tests[@]}" -m gpu
+    fi
 fi
 
+tools=(memcheck racecheck synccheck initcheck)
 if wants sanitizers; then
     # first without: what is compiled for the CPU is kept on disk, and need not be watched
     part check "$python" -m benchmarks.gpu.run check --engine "$engine"
     sanitizer=$(command -v compute-sanitizer || true)
     : "${sanitizer:=${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer}"
+    [ -x "$sanitizer" ] || sanitizer=$("$python" -m benchmarks.gpu.sanitizer)
     if [ "$engine" = emulated ]; then
-        echo "== memcheck, racecheck: skipped, the engine is emulated"
+        echo "== ${tools[*]}: skipped, the engine is emulated"
     elif [ ! -x "$sanitizer" ]; then
-        echo "== memcheck, racecheck: skipped, there is no compute-sanitizer"
+        echo "== ${tools[*]}: skipped, there is no compute-sanitizer: pip install nvidia-cuda-sanitizer-api[-cu12]"
     else
-        for tool in memcheck racecheck; do
+        for tool in "${tools[@]}"; do
             part "$tool" "$sanitizer" --tool "$tool" --error-exitcode 1 \
                 "$python" -m benchmarks.gpu.run check
         done

@@ -50,17 +50,20 @@ def dedup_files(
     memory_limit: int | None = None,
     write_kept: bool = False,
     threads: int | None = None,
+    device: str = "cpu",
     progress: bool = False,
 ) -> dict[str, Any]:
     """Do the job, write into folder `out`; returns the report.
 
     memory_limit: bytes of the whole process, by which `shard_rows` is chosen where it is not given;
-    None: half of the machine's, or of a container's. Results and work of earlier runs in `out` are
-    no input. ValueError where `out` holds a run of other input or parameters, or foreign files
-    where ours would be, where another job writes there, where an input would be overwritten or
-    changes meanwhile, and where the limit is too small.
+    None: half of the machine's, or of a container's. device: where rows are joined; a run may go on
+    on another one. Results and work of earlier runs in `out` are no input. ValueError where `out`
+    holds a run of other input or parameters, or foreign files where ours would be, where another
+    job writes there, where an input would be overwritten or changes meanwhile, and where the limit
+    is too small.
     """
     settings.check()
+    inputs.device(device)
     with held(out):
         clock = StageClock()
         checkpoints = Checkpoints(out / WORK)
@@ -96,7 +99,7 @@ def dedup_files(
         steps = ResumableSteps(
             checkpoints, settings, shard_rows=rows_a_shard,
             is_exact=settings.compares_all(len(sources)),
-            threads=thread_count(threads), progress=progress,
+            threads=thread_count(threads), device=device, progress=progress,
         )  # fmt: skip
         clock.ends("read")
         near = _near_rows(steps, settings, sources, other, itself, clock)

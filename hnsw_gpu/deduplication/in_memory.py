@@ -1,5 +1,6 @@
 """Near-duplicates of rows in memory: `dedup`."""
 
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -42,6 +43,7 @@ def dedup(
     ef: int = 48,
     seed: int = 0,
     threads: int | None = None,
+    device: str = "cpu",
     progress: bool = False,
 ) -> DedupResult:
     """Find near-duplicates among vectors (n, dim), any array-like of real numbers.
@@ -58,6 +60,8 @@ def dedup(
     method: "exact" compares all with all, "hnsw" searches a graph with M, ef_construction and ef;
         "auto" takes "exact" up to 25,000 distinct rows.
     on_invalid: "raise" or "drop" rows that are NaN, infinite, or zero under cosine.
+    device: where rows are joined with each other, as of an Index: "cpu", "cuda", "cuda:1", "auto".
+        The CPU measures what a GPU finds, so distances are the same.
 
     The same result for any `threads`. ValueError, TypeError on bad input, with the first rows.
     """
@@ -66,6 +70,7 @@ def dedup(
         M, ef_construction, ef, seed,
     )  # fmt: skip
     settings.check()
+    inputs.device(device)
     given = inputs.vectors("vectors", vectors)
     if ids is not None and len(ids) != len(given):
         raise ValueError(f"ids: {len(ids)} for {len(given)} vectors")
@@ -73,7 +78,7 @@ def dedup(
         raise ValueError("itself=False, and against: nothing to compare with")
     threads = thread_count(None if threads is None else inputs.integer("threads", threads, 1))
     clock = StageClock()
-    near = _InMemory(settings, threads, progress).near_rows(given, against, itself, clock)
+    near = _InMemory(settings, threads, device, progress).near_rows(given, against, itself, clock)
     result = conclude(near, settings, ids, itself, clock)
     of_graph = {"M": M, "ef_construction": ef_construction, "ef": ef}
     is_exact = result.report["parameters"]["method"] == "exact"
@@ -85,8 +90,9 @@ def dedup(
 class _InMemory:
     """Finds near rows, all of them in one shard."""
 
-    def __init__(self, settings: Settings, threads: int, progress: bool) -> None:
+    def __init__(self, settings: Settings, threads: int, device: str, progress: bool) -> None:
         self._settings, self._threads, self._progress = settings, threads, progress
+        self._device = device
 
     def near_rows(
         self, vectors: np.ndarray, against: Any, itself: bool, clock: StageClock
@@ -104,7 +110,7 @@ class _InMemory:
         clock.ends("build")
         shards = Shards(
             [np.arange(rows.nodes)], [nodes].__getitem__, [nodes.rows].__getitem__, nodes.metric,
-            ef=settings.ef, threads=self._threads,
+            ef=settings.ef, threads=self._threads, device=self._device,
         )  # fmt: skip
         if other is not None and not itself:
             pairs = no_pairs(other.distances)
@@ -139,7 +145,7 @@ class _InMemory:
         return other_set.nearest_of_all([find], encoded.__getitem__, len(encoded), lambda _: None)
 
     def _pairs(self, shards: Shards) -> Pairs:
-        with bar(self._progress, shards.nodes, "join") as progress_bar:
+        with bar(self._progress, shards.nodes, "join") as progress_bar, closing(shards.join):
             return shards.unite(
                 lambda s, t: shards.join_block(s, t, self._settings.limit, progress_bar.update)
             )

@@ -83,10 +83,15 @@ def _walked(
 ) -> np.ndarray:
     assert nodes.graph is not None
     k = min(k, len(nodes.rows))
-    ef = min(max(ef, 3 * k // 2), len(nodes.rows))
+    ef = capacity(nodes, k, ef)
     return search_graph(
         nodes.graph, nodes.rows, queries, nodes.metric, k=k, ef=ef, own=own, threads=threads
     ).keys
+
+
+def capacity(nodes: Nodes, k: int, ef: int) -> int:
+    """Of the beam that walks for k."""
+    return min(max(ef, 3 * k // 2), len(nodes.rows))
 
 
 def _compared(nodes: Nodes, queries: np.ndarray, k: int, threads: int) -> np.ndarray:

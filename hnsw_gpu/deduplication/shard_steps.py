@@ -6,6 +6,7 @@ Of each shard its distinct rows, encoded, and their graph are a step; then each 
 
 import itertools
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -42,11 +43,12 @@ class ResumableSteps:
         shard_rows: int,
         is_exact: bool,
         threads: int,
+        device: str,
         progress: bool,
     ) -> None:
         self._checkpoints, self._settings = checkpoints, settings
         self._shard_rows, self._is_exact = shard_rows, is_exact
-        self._threads, self._progress = threads, progress
+        self._threads, self._device, self._progress = threads, device, progress
         self._held: dict[str, Nodes] = {}  # the shard that was opened last
         self._mapped: dict[str, np.ndarray] = {}
 
@@ -84,6 +86,7 @@ class ResumableSteps:
         whole = Shards(
             numbers, lambda s: self._open(names[s]), lambda s: self._mapped[names[s]],
             self._settings.engine_metric, ef=self._settings.ef, threads=self._threads,
+            device=self._device,
         )  # fmt: skip
         nodes = [number[of] for number, of in zip(numbers, node_of, strict=True)]
         return whole, rows_of(len(sources), np.concatenate(valid), np.concatenate(nodes))
@@ -128,7 +131,8 @@ class ResumableSteps:
     def pairs(self, shards: Shards) -> Pairs:
         """All pairs, of blocks joined now or before."""
         homes = [len(shards.home(t)) for _, t in shards.blocks]
-        with bar(self._progress, sum(homes), f"join {len(homes)} blocks") as progress_bar:
+        title = f"join {len(homes)} blocks"
+        with bar(self._progress, sum(homes), title) as progress_bar, closing(shards.join):
             for (s, t), count in zip(shards.blocks, homes, strict=True):
 
                 def join(s: int = s, t: int = t) -> dict[str, np.ndarray]:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from hnsw_gpu.deduplication import near_pairs
+from hnsw_gpu.deduplication.device_join import DeviceJoin
 from hnsw_gpu.deduplication.distinct_rows import ROWS_AT_ONCE
 from hnsw_gpu.deduplication.limit import distance_of_copies
 from hnsw_gpu.deduplication.near_pairs import Nodes
@@ -53,7 +54,8 @@ class Pairs(NamedTuple):
 class Shards:
     """Nodes in parts. numbers: for each shard int64 (n,), the number of each of its own nodes.
 
-    opened(s): the Nodes of a shard, in memory; rows(s): their rows alone, perhaps mapped.
+    opened(s): the Nodes of a shard, in memory; rows(s): their rows alone, perhaps mapped. device:
+    where blocks are joined.
     """
 
     def __init__(
@@ -65,7 +67,9 @@ class Shards:
         *,
         ef: int,
         threads: int,
+        device: str = "cpu",
     ) -> None:
+        self.join = DeviceJoin(device, ef, threads)
         self.numbers, self.metric = numbers, metric
         self.opened, self._rows, self.ef, self.threads = opened, rows, ef, threads
         self._home, start = [], 0  # own numbers of the nodes at home, of each shard
@@ -124,9 +128,7 @@ class Shards:
 
     def _lists(self, s: int, t: int) -> near_pairs.NearestLists:
         """Of shard s, asked by the nodes of shard t."""
-        if s == t:
-            return near_pairs.lists_of_itself(self.opened(s), self.ef, self.threads)
-        return near_pairs.lists_for_rows(self.opened(s), self._rows(t), self.ef, self.threads)
+        return self.join.lists(self.opened(s), None if s == t else self._rows(t))
 
     def _others(self, s: int, t: int) -> int:
         return len(self.numbers[s]) - (s == t)

@@ -64,6 +64,8 @@ class CpuEngine(NamedTuple):
 
     def _encoded(self, queries: Queries, rows: np.ndarray, dtype: str) -> np.ndarray:
         """The queries encoded for `rows` of a dtype; of a stored node, its own row."""
+        if queries.encoded is not None:
+            return queries.encoded
         if queries.vectors is None:
             return rows_as_queries(rows[queries.own])
         return encode_queries(queries.vectors, self.metric, dtype)

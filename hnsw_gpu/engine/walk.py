@@ -10,13 +10,12 @@ class Queries(NamedTuple):
 
     vectors: np.ndarray | None = None  # (q, dim) float32, valid
     own: np.ndarray | None = None  # (q,) int ids
+    encoded: np.ndarray | None = None  # (q, ...) vectors as `rows_as_queries` has them
 
     @property
     def size(self) -> int:
         """How many ask."""
-        given = self.own if self.vectors is None else self.vectors
-        assert given is not None
-        return len(given)
+        return next(len(given) for given in self if given is not None)
 
     def part(self, rows: "np.ndarray | slice") -> "Queries":
         """Some of them."""

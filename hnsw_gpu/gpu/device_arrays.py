@@ -4,6 +4,8 @@ from typing import Any
 
 import numpy as np
 
+from hnsw_gpu.gpu.device_index import end_of_work
+
 CUDA_MEMORY = (2, 13)  # device types of DLPack: plain, managed
 
 
@@ -11,17 +13,32 @@ class DeviceArrays:
     """Takes queries (q, dim) and gives results on one GPU.
 
     Queries are CuPy arrays, or offer DLPack or `__cuda_array_interface__`. A stream has
-    `__cuda_stream__`; None is CuPy's current one.
+    `__cuda_stream__`; None is CuPy's current one. CuPy's arrays do not know which stream writes
+    them: they are taken to be ready when CuPy's current stream has come so far.
     """
 
     def __init__(self, cupy: Any, device: Any, dim: int) -> None:
         self._cupy, self._device, self._dim = cupy, device, dim
 
     def stream(self, given: Any) -> Any:
-        """CuPy's stream for the caller's, which has `__cuda_stream__`; None: CuPy's current."""
-        if given is None:
-            return self._cupy.cuda.get_current_stream(self._device.id)
-        return self._cupy.cuda.Stream.from_external(given)
+        """CuPy's stream for the caller's, which has `__cuda_stream__`; None: CuPy's current.
+
+        It waits for what is on CuPy's current stream now.
+        """
+        cupy = self._cupy
+        current = cupy.cuda.get_current_stream(self._device.id)
+        stream = current if given is None else cupy.cuda.Stream.from_external(given)
+        if stream.is_capturing():
+            raise RuntimeError(
+                "stream: is capturing a CUDA graph, and a search cannot be captured: it allocates "
+                "as it goes"
+            )
+        if stream.ptr != current.ptr:
+            with self._device:
+                written = end_of_work(cupy)
+                written.record(current)
+                stream.wait_event(written)
+        return stream
 
     def vectors(self, queries: Any) -> Any:
         """float32 (q, dim) in C order, in place where they are that already."""

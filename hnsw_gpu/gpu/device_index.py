@@ -15,12 +15,14 @@ import numpy as np
 
 from hnsw_gpu.engine import Graph
 from hnsw_gpu.gpu import kernel_source, launch_plan
+from hnsw_gpu.gpu.cupy_driver import newer_nvrtc, require_capability
 from hnsw_gpu.gpu.kernel_structs import argument
 
 logger = logging.getLogger("hnsw_gpu")
 
 LEAST_MAJOR = 7  # of the compute capability: lanes find their equals since then
 BLOCK_IDS = 65536  # that are compared before the keys are cut to k
+SORT_SCRATCH = 3  # keys' worth for each key that CuPy sorts: the row of each, and all of it twice
 
 
 class LabelArrays(Protocol):
@@ -39,21 +41,30 @@ class EncodedQueries(NamedTuple):
 
 
 class DeviceIndex:
-    """Rows, graph and labels of an index on the current GPU, each with room for more."""
+    """Rows, graph and labels of an index on one GPU, each with room for more.
 
-    def __init__(self, cupy: Any, metric: str, dtype: str, refine: str, dim: int, M: int) -> None:
+    number: of the GPU; None: the current one.
+    """
+
+    def __init__(
+        self,
+        cupy: Any,
+        metric: str,
+        dtype: str,
+        refine: str,
+        dim: int,
+        M: int,
+        number: int | None = None,
+    ) -> None:
         self._cupy = cupy
         self._metric, self._dtype, self._refine, self._dim, self._M = metric, dtype, refine, dim, M
-        self.device = cupy.cuda.Device()
+        self.device = cupy.cuda.Device() if number is None else cupy.cuda.Device(number)
         properties = cupy.cuda.runtime.getDeviceProperties(self.device.id)
-        if properties["major"] < LEAST_MAJOR:
-            raise RuntimeError(
-                f"the GPU's compute capability is {properties['major']}.{properties['minor']}, and "
-                f"the kernels need {LEAST_MAJOR}.0 or more"
-            )
+        require_capability(cupy, properties, LEAST_MAJOR)
         self.limits = launch_plan.from_device(properties)
-        self.stream = cupy.cuda.Stream(non_blocking=True)
-        self.uploaded = cupy.cuda.Event(disable_timing=True)
+        with self.device:
+            self.stream = cupy.cuda.Stream(non_blocking=True)
+            self.uploaded = end_of_work(cupy)
         # told the hops and distances, int32 (q, 2) on the device, of each batch that is walked
         self.on_counts: Callable[[Any], object] = lambda counts: None
         self._kernels: dict[tuple, Any] = {}
@@ -63,10 +74,14 @@ class DeviceIndex:
     def forget(self) -> None:
         """Hold nothing, and keep no memory from other streams; nothing may be under way."""
         self._arrays: dict[str, Any] = {}
-        with self.device:
-            self._cupy.get_default_memory_pool().free_all_blocks(self.stream)
+        self.give_back(self.stream)
         self._labels: LabelArrays | None = None
         self._top = self.node_count = 0
+
+    def give_back(self, stream: Any) -> None:
+        """Have CuPy keep no memory for a stream that has come to its end."""
+        with self.device:
+            self._cupy.get_default_memory_pool().free_all_blocks(stream)
 
     @property
     def nbytes(self) -> int:
@@ -75,8 +90,9 @@ class DeviceIndex:
 
     def free_bytes(self) -> int:
         """Bytes of device memory that can be had; CuPy keeps some that it gives to nobody else."""
-        pool = self._cupy.get_default_memory_pool()
-        return int(self.device.mem_info[0] + pool.free_bytes())
+        with self.device:  # CuPy's pool answers for the current one
+            pool = self._cupy.get_default_memory_pool()
+            return int(self.device.mem_info[0] + pool.free_bytes())
 
     # ---------------------------------------------------------------- what it holds
 
@@ -254,10 +270,21 @@ class DeviceIndex:
 
     def compile_encoder(self) -> None:
         """The smallest kernel: RuntimeError where kernels cannot be compiled here."""
-        try:
+        with self.device:
             self._kernel("encode", self._definitions(self._dtype))
-        except Exception as error:  # of CuPy, of NVRTC, of a library that is not there
-            raise RuntimeError(f"kernels cannot be compiled here: {error}") from error
+
+    def compile_all(self) -> None:
+        """Every kernel that a search of this index may need, whatever its batch, ef and filter."""
+        finest = self._refine or self._dtype
+        with self.device:
+            for definitions in launch_plan.search_variants(
+                self._metric, self._dtype, self._dim, self._M, self.node_count
+            ):
+                self._kernel("search", definitions)
+            for dtype in dict.fromkeys((self._dtype, finest)):
+                self._kernel("encode", self._definitions(dtype))
+            self._kernel("compare", self._definitions(finest))
+            self._kernel("keys_to_labels", self._definitions(self._dtype))
 
     def encode(self, vectors: Any) -> EncodedQueries:
         def encoded(dtype: str) -> Any:
@@ -303,13 +330,22 @@ class DeviceIndex:
     def _compiled(self, name: str, definitions: dict[str, int]) -> Any:
         start = time.perf_counter()
         code, options = kernel_source.source(name), kernel_source.options(definitions)
-        kernel = self._cupy.RawModule(code=code, options=options).get_function(name)
+        try:
+            kernel = self._cupy.RawModule(code=code, options=options).get_function(name)
+        except Exception as error:  # of CuPy, of NVRTC, of a library that is not there
+            advice = newer_nvrtc(self._cupy)
+            raise RuntimeError(f"kernels cannot be compiled here: {error}{advice}") from error
         if name == "search":  # the plan reckons with all of the shared memory
             kernel.max_dynamic_shared_size_bytes = self.limits.shared_per_block
             kernel.preferred_shared_memory_carveout = 100
         seconds = time.perf_counter() - start
         logger.info("kernel %s: compiled in %.1f s (%s)", name, seconds, " ".join(options))
         return kernel
+
+
+def end_of_work(cupy: Any) -> Any:
+    """An event to be recorded on a stream: who waits for it sleeps, and spins no core."""
+    return cupy.cuda.Event(block=True, disable_timing=True)
 
 
 def _cut(keys: Any, k: int) -> Any:
@@ -329,12 +365,15 @@ def keys_walked(walk: launch_plan.BeamShape, k: int, refine: str) -> int:
 def keys_compared(ids: int, k: int) -> int:
     """Keys a query that `compare` holds at once: those kept; or a block, and the best so far.
 
-    Shares are merged where queries are few: together they hold some 10,000 times k keys at most.
+    Shares are merged where queries are few: together they hold some 10,000 times k keys at most,
+    and as much scratch as those take to be sorted.
     """
     block, best = min(ids, BLOCK_IDS), min(ids, k)
     if best <= launch_plan.MOST_KEPT:
         return 2 * best
-    return block + best if ids <= BLOCK_IDS else 2 * (block + best)
+    if ids <= BLOCK_IDS:
+        return (1 + SORT_SCRATCH) * block
+    return (1 + SORT_SCRATCH) * (block + best) + best
 
 
 def gigabytes(size: int) -> str:

@@ -5,8 +5,10 @@ gives freed memory to the next that asks on the same stream.
 """
 
 import logging
+import os
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -28,31 +30,39 @@ from hnsw_gpu.gpu.device_index import (
     DeviceIndex,
     EncodedQueries,
     LabelArrays,
+    end_of_work,
     keys_compared,
     keys_walked,
     mask_stride,
 )
-from hnsw_gpu.gpu.host_batches import HostBatches, Slot
+from hnsw_gpu.gpu.host_batches import HostBatches, Slot, parts
 from hnsw_gpu.gpu.link_changes import LinkChanges
 
 logger = logging.getLogger("hnsw_gpu")
 
 
-def on_gpu(device: str, cpu: CpuEngine, dim: int, version: int) -> "GpuEngine | None":
-    """What `cpu` holds, on the current GPU; None where that cannot be and device is "auto".
+_of_other_processes: list["GpuEngine"] = []  # never freed: that would call CUDA
 
-    With device "cuda" RuntimeError says what is missing, MemoryError what does not fit.
+
+def on_gpu(device: str, cpu: CpuEngine, dim: int, version: int) -> "GpuEngine | None":
+    """What `cpu` holds, on a GPU; None where that cannot be and device is "auto".
+
+    "cuda" is the current GPU, "cuda:1" one by number: RuntimeError says what is missing,
+    MemoryError what does not fit.
     """
-    engine = None
+    engine, number = None, device.partition(":")[2]
     try:
         M = cpu.graph.neighbors.shape[1]
-        engine = GpuEngine(cpu.metric, cpu.dtype, cpu.refine, dim, M)
+        engine = GpuEngine(
+            cpu.metric, cpu.dtype, cpu.refine, dim, M, int(number) if number else None
+        )
         engine.bring(version, cpu)
     except (RuntimeError, MemoryError) as error:
         if engine is not None:
             engine.close()
-        if device == "cuda":
-            raise type(error)(f"device='cuda': {error}") from error
+        if device != "auto":  # CuPy's own errors are made of numbers, not of a text
+            kind = MemoryError if isinstance(error, MemoryError) else RuntimeError
+            raise kind(f"device={device!r}: {error}") from error
         logger.info("device='auto': searching on the CPU: %s", error)
         return None
     logger.info("searching on %s", engine.name)
@@ -69,20 +79,23 @@ def unavailable_reason() -> str:
 
 
 class GpuEngine:
-    """An index on the current GPU; RuntimeError says what one lacks.
+    """An index on a GPU, the current one or that of a number; RuntimeError says what one lacks.
 
     The GPU holds one version of an index; `at` runs what asks for another, after bringing it. There
     may be many threads in `at`, and in `walk`, `compare`, `own_keys` and `search_on_device`; none
-    is while `update` runs.
+    is while `update` runs. CUDA works in no forked process: there `at` is a RuntimeError.
     """
 
-    def __init__(self, metric: str, dtype: str, refine: str, dim: int, M: int) -> None:
+    def __init__(
+        self, metric: str, dtype: str, refine: str, dim: int, M: int, number: int | None = None
+    ) -> None:
         if dtype not in kernel_source.DTYPES:
             known = ", ".join(kernel_source.DTYPES)
             raise RuntimeError(f"dtype={dtype!r}: the GPU searches {known}; the CPU this one too")
-        self._cupy = cupy_with_a_gpu()
+        self._process = os.getpid()
+        self._cupy = cupy_with_a_gpu(number)
         self._dtype, self._refine, self._dim = dtype, refine, dim
-        self._index = DeviceIndex(self._cupy, metric, dtype, refine, dim, M)
+        self._index = DeviceIndex(self._cupy, metric, dtype, refine, dim, M, number)
         self._index.compile_encoder()
         self._device = self._index.device
         self._batches = HostBatches(self._cupy, self._index)
@@ -92,13 +105,24 @@ class GpuEngine:
         self._changes = LinkChanges()
         self._using = SharedLock()
         self._lock = threading.RLock()  # of `_searches`, and of labels while they are used
-        self._searches: list[tuple[Any, Any]] = []  # not waited for: the event at the end, queries
+        # not waited for, by stream, oldest first: the event at the end, and the arrays in use
+        self._searches: dict[int, deque[tuple[Any, Any]]] = {}
 
     @property
     def name(self) -> str:
         """Of the GPU."""
         properties = self._cupy.cuda.runtime.getDeviceProperties(self._device.id)
         return str(properties["name"].decode())
+
+    @property
+    def number(self) -> int:
+        """Of the GPU, as CuPy counts them."""
+        return int(self._device.id)
+
+    @property
+    def is_usable(self) -> bool:
+        """Is this the process that CUDA was started in?"""
+        return self._process == os.getpid()
 
     @property
     def node_count(self) -> int:
@@ -125,7 +149,7 @@ class GpuEngine:
         if changed is not None:
             changed = changed[changed < self.node_count]
         self._index.update(graph, rows, refine_rows, changed, self._ends())
-        self._searches = []
+        self._searches = {}
         self._rows = rows
         self._refine_rows = rows if refine_rows is None else refine_rows
 
@@ -138,6 +162,7 @@ class GpuEngine:
 
     def at(self, version: int, cpu: CpuEngine, work: Callable[[], Any]) -> Any:
         """(work(),) over version `version`, which `cpu` holds; None if a later one is here."""
+        self._require_own_process()
         found = None
         while found is None and self._version <= version:
             found = self._using.shared(lambda: (work(),) if self._version == version else None)
@@ -161,9 +186,24 @@ class GpuEngine:
             raise
         self._version = version
 
+    def compile_all(self) -> None:
+        """Compile now whatever kernel a search may need, so that none waits for it later."""
+        self._require_own_process()
+        self._index.compile_all()
+
+    def _require_own_process(self) -> None:
+        if not self.is_usable:
+            raise RuntimeError(
+                "the index is on the GPU of the process that forked this one, and CUDA works in no "
+                'forked process: start processes by "spawn", or search here after index.to("cpu")'
+            )
+
     def close(self) -> None:
         """Give the memory back to CuPy, when the last search has ended."""
-        self._using.exclusive(self._close)
+        if self.is_usable:
+            self._using.exclusive(self._close)
+        else:
+            _of_other_processes.append(self)
 
     def _close(self) -> None:
         self._forget()
@@ -174,14 +214,14 @@ class GpuEngine:
             for event in self._ends():
                 event.synchronize()
             self._index.stream.synchronize()
-        self._searches = []
+        self._searches = {}
         self._rows = self._refine_rows = np.empty((0, 0))
         self._version = -1
         self._batches.forget()
         self._index.forget()
 
     def _ends(self) -> list[Any]:
-        return [end for end, _ in self._searches]
+        return [end for pending in self._searches.values() for end, _ in pending]
 
     # ---------------------------------------------------------------- numpy in, numpy out
 
@@ -255,6 +295,9 @@ class GpuEngine:
 
     def _upload_queries(self, slot: Slot, queries: Queries) -> EncodedQueries:
         """Queries, or the stored nodes that ask, encoded on the device."""
+        if queries.encoded is not None:  # for the one kind of rows that there is
+            given = slot.upload("coarse", queries.encoded)
+            return EncodedQueries(given, given)
         if queries.vectors is not None:
             return self._index.encode(slot.upload("queries", queries.vectors))
         ids = np.ascontiguousarray(queries.own, np.int32)
@@ -280,7 +323,9 @@ class GpuEngine:
     ) -> tuple[Any, Any]:
         """Labels int64 and distances float32 (q, k), CuPy arrays, of queries (q, dim) on this GPU.
 
-        All is enqueued on `stream`, and the host waits for nothing. What may be given as queries
+        All is enqueued on `stream`, which waits for CuPy's current stream, and the host waits for
+        nothing: who reads the answer or writes the queries on another stream, has it wait for
+        this one. What may be given as queries
         and stream, `DeviceArrays` says. A query that is not finite, or zero under cosine, finds
         nothing. root: square roots of distances; out: two arrays that take the result.
         """
@@ -299,8 +344,9 @@ class GpuEngine:
                 stream.wait_event(index.uploaded)
                 vectors = self._arrays.vectors(queries)
                 found = self._arrays.result(out, (len(vectors), walk.k))
+                room = self._batches.room(len(vectors), self._bytes_a_query(keys_held))
                 try:
-                    for part in self._batches.parts(len(vectors), self._bytes_a_query(keys_held)):
+                    for part in parts(len(vectors), room):
                         batch = index.encode(vectors[part])
                         if every is None:
                             keys = index.walk(batch, planned, min(walk.k, planned.k), None)
@@ -308,15 +354,20 @@ class GpuEngine:
                             keys = index.compare(batch, every, walk.k)
                         index.keys_to_labels(keys, found[0][part], found[1][part], root)
                 finally:  # after an error too, an update must wait for what was enqueued
-                    self._keep_until_done(stream, (queries, vectors))
+                    room.nbytes = 0  # what is freed, the same stream takes again
+                    self._keep_until_done(stream, (queries, vectors, out, found))
         return found
 
     def _keep_until_done(self, stream: Any, held: Any) -> None:
-        """Note the end of a search, and hold its queries: another library may own their memory."""
-        end = self._cupy.cuda.Event(disable_timing=True)
+        """Note the end of a search, and hold its arrays: another library may own their memory."""
+        end = end_of_work(self._cupy)
         end.record(stream)
         with self._lock:
-            self._searches = [pair for pair in self._searches if not pair[0].done] + [(end, held)]
+            for pending in self._searches.values():  # a stream's searches end in their order
+                while pending and pending[0][0].done:
+                    pending.popleft()
+            self._searches = {ptr: pending for ptr, pending in self._searches.items() if pending}
+            self._searches.setdefault(stream.ptr, deque()).append((end, held))
 
     def to_host(self, queries: Any, stream: Any = None) -> np.ndarray:
         """A copy of an array on this GPU, when `stream` has come so far."""

@@ -3,14 +3,16 @@
 Two batches are in flight: while one is searched, the other is encoded, copied in or copied out.
 """
 
+import threading
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
-from hnsw_gpu.gpu.device_index import DeviceIndex, gigabytes
+from hnsw_gpu.gpu.device_index import DeviceIndex, end_of_work, gigabytes
 
-BATCH_SHARE = 4  # the batches in flight take one part in so many of the free memory
+BATCH_SHARE = 2  # the batches in flight, of all threads, take one part in so many of what is free
 MOST_QUERIES = 16384  # of a batch: it fills a GPU, and copying hides behind searching
 
 
@@ -20,7 +22,7 @@ class Slot:
     def __init__(self, cupy: Any) -> None:
         self._cupy = cupy
         self.stream = cupy.cuda.Stream(non_blocking=True)
-        self._end = cupy.cuda.Event(disable_timing=True)
+        self._end = end_of_work(cupy)
         self._pinned: dict[str, np.ndarray] = {}  # bytes
         self._awaited: tuple[np.ndarray, np.ndarray] | None = None
 
@@ -61,25 +63,37 @@ class Slot:
         return self._pinned[name][: count * np.dtype(dtype).itemsize].view(dtype).reshape(shape)
 
 
+class Room:
+    """Memory that one call takes, as long as somebody holds this."""
+
+    def __init__(self, queries: int, nbytes: int) -> None:
+        self.queries, self.nbytes = queries, nbytes  # of a batch; of two
+
+
 class HostBatches:
     """Searches an index for queries in the host's memory, in batches, from many threads at once."""
 
     def __init__(self, cupy: Any, index: DeviceIndex) -> None:
         self._cupy, self._index = cupy, index
         self._spare: list[Slot] = []  # not in use
+        self._lock = threading.Lock()  # of the rooms
+        self._rooms: weakref.WeakSet[Room] = weakref.WeakSet()
 
     def forget(self) -> None:
-        """Give the pinned memory back."""
-        self._spare = []
+        """Give the memory back, pinned and the GPU's."""
+        spare, self._spare = self._spare, []
+        for slot in spare:
+            self._index.give_back(slot.stream)
 
     def run(
         self, result: np.ndarray, bytes_a_query: int, work: Callable[[Slot, slice], Any]
     ) -> None:
         """Fill result (q, k): `work` enqueues the search of a part of the queries, returns keys."""
         slots: list[Slot] = []
+        room = self.room(len(result), bytes_a_query)
         with self._index.device:
             try:
-                for i, part in enumerate(self.parts(len(result), bytes_a_query)):
+                for i, part in enumerate(parts(len(result), room)):
                     if i < 2:
                         slots.append(self._spare_slot())
                     slot = slots[i % 2]
@@ -93,6 +107,7 @@ class HostBatches:
                 for slot in slots:
                     slot.abandon()
                 self._spare += slots
+                room.nbytes = 0
 
     def _spare_slot(self) -> Slot:
         try:
@@ -100,14 +115,27 @@ class HostBatches:
         except IndexError:
             return Slot(self._cupy)
 
-    def parts(self, count: int, bytes_a_query: int) -> Iterator[slice]:
-        """Parts of `count` queries of which two fit their share of the free memory together."""
-        budget = self._index.free_bytes() // BATCH_SHARE // 2
-        size = min(budget // bytes_a_query, MOST_QUERIES)
-        if count and not size:
-            raise MemoryError(
-                f"one query takes {gigabytes(bytes_a_query)} of GPU memory, and a batch may take "
-                f"{gigabytes(budget)}"
-            )
-        for start in range(0, count, max(size, 1)):
-            yield slice(start, min(start + size, count))
+    def room(self, count: int, bytes_a_query: int) -> Room:
+        """Room for batches of `count` queries, two at a time, of at least one query.
+
+        A call takes half of what the others leave, so that there is always some for one more.
+        """
+        with self._lock:
+            promised = sum(room.nbytes for room in self._rooms)
+            budget = (self._index.free_bytes() // BATCH_SHARE - promised) // 2 // 2
+            size = min(budget // bytes_a_query, MOST_QUERIES, count)
+            if count and size < 1 and not promised:
+                raise MemoryError(
+                    f"one query takes {gigabytes(bytes_a_query)} of GPU memory, and a batch may "
+                    f"take {gigabytes(budget)}"
+                )
+            size = max(size, 1)
+            room = Room(size, 2 * size * bytes_a_query)
+            self._rooms.add(room)
+        return room
+
+
+def parts(count: int, room: Room) -> Iterator[slice]:
+    """The batches of `count` queries."""
+    for start in range(0, count, room.queries):
+        yield slice(start, min(start + room.queries, count))

@@ -135,6 +135,18 @@ def plan(
     )
 
 
+def search_variants(metric: str, dtype: str, dim: int, M: int, nodes: int) -> list[dict[str, int]]:
+    """The definitions of search.cu that plans for a graph of `nodes` have."""
+    fewest, most = BUCKETS
+    tags = [16] * (nodes <= MOST_TAG * most) + [32] * (nodes > MOST_TAG * fewest)
+    return [
+        kernel_source.definitions(metric, dtype, dim, M, warps, tag_bits, has_allowed_keys)
+        for tag_bits in tags
+        for warps in (1, 4, 8)
+        for has_allowed_keys in (False, True)
+    ]
+
+
 def visited_cache(walk: BeamShape, nodes: int) -> tuple[int, int]:
     """Buckets, a power of two, and bits of a tag (visited.cuh).
 

@@ -257,7 +257,7 @@ class Batcher:
         self._require_threads()
         with self._lock:
             self._index = index
-            self._most_in_flight = IN_FLIGHT[index.device]
+            self._most_in_flight = IN_FLIGHT[index.device.partition(":")[0]]
             while len(self._workers) < self._most_in_flight and not self._is_closed:
                 name = f"hnsw_gpu batcher {len(self._workers)}"
                 self._workers.append(threading.Thread(target=self._work, name=name, daemon=True))
@@ -330,7 +330,7 @@ class Batcher:
     def _rows_of_a_batch(self, index: Index) -> int:
         if self._batch_rows is not None:
             return self._batch_rows
-        if index.device == "cuda":
+        if index.device != "cpu":
             return ROWS_ON_A_GPU
         return ROWS_A_THREAD * thread_count(self._threads)
 

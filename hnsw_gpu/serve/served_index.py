@@ -48,11 +48,12 @@ class ServedIndex:
 def load_served_index(
     path: Path, version: int, *, device: str = "auto", mmap: bool = False, threads: int | None
 ) -> ServedIndex:
-    """Load an index and the files beside it, and warm it with one search of each kind."""
+    """Load an index and the files beside it; compile its kernels, run a search of each kind."""
     checksum = arrays_checksum(path)
     index = load(path, mmap=mmap, device=device)
     filters = _filters(path, index)
     canary = _canary(path, index, threads)
+    index.compile_kernels()
     if canary is not None:
         some = index.labels[: max(1, len(index) // 2)]
         for allow in (None, some, some[:1], *filters.values()):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from benchmarks import datasets
 from benchmarks.gpu import kernel_times, stand_in
 from benchmarks.gpu import report as gpu_report
 from benchmarks.gpu import run as gpu
+from benchmarks.gpu import sanitizer as sanitizer_wheel
 from benchmarks.gpu import sides as gpu_sides
 from hnsw_gpu.engine.search import search_graph
 from hnsw_gpu.engine.vectors import encode_queries
@@ -294,11 +296,11 @@ def test_cagra_is_called_as_cuvs_has_it(monkeypatch) -> None:
 def test_the_shell_script(tmp_path) -> None:
     """Its options, what it skips, and that a part that fails is its failure."""
     script = Path(gpu.__file__).with_name("run.sh")
-    for program in ("bash", "dirname", "true", "false"):  # and no compute-sanitizer
+    for program in ("bash", "dirname", "true", "false", "sleep"):  # and no compute-sanitizer
         (tmp_path / program).symlink_to(str(shutil.which(program)))
 
-    def run(*options: str, python: str = "true") -> tuple[int, str]:
-        environment = {"PATH": str(tmp_path), "CUDA_HOME": str(tmp_path), "PYTHON": python}
+    def run(*options: str, python: str = "true", **more: str) -> tuple[int, str]:
+        environment = {"PATH": str(tmp_path), "CUDA_HOME": str(tmp_path), "PYTHON": python} | more
         done = subprocess.run(
             ["bash", script, *options], capture_output=True, text=True, env=environment
         )
@@ -310,19 +312,97 @@ def test_the_shell_script(tmp_path) -> None:
     assert run("--only") == (2, "--only needs a value\n")
     code, printed = run("--engine", "emulated", "--out", str(tmp_path), "--rows", "200")
     assert code == 0
-    assert "tests/gpu/test_gpu_engine.py tests/gpu/test_kernels.py\n" in printed
-    assert "memcheck, racecheck: skipped, the engine is emulated" in printed
+    tests = [f"tests/gpu/test_{name}.py" for name in ("gpu_engine", "index_on_gpu", "kernels")]
+    assert f"{' '.join(tests)} -m not gpu\n" in printed
+    assert "memcheck racecheck synccheck initcheck: skipped, the engine is emulated" in printed
     assert f"race --engine emulated --out {tmp_path} --rows 200\n" in printed
-    code, printed = run("--only", "timings", python="false")
-    assert (code, printed.splitlines()[-1]) == (1, "failed: timings")
+    code, printed = run(python="false")
+    said = f"false is no Python 3.11 or later; what to do says {script} --help\n"
+    assert (code, printed) == (2, said)
+    fails = tmp_path / "fails"  # a Python that is new enough, and no more
+    fails.write_text('#!/usr/bin/env bash\n[ "$1" = -c ]\n')
+    fails.chmod(0o755)
+    code, printed = run("--only", "timings", python="fails")
+    assert (code, printed.splitlines()[-1]) == (1, "failed: doctor timings")
     assert "race --engine gpu\n" in printed
     code, printed = run()
     assert code == 0
-    assert "tests/gpu/test_kernels.py -k not emulated\n" in printed
-    assert "memcheck, racecheck: skipped, there is no compute-sanitizer" in printed
+    assert "tests/gpu/test_kernels.py -m gpu\n" in printed
+    assert "skipped, there is no compute-sanitizer: pip install nvidia-cuda-san" in printed
     sanitizer = tmp_path / "compute-sanitizer"
     sanitizer.write_text('#!/usr/bin/env bash\necho "asked $*"\n[ "$2" != racecheck ]\n')
     sanitizer.chmod(0o755)
     code, printed = run("--only", "sanitizers")
     assert (code, printed.splitlines()[-1]) == (1, "failed: racecheck")
-    assert "asked --tool memcheck --error-exitcode 1 true -m benchmarks.gpu.run check\n" in printed
+    for tool in ("memcheck", "racecheck", "synccheck", "initcheck"):
+        asked = f"asked --tool {tool} --error-exitcode 1 true -m benchmarks.gpu.run check\n"
+        assert asked in printed
+    (tmp_path / "timeout").symlink_to(str(shutil.which("timeout")))
+    fails.write_text('#!/usr/bin/env bash\n[ "$1" = -c ] || sleep 60\n')
+    code, printed = run("--only", "timings", python="fails", SECONDS_A_PART="1")
+    assert (code, printed.splitlines()[-1]) == (1, "failed: doctor timings")
+
+
+def test_the_sanitizer_of_a_wheel_is_found(tmp_path, monkeypatch) -> None:
+    folder = tmp_path / "nvidia" / "cu13"
+    for place in (folder / "bin", folder / "compute-sanitizer"):
+        place.mkdir(parents=True)
+        (place / "compute-sanitizer").write_text("")
+    about = tmp_path / "nvidia_cuda_sanitizer_api-13.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Name: nvidia-cuda-sanitizer-api\nVersion: 13.0\n")
+    names = ("bin/compute-sanitizer", "compute-sanitizer/compute-sanitizer")
+    (about / "RECORD").write_text("".join(f"nvidia/cu13/{name},,\n" for name in names))
+    monkeypatch.syspath_prepend(tmp_path)
+    assert sanitizer_wheel.find() == ""  # none can be run
+    (folder / "bin" / "compute-sanitizer").chmod(0o755)
+    assert sanitizer_wheel.find() == str(folder / "bin" / "compute-sanitizer")
+
+
+def test_where_a_gpu_is_required_its_absence_is_a_failure() -> None:
+    try:
+        hnsw_gpu.Index(2, "l2", device="cuda")
+    except RuntimeError:
+        pass
+    else:
+        pytest.skip("there is a GPU")
+    root = Path(gpu.__file__).parents[2]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu"]
+    command += ["tests/gpu/test_gpu_engine.py", "-k", "an_empty_index or masks"]
+
+    def outcome(**more: str) -> tuple[int, str]:
+        environment = {k: v for k, v in os.environ.items() if k != "HNSW_GPU_REQUIRE_GPU"}
+        done = subprocess.run(
+            command, cwd=root, capture_output=True, text=True, env=environment | more
+        )
+        return done.returncode, done.stdout
+
+    code, said = outcome()
+    assert code == 0 and "skipped" in said and "passed" not in said
+    code, said = outcome(HNSW_GPU_REQUIRE_GPU="1")
+    assert code == 1 and "no GPU that CuPy can use" in said and "passed" not in said
+
+
+def test_the_notebook_runs(tmp_path, monkeypatch) -> None:
+    """Its cells in order, but for the installation, over the emulated engine."""
+    book = json.loads(Path(gpu.__file__).with_name("notebook.ipynb").read_text())
+    assert (book["nbformat"], book["metadata"]["accelerator"]) == (4, "GPU")
+    assert all(not cell.get("outputs") for cell in book["cells"])  # no times of an emulator
+    monkeypatch.setenv("HNSW_GPU_ENGINE", "emulated")
+    monkeypatch.setenv("HNSW_GPU_ROOT", str(Path(gpu.__file__).parents[2]))
+    monkeypatch.setenv("HNSW_GPU_OUT", str(tmp_path))
+    monkeypatch.setenv("PYTEST_ADDOPTS", "-k an_empty_index")  # the others run beside this one
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    names: dict[str, object] = {}
+    ran = 0
+    for number, cell in enumerate(book["cells"]):
+        text = "".join(cell["source"])
+        if cell["cell_type"] == "code":
+            code = compile(text, f"cell {number}", "exec")
+            if "install" not in cell["metadata"].get("tags", []):
+                exec(code, names)
+                ran += 1
+    assert ran == 5
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert [len(series["points"]) for series in found["results"]["synthetic-128"]["series"]]
+    assert (tmp_path / "notebook.png").read_bytes().startswith(b"\x89PNG")

@@ -1,11 +1,13 @@
-"""The kernels' call without a GPU: encoded arrays in, arrays out, as search.py has them.
+"""The kernels' call: encoded arrays in, arrays out, as search.py has them.
 
-They run on the emulator or, as PTX, on its executor.
+They run on the emulator or, as PTX, on its executor, or on a GPU.
 """
 
+import functools
 from typing import NamedTuple
 
 import emulator
+import launches_on_gpu
 import numpy as np
 import ptx
 
@@ -28,13 +30,16 @@ class Build(NamedTuple):
     sanitizer: str | None = None
     source: str | None = None  # None: the kernel as it is
     arch: int | None = None  # run the PTX for this compute capability; None: emulate
+    on_gpu: bool = False  # run it there
 
     def library(
         self, kernel: str, has_allowed_keys: bool = False
-    ) -> emulator.Library | ptx.Library:
+    ) -> emulator.Library | ptx.Library | launches_on_gpu.Library:
         definitions = kernel_source.definitions(
             self.metric, self.dtype, self.dim, self.M, self.warps, self.tag_bits, has_allowed_keys
         )
+        if self.on_gpu:
+            return _on_gpu(kernel, tuple(definitions.items()), self.source)
         if self.arch is not None:
             return ptx.compile(kernel, definitions, arch=self.arch, source=self.source)
         return emulator.compile(kernel, definitions, sanitizer=self.sanitizer, source=self.source)
@@ -44,9 +49,19 @@ class Build(NamedTuple):
     ) -> None:
         """`memory`: the arrays that the structs in `args` point at; all else in it is left out."""
         library = self.library(kernel, has_allowed_keys)
-        if self.arch is not None:
+        if self.arch is not None or self.on_gpu:
             how["memory"] = [one for one in memory if isinstance(one, np.ndarray)]
         library.launch(grid, block, args, **how)
+
+
+@functools.cache
+def _on_gpu(kernel: str, definitions: tuple, source: str | None) -> launches_on_gpu.Library:
+    return launches_on_gpu.Library(kernel, dict(definitions), source)
+
+
+def forget_gpu_kernels() -> None:
+    """After a stand-in for a GPU."""
+    _on_gpu.cache_clear()
 
 
 def struct(name: str, **fields) -> tuple[np.ndarray, list]:

@@ -10,9 +10,7 @@ import itertools
 import logging
 import sys
 import threading
-from collections.abc import Iterator
 
-import emulator
 import numpy as np
 import oracle
 import pytest
@@ -26,14 +24,6 @@ from hnsw_gpu.gpu.gpu_engine import GpuEngine
 DIM = 16
 ROWS = 240
 FORMS = [("l2", "fp32", False), ("ip", "fp16", False), ("cosine", "int8", True)]
-
-
-@pytest.fixture
-def machine() -> Iterator[cupy_stand_in.Machine]:
-    if emulator.missing():
-        pytest.skip(emulator.missing())
-    with cupy_stand_in.installed() as made:
-        yield made
 
 
 def vectors(count: int, seed: int) -> np.ndarray:
@@ -66,7 +56,7 @@ def assert_alike(cpu: hnsw_gpu.Index, gpu: hnsw_gpu.Index, exact: bool = True, *
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
-def test_searches(machine, form):
+def test_searches(device, form):
     cpu, gpu = pair(*form)
     exact = form[0] != "cosine"
     assert gpu.device == "cuda" and "device='cuda'" in repr(gpu)
@@ -79,7 +69,21 @@ def test_searches(machine, form):
     assert_alike(cpu, gpu, exact)
 
 
-def test_radius_and_neighbour_graph(machine):
+def test_adding_and_deleting(device):
+    """Searches between changes, which bring the GPU what is new."""
+    cpu, gpu = pair("l2", "int8", True)
+    for turn in range(4):
+        for index in (cpu, gpu):
+            index.add(vectors(30 + 40 * turn, seed=20 + turn) * 2)
+        assert_alike(cpu, gpu)
+        for index in (cpu, gpu):
+            index.delete(index.labels[turn::9])
+        assert_alike(cpu, gpu)
+        assert_alike(cpu, gpu, allow=cpu.labels[::2])
+    oracle.assert_same(cpu.neighbor_graph(5, ef=2000), gpu.neighbor_graph(5, ef=2000))
+
+
+def test_radius_and_neighbour_graph(device):
     cpu, gpu = pair()
     queries = vectors(9, seed=2)
     for one, other in zip(
@@ -114,7 +118,7 @@ def test_int4_stays_on_the_cpu_and_says_why(machine, caplog, tmp_path):
     oracle.assert_same(loaded.search(vectors(9, seed=2), 7), expected)
 
 
-def test_the_default_of_expand_is_the_devices(machine):
+def test_the_default_of_expand_is_the_devices(device):
     cpu, gpu = pair()
     queries = vectors(9, seed=2)
     oracle.assert_same(gpu.search(queries, 3, ef=12), cpu.search(queries, 3, ef=12, expand=2))
@@ -142,7 +146,7 @@ def test_only_what_changed_goes_up_again(machine):
     assert machine.sum_of("upload") - queries_alone <= words
 
 
-def test_repair_and_interruption_reach_the_gpu(machine, monkeypatch):
+def test_repair_and_interruption_reach_the_gpu(device, monkeypatch):
     cpu, gpu = pair()
     for index in (cpu, gpu):
         index.add(vectors(60, seed=6) * 3)
@@ -162,7 +166,7 @@ def test_repair_and_interruption_reach_the_gpu(machine, monkeypatch):
     assert_alike(cpu, gpu)
 
 
-def test_compact_save_load_and_back(machine, tmp_path):
+def test_compact_save_load_and_back(device, tmp_path):
     cpu, gpu = pair("l2", "int8", True)
     for index in (cpu, gpu):
         index.delete(np.arange(100, 180))
@@ -178,7 +182,7 @@ def test_compact_save_load_and_back(machine, tmp_path):
     assert_alike(cpu, loaded.to("cuda"))
 
 
-def test_auto_takes_the_gpu_and_says_so(machine, caplog):
+def test_auto_takes_the_gpu_and_says_so(device, caplog):
     with caplog.at_level(logging.INFO, "hnsw_gpu"):
         assert hnsw_gpu.Index(DIM, device="auto").device == "cuda"
     assert "searching on" in caplog.text
@@ -219,7 +223,7 @@ def test_queries_on_the_gpu(machine, metric):
     )
 
 
-def test_gpu_arrays_where_they_do_not_belong(machine):
+def test_gpu_arrays_where_they_do_not_belong(device):
     cpu, gpu = pair()
     on_gpu = cupy_stand_in.asarray(vectors(9, seed=2))
     with pytest.raises(TypeError, match="queries: on a GPU"):
@@ -241,7 +245,7 @@ def test_memory_says_what_is_uploaded(machine):
     assert more["queries"] > 1000 * 200 * 8
 
 
-def test_a_batcher_has_two_batches_in_flight(machine):
+def test_a_batcher_has_two_batches_in_flight(device):
     """Requests split among batches that are searched at once: the answers of `search`."""
     _, gpu = pair()
     queries = vectors(60, seed=3)
@@ -294,7 +298,7 @@ def test_an_upload_that_fails_leaves_nothing_half_new(machine, failing, monkeypa
     assert_alike(cpu, gpu)
 
 
-def test_an_engine_that_was_left_is_not_filled_again(machine):
+def test_an_engine_that_was_left_is_not_filled_again(device):
     cpu, gpu = pair()
     engine, state = gpu._gpu, gpu._state
     gpu.to("cpu")
@@ -302,7 +306,7 @@ def test_an_engine_that_was_left_is_not_filled_again(machine):
     assert_alike(cpu, gpu)
 
 
-def test_a_search_beside_an_adder(machine):
+def test_a_search_beside_an_adder(device):
     """Every answer is one that some published state gives."""
     cpu, gpu = pair()
     queries, answers = vectors(9, seed=2), []

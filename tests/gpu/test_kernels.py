@@ -1,4 +1,4 @@
-"""The kernels, executed on the emulator, equal the oracle and the CPU engine.
+"""The kernels, executed on the emulator and on a GPU, equal the oracle and the CPU engine.
 
 search.cu: keys and hops of `reference.py` and of `search.py` on integer-valued vectors, over a
 pairwise design of all that specialises or steers it (`kernel_cases.py`).
@@ -6,18 +6,15 @@ pairwise design of all that specialises or steers it (`kernel_cases.py`).
 
 import concurrent.futures
 
+import emulated
 import emulator
+import kernel_cases
 import numpy as np
+import oracle
 import pairwise
 import pytest
-
-if emulator.missing():
-    pytest.skip(emulator.missing(), allow_module_level=True)
-
-import emulated
-import kernel_cases
-import oracle
 import reference
+from emulator import cupy_stand_in
 from kernel_cases import name_of
 
 from hnsw_gpu import inputs
@@ -35,8 +32,17 @@ METRICS = ["l2", "ip", "cosine"]
 DTYPES = ["fp32", "fp16", "int8"]
 
 
-def compile_all(jobs) -> None:
-    """Compile (build, kernel, has_allowed_keys), two at a time."""
+@pytest.fixture(autouse=True)
+def runs_somewhere(request: pytest.FixtureRequest) -> None:
+    """What does not take `on_gpu` needs the emulator."""
+    if "on_gpu" not in request.fixturenames and emulator.missing():
+        pytest.skip(emulator.missing())
+
+
+def compile_all(jobs, on_gpu: bool = False) -> None:
+    """Compile (build, kernel, has_allowed_keys), two at a time; CuPy does that for a GPU."""
+    if on_gpu:
+        return
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda job: job[0].library(*job[1:]), jobs))
 
@@ -45,12 +51,12 @@ def compile_all(jobs) -> None:
 
 
 @pytest.fixture(scope="module")
-def compiled() -> None:
+def compiled(on_gpu: bool) -> None:
     jobs = {
         (kernel_cases.build_of(row), "search", row["has_allowed_keys"])
         for row in kernel_cases.launches()
     }
-    compile_all(sorted(jobs, key=str))
+    compile_all(sorted(jobs, key=str), on_gpu)
 
 
 def assert_same(found, wanted, said: str) -> None:
@@ -71,10 +77,10 @@ def test_design_covers_every_pair() -> None:
 
 
 @pytest.mark.parametrize("row", kernel_cases.launches(), ids=name_of)
-def test_parity(compiled, row) -> None:
+def test_parity(compiled, row, on_gpu) -> None:
     asked = kernel_cases.question(row)
     wanted = asked.wanted()
-    build = kernel_cases.build_of(row)
+    build = kernel_cases.build_of(row, on_gpu=on_gpu)
     results = [asked.ask(build, **kernel_cases.launch_of(row), seed=seed) for seed in range(3)]
     assert_same(results[0], wanted, "oracle")
     for seed in (1, 2):
@@ -94,7 +100,7 @@ def test_parity(compiled, row) -> None:
 
 
 @pytest.mark.parametrize("warps", [1, 4])
-def test_searching_again_changes_nothing(warps) -> None:
+def test_searching_again_changes_nothing(warps, on_gpu) -> None:
     # Every query twice, through one group and through more groups than queries.
     row = {"metric": "l2", "dtype": "fp32", "dim": 31, "M": 4, "warps": warps, "tag_bits": 16}
     row |= {"mode": "self per query", "k": 12, "ef": 31, "expand": 2, "ef_upper": 1}
@@ -106,21 +112,21 @@ def test_searching_again_changes_nothing(warps) -> None:
     )
     wanted = once.wanted()
     for groups, blocks in ((1, 1), (4, 4)):
-        found = twice.ask(kernel_cases.build_of(row), groups=groups, blocks=blocks)
+        found = twice.ask(kernel_cases.build_of(row, on_gpu=on_gpu), groups=groups, blocks=blocks)
         for half in (slice(0, 4), slice(4, 8)):
             np.testing.assert_array_equal(found.keys[half], wanted.keys)
             np.testing.assert_array_equal(found.hops[half], wanted.hops)
         np.testing.assert_array_equal(found.distances[:4], found.distances[4:])
 
 
-def test_a_large_visited_cache_forgets_nothing() -> None:
+def test_a_large_visited_cache_forgets_nothing(on_gpu) -> None:
     row = {"metric": "l2", "dtype": "fp32", "dim": 31, "M": 4, "warps": 1, "tag_bits": 16}
     row |= {"mode": "plain", "k": 12, "ef": 31, "expand": 2, "ef_upper": 4}
     asked = kernel_cases.question(row)
     wanted = asked.wanted()
-    found = asked.ask(kernel_cases.build_of(row), visited_buckets=1024)
+    found = asked.ask(kernel_cases.build_of(row, on_gpu=on_gpu), visited_buckets=1024)
     np.testing.assert_array_equal(found.distances, wanted.distances)
-    small = asked.ask(kernel_cases.build_of(row), visited_buckets=1)
+    small = asked.ask(kernel_cases.build_of(row, on_gpu=on_gpu), visited_buckets=1)
     assert (small.distances > wanted.distances).all()
     np.testing.assert_array_equal(small.keys, found.keys)
 
@@ -130,6 +136,29 @@ def test_shared_memory_is_all_that_is_asked_for() -> None:
     row |= {"mode": "plain", "k": 12, "ef": 31, "expand": 2, "ef_upper": 4}
     with pytest.raises(emulator.KernelError, match="memory that is not there"):
         kernel_cases.question(row).ask(kernel_cases.build_of(row), limit=16, groups=1)
+
+
+def test_the_launcher_for_a_gpu() -> None:
+    """Over the stand-in for CuPy: what goes up, and comes back, is what the kernel means."""
+    row = {"metric": "l2", "dtype": "int8", "dim": 31, "M": 4, "warps": 1, "tag_bits": 16}
+    row |= {"mode": "self per query", "k": 12, "ef": 31, "expand": 2, "ef_upper": 4}
+    asked = kernel_cases.question(row)
+    build = kernel_cases.build_of(row, on_gpu=True)
+    emulates = build._replace(on_gpu=False)
+    with cupy_stand_in.installed():
+        assert_same(asked.ask(build), asked.wanted(), "oracle")
+        rows, queries = asked.data.rows, asked.data.queries
+        ids = np.arange(50, dtype=np.int32)
+        found = emulated.compare(build, rows, queries, ids=ids, k=7)
+        np.testing.assert_array_equal(
+            found, emulated.compare(emulates, rows, queries, ids=ids, k=7)
+        )
+        width = queries.view(np.uint8).reshape(len(queries), -1).shape[1]
+        found = emulated.encode(build, asked.data.vectors[:5], width)
+        np.testing.assert_array_equal(
+            found, emulated.encode(emulates, asked.data.vectors[:5], width)
+        )
+    emulated.forget_gpu_kernels()
 
 
 # --- beyond 2**31 ---------------------------------------------------------------------------------
@@ -241,12 +270,14 @@ REAL = [("l2", "fp32", 100), ("ip", "fp32", 768), ("cosine", "fp16", 127), ("l2"
 
 
 @pytest.mark.parametrize(("metric", "dtype", "dim"), REAL, ids=str)
-def test_bits_and_recall_on_real_data(metric, dtype, dim) -> None:
+def test_bits_and_recall_on_real_data(metric, dtype, dim, on_gpu) -> None:
     # R11: neither the warps of a query, nor the batch, nor the place in it, nor the kernel
     # changes a bit; and the answer is as good as the CPU engine's.
     made = Real(metric, dtype, dim)
-    builds = [emulated.Build(metric, dtype, dim, 4, warps) for warps in (1, 4, 8)]
-    compile_all([(build, "search", False) for build in builds] + [(builds[0], "compare", False)])
+    builds = [emulated.Build(metric, dtype, dim, 4, warps, on_gpu=on_gpu) for warps in (1, 4, 8)]
+    compile_all(
+        [(build, "search", False) for build in builds] + [(builds[0], "compare", False)], on_gpu
+    )
     settings = {"k": 10, "ef": 40, "expand": 2}
     whole = emulated.search(builds[0], made.graph, made.rows, made.queries, **settings, groups=4)
     for build in builds[1:]:
@@ -290,13 +321,14 @@ def distance_builds():
 
 
 @pytest.fixture(scope="module")
-def comparing() -> None:
-    compile_all([(build, "compare", False) for build in distance_builds()])
+def comparing(on_gpu: bool) -> None:
+    compile_all([(build, "compare", False) for build in distance_builds()], on_gpu)
 
 
 @pytest.mark.parametrize("build", distance_builds(), ids=lambda b: f"{b.metric}-{b.dtype}-{b.dim}")
-def test_distances(comparing, build) -> None:
+def test_distances(comparing, build, on_gpu) -> None:
     """compare.cu beside float64, and beside exact.py: listed ids and candidates."""
+    build = build._replace(on_gpu=on_gpu)
     rng = np.random.default_rng(build.dim)
     scales = 10.0 ** rng.integers(-2, 3, (50, 1))
     vectors = (rng.normal(size=(50, build.dim)) * scales).astype(np.float32)
@@ -332,10 +364,10 @@ def test_distances(comparing, build) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_compare_equals_exact_on_integers(comparing, dtype) -> None:
+def test_compare_equals_exact_on_integers(comparing, dtype, on_gpu) -> None:
     for metric in METRICS:
         made = kernel_cases.data(metric, dtype, 31)
-        build = emulated.Build(metric, dtype, 31, 4)
+        build = emulated.Build(metric, dtype, 31, 4, on_gpu=on_gpu)
         ids = np.random.default_rng(4).choice(len(made.rows), 100, replace=False).astype(np.int32)
         keys = emulated.compare(build, made.rows, made.queries, ids=ids)
         wanted = exact.exact_ids(made.rows, ids, made.queries, metric, k=100, threads=1)
@@ -355,10 +387,10 @@ def test_compare_equals_exact_on_integers(comparing, dtype) -> None:
 
 @pytest.mark.parametrize("shares", [1, 2, 5])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_compare_keeps_the_nearest(comparing, dtype, shares) -> None:
+def test_compare_keeps_the_nearest(comparing, dtype, shares, on_gpu) -> None:
     """Of ids, and of candidates with empty places among them; also where there are fewer than k."""
     made = kernel_cases.data("l2", dtype, 31)
-    build = emulated.Build("l2", dtype, 31, 4)
+    build = emulated.Build("l2", dtype, 31, 4, on_gpu=on_gpu)
     rng = np.random.default_rng(5)
     sizes = [(1, 1), (1, 3), (130, 1), (130, 40), (130, 130), (150, 200)]
     for m, k in [*sizes, (150, 512), (600, 512), (600, 513)]:
@@ -391,12 +423,13 @@ def encoders():
 
 
 @pytest.fixture(scope="module")
-def encoding() -> None:
-    compile_all([(build, "encode", False) for build in encoders()])
+def encoding(on_gpu: bool) -> None:
+    compile_all([(build, "encode", False) for build in encoders()], on_gpu)
 
 
 @pytest.mark.parametrize("build", encoders(), ids=lambda b: f"{b.metric}-{b.dtype}-{b.dim}")
-def test_encode(encoding, build) -> None:
+def test_encode(encoding, build, on_gpu) -> None:
+    build = build._replace(on_gpu=on_gpu)
     rng = np.random.default_rng(build.dim)
     vectors = rng.normal(size=(150, build.dim)) * 10.0 ** rng.integers(-20, 18, (150, 1))
     vectors = vectors.astype(np.float32)
@@ -425,15 +458,17 @@ UNANSWERED = [
 
 
 @pytest.fixture(scope="module")
-def asking() -> None:
+def asking(on_gpu: bool) -> None:
     builds = [emulated.Build(metric, dtype, 32, 4) for metric, dtype in UNANSWERED]
-    compile_all([(build, k, False) for build in builds for k in ("search", "compare", "encode")])
+    compile_all(
+        [(build, k, False) for build in builds for k in ("search", "compare", "encode")], on_gpu
+    )
 
 
 @pytest.mark.parametrize(("metric", "dtype"), UNANSWERED)
-def test_queries_without_an_answer(asking, metric, dtype) -> None:
+def test_queries_without_an_answer(asking, metric, dtype, on_gpu) -> None:
     """NaN, infinite, and under cosine zero: encoded as none, and nothing is found."""
-    build = emulated.Build(metric, dtype, 32, 4)
+    build = emulated.Build(metric, dtype, 32, 4, on_gpu=on_gpu)
     made = kernel_cases.data(metric, dtype, 32)
     asked = made.vectors[:7].copy()
     asked[0, 31], asked[1, 0], asked[2, 5], asked[3, 7] = np.nan, np.inf, -np.inf, np.nan
@@ -457,9 +492,9 @@ def test_queries_without_an_answer(asking, metric, dtype) -> None:
 
 
 @pytest.mark.parametrize(("metric", "dtype"), UNANSWERED)
-def test_queries_of_any_length(asking, metric, dtype) -> None:
+def test_queries_of_any_length(asking, metric, dtype, on_gpu) -> None:
     """An answer where inputs.py takes them: cosine knows no length, and l2 a tiny query."""
-    build = emulated.Build(metric, dtype, 32, 4)
+    build = emulated.Build(metric, dtype, 32, 4, on_gpu=on_gpu)
     made = kernel_cases.data(metric, dtype, 32)
     asked = made.vectors[:3] / np.linalg.norm(made.vectors[:3], axis=1, keepdims=True)
     asked *= np.float32([[9e-15], [1.1e-14], [1e19]])
@@ -482,7 +517,7 @@ def test_queries_of_any_length(asking, metric, dtype) -> None:
 
 
 @pytest.mark.parametrize("metric", ["l2", "euclidean", "ip", "cosine"])
-def test_keys_to_labels(metric) -> None:
+def test_keys_to_labels(metric, on_gpu) -> None:
     rng = np.random.default_rng(6)
     n, count = 90, 30
     carried = rng.integers(0, 6, n)  # labels a node: none to five copies
@@ -494,7 +529,7 @@ def test_keys_to_labels(metric) -> None:
         names[offsets[node] : offsets[node + 1]].sort()
     labels = Labels(offsets, names)
     root = metric == "euclidean"
-    build = emulated.Build("l2" if root else metric, "fp32", 8, 4)
+    build = emulated.Build("l2" if root else metric, "fp32", 8, 4, on_gpu=on_gpu)
     for m in (1, 12, 32, 33, 80):
         keys = np.full((count, m), KEY_NONE, np.uint64)
         for q in range(count):

@@ -61,6 +61,9 @@ class Machine:
         self.current = threading.local()
         self.launches: list[Launch] = []
         self.seed = 0  # of the order of lanes
+        self.gpus = 1
+        self.asked: list[int] = []  # the current device, at each question to the pool
+        self.nvrtc, self.driver = (13, 0), 13000
         self.null = None
 
     def hold(self, stream: int, nbytes: int) -> None:
@@ -108,19 +111,20 @@ class Stream:
     def __init__(self, null: bool = False, non_blocking: bool = False) -> None:
         assert null or non_blocking, "a blocking stream waits for the null stream: not emulated"
         self.ptr = 0 if null else max(machine.streams) + 16
-        self.device_id = -1 if null else 0
+        self.device_id = -1 if null else _device()
+        self.captures = False
         self._ops: list[Callable[[], None]] = []
         self._done = 0
         self._lock = threading.RLock()
         machine.streams[self.ptr] = self
 
     @classmethod
-    def from_external(cls, given) -> "Stream":
+    def from_external(cls, obj) -> "Stream":
         try:
-            version, ptr = given.__cuda_stream__()
+            version, ptr = obj.__cuda_stream__()
         except AttributeError as error:
             raise TypeError(
-                f"Object of type {type(given).__name__} does not implement "
+                f"Object of type {type(obj).__name__} does not implement "
                 "the CUDA stream protocol (__cuda_stream__ method)"
             ) from error
         assert version == 0
@@ -135,6 +139,9 @@ class Stream:
 
     def __exit__(self, *error) -> None:
         _stack().pop()
+
+    def is_capturing(self) -> bool:
+        return self.captures
 
     def synchronize(self) -> None:
         machine.steps.append(Step(self.ptr, "synchronize"))
@@ -173,6 +180,7 @@ def get_current_stream(device_id: int = -1) -> Stream:
 
 class Event:
     def __init__(self, block: bool = False, disable_timing: bool = False) -> None:
+        self.block = block
         self.place: tuple[Stream, int] = (machine.null, 0)
 
     def record(self, stream: Stream | None = None) -> None:
@@ -192,17 +200,24 @@ class Event:
 # --- memory ---
 
 
+class OutOfMemoryError(MemoryError):
+    """`cupy.cuda.memory.OutOfMemoryError`."""
+
+    def __init__(self, size: int, total: int, limit: int = 0) -> None:
+        super().__init__(f"Out of memory allocating {size:,} bytes (allocated so far: {total:,})")
+
+
 class _Block:
     """Device memory. Dropped, it is poisoned in the order of the stream it was allocated on."""
 
     def __init__(self, nbytes: int) -> None:
         if nbytes > machine.free - machine.live:
-            raise MemoryError(f"Out of memory allocating {nbytes:,} bytes")
+            raise OutOfMemoryError(nbytes, machine.live)
         # kernels read 16 bytes at a time, and cudaMalloc aligns to 256
         raw = np.full(nbytes + 256, POISON, np.uint8)
         start = -raw.ctypes.data % 256
         self.bytes = raw[start : start + nbytes]
-        self.machine, self.stream = machine, get_current_stream()
+        self.machine, self.stream, self.device = machine, get_current_stream(), _device()
         machine.blocks.append(raw)
         machine.hold(self.stream.ptr, nbytes)
 
@@ -230,7 +245,7 @@ class ndarray:
     ndim = property(lambda self: self._host.ndim)
     nbytes = property(lambda self: self._host.nbytes)
     flags = property(lambda self: self._host.flags)
-    device = property(lambda self: Device(0))
+    device = property(lambda self: Device(getattr(self._block, "device", 0)))
     data = property(lambda self: _Data(self._host.ctypes.data if self._host.size else 0))
 
     def __len__(self) -> int:
@@ -298,7 +313,10 @@ class ndarray:
         if not self.flags.c_contiguous:
             raise NotImplementedError("Sorting non-contiguous array is not supported.")
         host = self._host
+        # of many rows CuPy sorts pairs of row and key, and Thrust does so out of place
+        scratch = empty((3 if self.ndim > 1 else 1) * host.size, np.uint64)
         get_current_stream().enqueue("sort", lambda: host.sort(axis=axis), self.nbytes)
+        del scratch
 
     @property
     def __cuda_array_interface__(self) -> dict:
@@ -332,16 +350,16 @@ def zeros(shape, dtype=float) -> ndarray:
     return result
 
 
-def asarray(given, dtype=None) -> ndarray:
+def asarray(a, dtype=None) -> ndarray:
     """Of numpy an asynchronous copy; of `__cuda_array_interface__` a view, as CuPy has it."""
-    if isinstance(given, ndarray):
-        return given if dtype in (None, given.dtype) else ascontiguousarray(given, dtype)
-    if hasattr(given, "__cuda_array_interface__"):
-        described = given.__cuda_array_interface__
+    if isinstance(a, ndarray):
+        return a if dtype in (None, a.dtype) else ascontiguousarray(a, dtype)
+    if hasattr(a, "__cuda_array_interface__"):
+        described = a.__cuda_array_interface__
         if described.get("stream") is not None:  # version 3: the host waits for the producer
             machine.streams[0 if described["stream"] == 1 else described["stream"]].synchronize()
-        return ndarray(_at(described), given)
-    array = np.ascontiguousarray(given, dtype)
+        return ndarray(_at(described), a)
+    array = np.ascontiguousarray(a, dtype)
     result = empty(array.shape, array.dtype)
     result.set(array.copy())
     return result
@@ -357,25 +375,25 @@ def _at(described: dict) -> np.ndarray:
     raise ValueError(f"no device memory at {address:#x}")
 
 
-def from_dlpack(given) -> ndarray:
-    assert given.__dlpack_device__()[0] in (2, 13)
-    return given.__dlpack__(stream=get_current_stream().ptr or 1, max_version=(1, 0), copy=None)
+def from_dlpack(array) -> ndarray:
+    assert array.__dlpack_device__()[0] in (2, 13)
+    return array.__dlpack__(stream=get_current_stream().ptr or 1, max_version=(1, 0), copy=None)
 
 
-def ascontiguousarray(given: ndarray, dtype=None) -> ndarray:
-    dtype = np.dtype(dtype or given.dtype)
-    if given.dtype == dtype and given.flags.c_contiguous:
-        return given
-    result = empty(given.shape, dtype)
-    result[...] = given
+def ascontiguousarray(a: ndarray, dtype=None) -> ndarray:
+    dtype = np.dtype(dtype or a.dtype)
+    if a.dtype == dtype and a.flags.c_contiguous:
+        return a
+    result = empty(a.shape, dtype)
+    result[...] = a
     return result
 
 
-def concatenate(arrays, axis: int = 0) -> ndarray:
-    arrays = list(arrays)
-    shape = list(arrays[0].shape)
-    shape[axis] = sum(array.shape[axis] for array in arrays)
-    result, hosts = empty(shape, arrays[0].dtype), [array._host for array in arrays]
+def concatenate(tup, axis: int = 0) -> ndarray:
+    tup = list(tup)
+    shape = list(tup[0].shape)
+    shape[axis] = sum(array.shape[axis] for array in tup)
+    result, hosts = empty(shape, tup[0].dtype), [array._host for array in tup]
     target = result._host
 
     def copy() -> None:
@@ -398,9 +416,11 @@ def _is_pinned(array: np.ndarray) -> bool:
 
 class _Pool:
     def free_bytes(self) -> int:
+        machine.asked.append(_device())
         return 0
 
     def free_all_blocks(self, stream: Stream | None = None) -> None:
+        machine.asked.append(_device())
         machine.steps.append(Step(-1 if stream is None else stream.ptr, "give back"))
 
 
@@ -457,15 +477,27 @@ class RawKernel:
 # --- the device ---
 
 
+def _devices() -> list[int]:
+    if not hasattr(machine.current, "devices"):
+        machine.current.devices = [0]
+    return machine.current.devices
+
+
+def _device() -> int:
+    """The current one."""
+    return _devices()[-1]
+
+
 class Device:
-    def __init__(self, device: int = 0) -> None:
-        self.id = device
+    def __init__(self, device: int | None = None) -> None:
+        self.id = _device() if device is None else device
 
     def __enter__(self) -> "Device":
+        _devices().append(self.id)
         return self
 
     def __exit__(self, *error) -> None:
-        pass
+        _devices().pop()
 
     def synchronize(self) -> None:
         machine.steps.append(Step(-1, "synchronize"))
@@ -478,6 +510,17 @@ class Device:
 
 class CUDARuntimeError(RuntimeError):
     """`cupy.cuda.runtime.CUDARuntimeError`."""
+
+    def __init__(self, status: int) -> None:
+        self.status = status
+        super().__init__(STATUS[status])
+
+
+STATUS = {
+    35: "cudaErrorInsufficientDriver: CUDA driver version is insufficient for CUDA runtime version",
+    100: "cudaErrorNoDevice: no CUDA-capable device is detected",
+    700: "cudaErrorIllegalAddress: an illegal memory access was encountered",
+}
 
 
 def getDeviceProperties(device: int) -> dict:
@@ -503,10 +546,15 @@ cuda = types.SimpleNamespace(
     alloc_pinned_memory=alloc_pinned_memory,
     get_current_stream=get_current_stream,
     is_available=lambda: True,
+    memory=types.SimpleNamespace(OutOfMemoryError=OutOfMemoryError),
+    nvrtc=types.SimpleNamespace(
+        getSupportedArchs=lambda: (70, 75, 90) if machine.nvrtc < (13, 0) else (75, 80, 90),
+        getVersion=lambda: machine.nvrtc,
+    ),
     runtime=types.SimpleNamespace(
         CUDARuntimeError=CUDARuntimeError,
-        driverGetVersion=lambda: 13000,
-        getDeviceCount=lambda: 1,
+        driverGetVersion=lambda: machine.driver,
+        getDeviceCount=lambda: machine.gpus,
         getDeviceProperties=getDeviceProperties,
     ),
 )

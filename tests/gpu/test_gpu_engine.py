@@ -109,7 +109,9 @@ def truncated(cpu: CpuEngine, count: int, keep_links: bool = False) -> CpuEngine
 
 
 def walked(engine, queries, k, ef, *, own=None, allowed=None, **how) -> np.ndarray:
-    return engine.walk(Queries(queries, own), Walk(k, ef, **how), allowed)
+    """The keys, and behind those of each query how many keys of its beam were blocked."""
+    found = engine.walk(Queries(queries, own), Walk(k, ef, **how), allowed)
+    return np.column_stack([found.keys, found.blocked.astype(np.uint64)])
 
 
 def compared(engine, queries, ids, k, own=None) -> np.ndarray:

@@ -1,10 +1,10 @@
 """Search under a filter (R8): a walk with a larger beam, or all allowed nodes compared.
 
 An engine (`cpu_engine.py`, `gpu_engine.py`) has two verbs, `walk` and `compare`; here is when which
-is used. With a filter, ef counts allowed nodes: the beam is larger by their share, and a query whose
-final beam held too few of them walks again with one twice as large, as where the filter bars just
-what is near it. Where walking would cost more than comparing all allowed nodes, that is done.
-`mask` says which nodes are allowed: None (all), or bool (n,) or (q, n).
+is used. With a filter, ef counts allowed nodes: the beam is larger by their share, and a query
+whose final beam holds too few (a filter may bar just what is near) walks again with one twice as
+large. Where a walk would cost more than comparing all allowed nodes, or its beam does not fit, they
+are compared. `mask` says which nodes are allowed: None (all), or bool (n,) or (q, n).
 """
 
 from collections.abc import Callable

@@ -31,9 +31,7 @@ def encode_int4(vectors, rows):
 
 def decode_int4(rows, dim):
     """float32 vectors (n, dim) that rows (n, B) stand for."""
-    codes = np.concatenate([rows[:, :-TAIL_BYTES] & 15, rows[:, :-TAIL_BYTES] >> 4], axis=1)[
-        :, :dim
-    ]
+    codes = np.concatenate([rows[:, :-TAIL_BYTES] & 15, rows[:, :-TAIL_BYTES] >> 4], axis=1)[:, :dim]
     scales = np.ascontiguousarray(rows[:, -TAIL_BYTES : -TAIL_BYTES + 4]).view(np.float32)
     return rotate_back((2 * codes.astype(np.float32) - 15) * scales)
 
@@ -71,9 +69,7 @@ def _squares(vectors):
 
 @jit
 def _code(value, inverse):
-    return np.int64(
-        min(max(np.floor(value * inverse) + np.float32(8), np.float32(0)), np.float32(15))
-    )
+    return np.int64(min(max(np.floor(value * inverse) + np.float32(8), np.float32(0)), np.float32(15)))
 
 
 @jit

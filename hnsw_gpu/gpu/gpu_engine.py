@@ -184,7 +184,7 @@ class GpuEngine:
     # ---------------------------------------------------------------- numpy in, numpy out
 
     def can_walk(self, k: int, keeps_allowed: bool, capacity: int = 0) -> bool:
-        """Does a beam of `capacity`, k or more, fit shared memory, beside k allowed keys if kept?"""
+        """Does a beam of `capacity`, k or more, fit shared memory, with k allowed keys if kept?"""
         capacity = max(k, capacity)
         plan = launch_plan.BeamShape(capacity, k, has_allowed_keys=keeps_allowed)
         return capacity <= launch_plan.largest_ef(plan, self.node_count, self._index.limits)

@@ -33,7 +33,7 @@ class Slot:
         return copy
 
     def download(self, arrays: Sequence[Any], targets: Sequence[np.ndarray]) -> None:
-        """Have arrays (q, m) copied to the first columns of targets (q, k) by the next `collect`."""
+        """Have arrays (q, m) copied to the first columns of targets (q, k) by `collect`."""
         for i, (array, target) in enumerate(zip(arrays, targets, strict=True)):
             pinned = self._memory(f"result {i}", array.shape, array.dtype)
             array.get(self.stream, out=pinned, blocking=False)
@@ -79,7 +79,7 @@ class HostBatches:
         bytes_a_query: int,
         work: Callable[[Slot, slice], Sequence[Any]],
     ) -> None:
-        """Fill results (q, k): `work` enqueues the search of a part of the queries, gives arrays."""
+        """Fill results (q, k): `work` enqueues the search of a part of them, gives arrays."""
         slots: list[Slot] = []
         with self._index.device:
             try:

@@ -210,6 +210,28 @@ def test_policy_over_both_engines(device: str) -> None:
             np.testing.assert_array_equal(*found)
 
 
+def test_what_a_filter_bars_is_walked_past_on_both_engines(
+    machine: cupy_stand_in.Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beams double until they hold ef allowed nodes, or no longer fit; then all are compared."""
+    monkeypatch.setattr(filtered_search, "FEW", 1)  # so that a small index is walked
+    case = make_case().upload()
+    truth = case.cpu.compare(Queries(case.queries), np.arange(NODES), NODES)
+    mask = np.ones((QUERIES, NODES), bool)
+    np.put_along_axis(mask, key_nodes(truth[:, :40]), values=False, axis=1)
+    mask[-1] = True
+    found = [
+        filtered_search.nearest(e, Queries(case.queries), Walk(5, 8), mask)
+        for e in (case.cpu, case.gpu)
+    ]
+    np.testing.assert_array_equal(*found)
+    assert len(searches(machine)) == 4  # of 8 and 11, then of 22 and 44
+    exact = np.array([truth[i][mask[i][key_nodes(truth[i])]][:5] for i in range(QUERIES)])
+    few_shared_bytes(case.gpu, 4096)
+    found = filtered_search.nearest(case.gpu, Queries(case.queries), Walk(5, 20), mask)
+    np.testing.assert_array_equal(found[:-1], exact[:-1])
+
+
 def test_more_asked_than_there_is(device: str) -> None:
     case = make_case().upload()
     for k, ef in ((NODES + 50, 10), (3, 10 * NODES)):

@@ -225,7 +225,7 @@ def test_what_a_filter_bars_is_walked_past_on_both_engines(
         for e in (case.cpu, case.gpu)
     ]
     np.testing.assert_array_equal(*found)
-    assert len(searches(machine)) == 4  # of 8 and 11, then of 22 and 44
+    assert len(searches(machine)) == 5  # of 8 and 10, then of 20, 40 and 80
     exact = np.array([truth[i][mask[i][key_nodes(truth[i])]][:5] for i in range(QUERIES)])
     few_shared_bytes(case.gpu, 4096)
     found = filtered_search.nearest(case.gpu, Queries(case.queries), Walk(5, 20), mask)

@@ -130,7 +130,7 @@ def _compared(engine: Engine, queries: Queries, mask: np.ndarray, walk: Walk) ->
             keys[part] = engine.compare(asking, ids, walk.k, walk.threads)
             continue
         found = engine.compare(asking, ids, walk.k + 1, walk.threads)
-        found[key_nodes(found) == asking.own[:, None]] = KEY_NONE
+        found[key_nodes(found) == queries.own[part, None]] = KEY_NONE
         keys[part] = np.sort(found, axis=1)[:, : walk.k]
     return keys
 

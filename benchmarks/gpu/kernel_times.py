@@ -105,7 +105,7 @@ def measure(
     with kept_counts(index) as kept:
         times = [search(number) for number in range(rounds)]
     counts = np.concatenate([array.get() for array in kept])
-    hops, distances = counts.mean(axis=0)
+    hops, distances, _ = counts.mean(axis=0)
     copy = clock.copy_bandwidth(times)
     seconds = median(one.search for one in times)
     read = bytes_a_query(hops, distances, index._arrays["rows"].shape[1:], index)
@@ -138,7 +138,7 @@ def bytes_a_query(hops: float, distances: float, row: tuple[int, ...], index: An
 
 @contextlib.contextmanager
 def kept_counts(index: Any) -> Iterator[list]:
-    """Device arrays int32 (q, 2), hops and distances, of each search in the block."""
+    """Device arrays int32 (q, 3), hops, distances and blocked, of each search in the block."""
     kept: list[Any] = []
     before, index.on_counts = index.on_counts, kept.append
     try:

@@ -25,7 +25,7 @@ from hnsw_gpu.engine.vectors import (
     rows_as_queries,
     squared_lengths,
 )
-from hnsw_gpu.engine.walk import Queries, Walk
+from hnsw_gpu.engine.walk import Queries, Walk, Walked
 from hnsw_gpu.engine.workers import (
     ChangeLock,
     SharedLock,
@@ -51,6 +51,7 @@ __all__ = [
     "State",
     "Stopped",
     "Walk",
+    "Walked",
     "block_rows",
     "build_graph",
     "compacted",

@@ -243,7 +243,7 @@ def _insert_batch(graph, growth, levels, ef_construction, threads):
         ef_upper=1,
         keys_start=ends - levels - 1,
         keys=np.full((ends[-1], ef_construction), KEY_NONE, np.uint64),
-        counts=np.empty((count, 2), np.int32),
+        counts=np.empty((count, 3), np.int32),
     )
     if first:
         walk(graph, growth.rows, task, threads=threads)

@@ -8,7 +8,7 @@ from hnsw_gpu.engine import exact
 from hnsw_gpu.engine.graph import Graph
 from hnsw_gpu.engine.search import search_graph
 from hnsw_gpu.engine.vectors import encode_queries, rows_as_queries
-from hnsw_gpu.engine.walk import Queries, Walk
+from hnsw_gpu.engine.walk import Queries, Walk, Walked
 
 
 class CpuEngine(NamedTuple):
@@ -30,10 +30,10 @@ class CpuEngine(NamedTuple):
         """The rows that decide where all are compared."""
         return self.rows if self.refine_rows is None else self.refine_rows
 
-    def can_walk(self, k: int, keeps_allowed: bool) -> bool:
+    def can_walk(self, k: int, keeps_allowed: bool, capacity: int = 0) -> bool:
         return True
 
-    def walk(self, queries: Queries, walk: Walk, allowed: np.ndarray | None = None) -> np.ndarray:
+    def walk(self, queries: Queries, walk: Walk, allowed: np.ndarray | None = None) -> Walked:
         walk = walk.within(self.node_count)
         found = search_graph(
             self.graph,
@@ -49,11 +49,12 @@ class CpuEngine(NamedTuple):
             threads=walk.threads,
         )
         if self.refine_rows is None:
-            return found.keys
+            return Walked(found.keys, found.blocked)
         fine = self._encoded(queries, self.refine_rows, self.refine)
-        return exact.rerank(
+        keys = exact.rerank(
             found.keys, self.refine_rows, fine, self.metric, k=walk.k, threads=walk.threads
         )
+        return Walked(keys, found.blocked)
 
     def compare(self, queries: Queries, ids: np.ndarray, k: int, threads: int = 1) -> np.ndarray:
         fine = self._encoded(queries, self.finest, self.refine or self.dtype)

@@ -1,8 +1,10 @@
 """Search under a filter (R8): a walk with a larger beam, or all allowed nodes compared.
 
 An engine (`cpu_engine.py`, `gpu_engine.py`) has two verbs, `walk` and `compare`; here is when which
-is used. With a filter, ef counts allowed nodes: the beam is larger by their share. `mask` says
-which nodes are allowed: None (all), or bool (n,) or (q, n).
+is used. With a filter, ef counts allowed nodes: the beam is larger by their share, and a query
+whose final beam holds too few (a filter may bar just what is near) walks again with one twice as
+large. Where a walk would cost more than comparing all allowed nodes, or its beam does not fit, they
+are compared. `mask` says which nodes are allowed: None (all), or bool (n,) or (q, n).
 """
 
 from collections.abc import Callable
@@ -12,9 +14,10 @@ import numpy as np
 
 from hnsw_gpu.engine.keys import KEY_NONE, key_distances, key_nodes
 from hnsw_gpu.engine.search import pack_bits
-from hnsw_gpu.engine.walk import Queries, Walk
+from hnsw_gpu.engine.walk import Queries, Walk, Walked
 
-FEW = 64  # see `_beam_capacity`: a step of the walk costs as much as comparing 64 rows in a scan
+FEW = 64  # a step of the walk costs as much as comparing 64 rows in a scan
+CHANCE = 2  # standard deviations that a beam may hold fewer allowed nodes than ef
 
 
 class Engine(Protocol):
@@ -23,11 +26,11 @@ class Engine(Protocol):
     @property
     def node_count(self) -> int: ...
 
-    def can_walk(self, k: int, keeps_allowed: bool) -> bool:
-        """Can a beam hold k keys, beside k allowed ones where those are kept (R8, R10)?"""
+    def can_walk(self, k: int, keeps_allowed: bool, capacity: int = 0) -> bool:
+        """Can a beam of `capacity`, k or more, be held, and k allowed keys beside it (R8, R10)?"""
 
-    def walk(self, queries: Queries, walk: Walk, allowed: np.ndarray | None = None) -> np.ndarray:
-        """Keys (q, k) of the nearest nodes that a walk of the graph meets (R3-R10).
+    def walk(self, queries: Queries, walk: Walk, allowed: np.ndarray | None = None) -> Walked:
+        """The nearest nodes that a walk of the graph meets (R3-R10).
 
         allowed: packed bits of nodes, uint32 (words,) or (q, words).
         """
@@ -48,26 +51,47 @@ def nearest(engine: Engine, queries: Queries, walk: Walk, mask: np.ndarray | Non
     walk = walk.within(nodes)
     if mask is not None and mask.all():
         mask = None
-    can_walk = engine.can_walk(walk.k, mask is not None or queries.own is not None)
+    if not engine.can_walk(walk.k, mask is not None or queries.own is not None):
+        every = np.ones(nodes, bool) if mask is None else mask
+        return _compared(engine, queries, every, walk)
     if mask is None:
-        if can_walk:
-            return engine.walk(queries, walk)
-        return _compared(engine, queries, np.arange(nodes), walk)
+        return engine.walk(queries, walk).keys
+    return _allowed_nearest(engine, queries, walk, mask)
+
+
+def _allowed_nearest(engine: Engine, queries: Queries, walk: Walk, mask: np.ndarray) -> np.ndarray:
+    """As `nearest`, where a mask bars nodes: beams twice as large until they hold ef allowed ones.
+
+    What chance takes from a beam is let be: half of all beams hold less than their mean.
+    """
+    nodes = engine.node_count
     allowed = np.broadcast_to(mask.sum(axis=-1), queries.size)
-    plan = _beam_capacity(allowed, nodes, walk.ef)
-    plan[allowed == nodes] = walk.ef  # as without a mask, whatever the others' masks
-    plan[:] = plan if can_walk else 0
+    is_barred = allowed < nodes  # the others are answered as without a mask
+    capacity = np.where(is_barred, _beam_capacity(allowed, nodes, walk.ef), walk.ef)
+    enough = walk.ef - CHANCE * np.sqrt(walk.ef * (1 - allowed / nodes))
     keys = np.full((queries.size, walk.k), KEY_NONE, np.uint64)
-    for capacity in np.unique(plan[plan > 0]).tolist():
-        part = np.flatnonzero(plan == capacity)
-        bits = pack_bits(mask if mask.ndim == 1 else mask[part])
-        wider = walk._replace(capacity=capacity).within(nodes)
-        keys[part] = engine.walk(queries.part(part), wider, bits)
+    is_compared = np.zeros(queries.size, bool)
+    waiting = np.arange(queries.size)
+    while len(waiting):
+        is_compared[waiting] = is_barred[waiting] & (allowed[waiting] <= FEW * capacity[waiting])
+        waiting = waiting[~is_compared[waiting]]
+        lacking = [np.empty(0, np.int64)]
+        for size in np.unique(capacity[waiting]).tolist():
+            part = waiting[capacity[waiting] == size]
+            if size > walk.ef and not engine.can_walk(walk.ef, True, size):
+                is_compared[part] = True
+                continue
+            bits = pack_bits(mask if mask.ndim == 1 else mask[part])
+            found = engine.walk(queries.part(part), walk._replace(capacity=size), bits)
+            keys[part] = found.keys
+            lacking.append(part[is_barred[part] & (size - found.blocked < enough[part])])
+        waiting = np.concatenate(lacking)
+        capacity[waiting] *= 2
     met = (keys != KEY_NONE).sum(axis=1)
     others = allowed if queries.own is None else allowed - 1
-    too_few = (met < np.minimum(walk.k, others)) & ((allowed < nodes) | (plan == 0))
-    for part, ids in _same_ids(np.flatnonzero(too_few), mask):
-        keys[part] = _compared(engine, queries.part(part), ids, walk)
+    is_compared |= is_barred & (met < np.minimum(walk.k, others))
+    part = np.flatnonzero(is_compared)
+    keys[part] = _compared(engine, queries.part(part), mask if mask.ndim == 1 else mask[part], walk)
     return keys
 
 
@@ -97,27 +121,31 @@ def within(
     return hits
 
 
-def _compared(engine: Engine, queries: Queries, ids: np.ndarray, walk: Walk) -> np.ndarray:
-    """Keys (q, k) of the nearest of all allowed nodes `ids` (m,), of itself to none (R10)."""
-    if queries.own is None:
-        return engine.compare(queries, ids, walk.k, walk.threads)
-    keys = engine.compare(queries, ids, walk.k + 1, walk.threads)
-    keys[key_nodes(keys) == queries.own[:, None]] = KEY_NONE
-    return np.sort(keys, axis=1)[:, : walk.k]
+def _compared(engine: Engine, queries: Queries, mask: np.ndarray, walk: Walk) -> np.ndarray:
+    """Keys (q, k) of the nearest of all allowed nodes, of itself to none (R10)."""
+    keys = np.full((queries.size, walk.k), KEY_NONE, np.uint64)
+    for part, ids in _same_ids(queries.size, mask):
+        asking = queries.part(part)
+        if queries.own is None:
+            keys[part] = engine.compare(asking, ids, walk.k, walk.threads)
+            continue
+        found = engine.compare(asking, ids, walk.k + 1, walk.threads)
+        found[key_nodes(found) == queries.own[part, None]] = KEY_NONE
+        keys[part] = np.sort(found, axis=1)[:, : walk.k]
+    return keys
 
 
 def _beam_capacity(allowed: np.ndarray, nodes: int, ef: int) -> np.ndarray:
-    """Capacities (q,) of beams that meet about `ef` allowed nodes; 0: compare all allowed (R8).
+    """Capacities (q,) of beams that hold about `ef` allowed nodes where chance chose these (R8).
 
     A beam is as much larger than ef as nodes are more than allowed ones, in steps of a quarter.
-    Where that walk would cost more than comparing every allowed node, they are few.
     """
     quarters = -(-4 * nodes // np.maximum(allowed, 1))
-    return np.where(allowed**2 <= FEW * ef * nodes, 0, -(-ef * quarters // 4))
+    return -(-ef * quarters // 4)
 
 
-def _same_ids(queries: np.ndarray, mask: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Queries (m,) and the ids that each may return, those with one mask together."""
+def _same_ids(count: int, mask: np.ndarray) -> list[tuple[slice, np.ndarray]]:
+    """Parts of `count` queries and the ids that each may return, those with one mask together."""
     if mask.ndim == 1:
-        return [(queries, np.flatnonzero(mask))] if len(queries) else []
-    return [(queries[i : i + 1], np.flatnonzero(mask[q])) for i, q in enumerate(queries)]
+        return [(slice(0, count), np.flatnonzero(mask))] if count else []
+    return [(slice(i, i + 1), np.flatnonzero(mask[i])) for i in range(count)]

@@ -16,8 +16,9 @@ R7  Visited. An engine may forget what it visited; the answer cannot depend on i
     full its worst key never grows: a forgotten id that was rejected is rejected again, and one
     still in the beam comes back as an equal key and is dropped. This engine forgets nothing.
 R8  Allowed. Ids that are not allowed are traversed like any other and never returned: beside the
-    beam a second list keeps the k smallest allowed keys seen. Where allowed ids are few, exact
-    search answers instead (`filtered_search.py` says where).
+    beam a second list keeps the k smallest allowed keys seen. Those that the final beam holds of
+    ids that are not allowed are counted as blocked: where they leave too little room, or allowed
+    ids are few, another search answers instead (`filtered_search.py` says where, and which).
 R9  Result. The k smallest allowed keys, ascending; too few: empty slots.
 R10 Self. A query that is a stored vector starts from its own node, skips R3, and the node itself is
     left out of the result.
@@ -63,7 +64,7 @@ class Task(NamedTuple):
     ef_upper: int  # beam capacity above
     keys_start: np.ndarray  # (q,) int64 row of layer 0 in `keys`; layer l is l rows further
     keys: np.ndarray  # (rows, k or ef) uint64
-    counts: np.ndarray  # (q, 2) int32: hops, distances
+    counts: np.ndarray  # (q, 3) int32: hops, distances, blocked (R8)
 
 
 class Scratch(NamedTuple):
@@ -85,6 +86,7 @@ class Result(NamedTuple):
     keys: np.ndarray  # (q, k) uint64
     hops: np.ndarray  # (q,) int32 expansions, all layers
     distances: np.ndarray  # (q,) int32 distances computed, all layers
+    blocked: np.ndarray  # (q,) int32 keys of the final beam that may not be returned (R8)
 
 
 def pack_bits(mask):
@@ -126,11 +128,11 @@ def search_graph(
         ef_upper=ef_upper,
         keys_start=np.arange(count, dtype=np.int64),
         keys=keys,
-        counts=np.zeros((count, 2), np.int32),
+        counts=np.zeros((count, 3), np.int32),
     )
     if len(rows):
         walk(graph, rows, task, expand, threads)
-    return Result(keys, task.counts[:, 0], task.counts[:, 1])
+    return Result(keys, *task.counts.T)
 
 
 def walk(graph, rows, task, expand=1, threads=1):
@@ -442,8 +444,21 @@ def _write_keys(task, scratch, s):
     if layer == 0 and _has_allowed_keys(task):
         for i in range(count):
             task.keys[row, i] = scratch.allowed_keys[s, i]
+        task.counts[q, 2] = _blocked(task, scratch, s)
         return
     for i in range(min(slots[s, CAPACITY], count)):
         if beam[s, i] == KEY_NONE:
             break
         task.keys[row, i] = beam[s, i] & ~EXPANDED
+
+
+@jit(is_inlined=True)
+def _blocked(task, scratch, s):
+    """How many keys of the beam may not be returned (R8)."""
+    count = 0
+    for i in range(scratch.slots[s, CAPACITY]):
+        key = scratch.beam[s, i]
+        if key == KEY_NONE:
+            break
+        count += not _is_allowed(task, scratch.slots[s, QUERY], key_node(key))
+    return count

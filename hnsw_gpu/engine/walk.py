@@ -22,6 +22,13 @@ class Queries(NamedTuple):
         return Queries(*(given if given is None else given[rows] for given in self))
 
 
+class Walked(NamedTuple):
+    """What a walk of the graph found."""
+
+    keys: np.ndarray  # (q, k) uint64, ascending
+    blocked: np.ndarray  # (q,) int32 keys of the final beam that may not be returned (R8)
+
+
 class Walk(NamedTuple):
     """How the graph is walked (R3-R10), by whatever engine."""
 

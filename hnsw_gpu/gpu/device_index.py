@@ -65,7 +65,7 @@ class DeviceIndex:
         with self.device:
             self.stream = cupy.cuda.Stream(non_blocking=True)
             self.uploaded = end_of_work(cupy)
-        # told the hops and distances, int32 (q, 2) on the device, of each batch that is walked
+        # told the counts, int32 (q, 3) on the device, of each batch that is walked
         self.on_counts: Callable[[Any], object] = lambda counts: None
         self._kernels: dict[tuple, Any] = {}
         self._compiling = threading.Lock()
@@ -172,10 +172,12 @@ class DeviceIndex:
     # ---------------------------------------------------------------- searching it
 
     def walk(self, batch: EncodedQueries, walk: launch_plan.BeamShape, k: int, allowed: Any) -> Any:
-        """Keys (q, k): search.cu, and where there are refine rows compare.cu on what it found."""
+        """Keys (q, k) and counts (q, 3) of search.cu; where there are refine rows, the keys that
+        compare.cu makes of what it found.
+        """
         cupy, count = self._cupy, len(batch.coarse)
         kernel, planned = self.planned(walk, count)
-        keys, counts = cupy.empty((count, walk.k), np.uint64), cupy.empty((count, 2), np.int32)
+        keys, counts = cupy.empty((count, walk.k), np.uint64), cupy.empty((count, 3), np.int32)
         next_query = cupy.zeros(1, np.uint32)
         names = ("neighbors0", "nodes", "neighbors", "below", "layer_offsets", "rows")
         graph = argument("Graph", top=self._top, **{name: self._arrays[name] for name in names})
@@ -198,12 +200,12 @@ class DeviceIndex:
         kernel((planned.grid,), (planned.block,), (graph, task), shared_mem=planned.shared_mem)
         self.on_counts(counts)
         if not self._refine:
-            return keys
+            return keys, counts
         if k <= launch_plan.MOST_KEPT:
-            return self._keep_nearest(batch, k, candidates=keys)
+            return self._keep_nearest(batch, k, candidates=keys), counts
         keys = self.compare_keys(batch, candidates=keys)
         keys.sort(axis=1)
-        return _cut(keys, k)
+        return _cut(keys, k), counts
 
     def planned(self, walk: launch_plan.BeamShape, queries: int) -> tuple[Any, launch_plan.Plan]:
         """The compiled search.cu for a batch, and how to launch it."""

@@ -21,6 +21,7 @@ from hnsw_gpu.engine import (
     Queries,
     SharedLock,
     Walk,
+    Walked,
     rows_as_queries,
 )
 from hnsw_gpu.gpu import kernel_source, launch_plan
@@ -225,21 +226,24 @@ class GpuEngine:
 
     # ---------------------------------------------------------------- numpy in, numpy out
 
-    def can_walk(self, k: int, keeps_allowed: bool) -> bool:
-        """Does a beam of k keys fit shared memory, beside k allowed ones where those are kept?"""
-        plan = launch_plan.BeamShape(k, k, has_allowed_keys=keeps_allowed)
-        return k <= launch_plan.largest_ef(plan, self.node_count, self._index.limits)
+    def can_walk(self, k: int, keeps_allowed: bool, capacity: int = 0) -> bool:
+        """Does a beam of `capacity`, k or more, fit shared memory, with k allowed keys if kept?"""
+        capacity = max(k, capacity)
+        plan = launch_plan.BeamShape(capacity, k, has_allowed_keys=keeps_allowed)
+        return capacity <= launch_plan.largest_ef(plan, self.node_count, self._index.limits)
 
-    def walk(self, queries: Queries, walk: Walk, allowed: np.ndarray | None = None) -> np.ndarray:
-        """Keys (q, k), ascending, of the nearest nodes that a walk of the graph meets (R3-R10).
+    def walk(self, queries: Queries, walk: Walk, allowed: np.ndarray | None = None) -> Walked:
+        """The nearest nodes that a walk of the graph meets (R3-R10).
 
         allowed: packed bits, uint32 (words,) or (q, words). ValueError: a beam of ef is too large.
         """
         allowed, walk = _one_row(allowed), walk.within(self.node_count)
         planned = self._planned(walk, allowed is not None or queries.own is not None)
-        result = np.full((queries.size, walk.k), KEY_NONE, np.uint64)
+        keys = np.full((queries.size, walk.k), KEY_NONE, np.uint64)
+        counts = np.zeros((queries.size, 3), np.int32)
+        found = Walked(keys, counts[:, 2])
         if not self.node_count:
-            return result
+            return found
 
         def work(slot: Slot, part: slice) -> Any:
             batch = self._upload_queries(slot, queries.part(part))
@@ -250,8 +254,8 @@ class GpuEngine:
 
         keys_held = keys_walked(planned, walk.k, self._refine)
         bytes_a_query = self._bytes_a_query(keys_held) + 4 * mask_stride(allowed)
-        self._batches.run(result, bytes_a_query, work)
-        return result
+        self._batches.run((keys, counts), bytes_a_query, work)
+        return found
 
     def compare(self, queries: Queries, ids: np.ndarray, k: int, threads: int = 1) -> np.ndarray:
         """Keys (q, k), ascending, of the nearest of `ids` (m,), all compared by the finest rows.
@@ -264,9 +268,9 @@ class GpuEngine:
             return result
 
         def work(slot: Slot, part: slice) -> Any:
-            return self._index.compare(self._upload_queries(slot, queries.part(part)), ids, k)
+            return (self._index.compare(self._upload_queries(slot, queries.part(part)), ids, k),)
 
-        self._batches.run(result, self._bytes_a_query(keys_compared(len(ids), k)), work)
+        self._batches.run((result,), self._bytes_a_query(keys_compared(len(ids), k)), work)
         return result
 
     def own_keys(self, ids: np.ndarray) -> np.ndarray:
@@ -276,10 +280,10 @@ class GpuEngine:
             keys = ids[part, None].astype(np.uint64) << np.uint64(1)
             candidates = slot.upload("candidates", keys)
             batch = self._upload_queries(slot, Queries(own=ids[part]))
-            return self._index.compare_keys(batch, candidates=candidates)
+            return (self._index.compare_keys(batch, candidates=candidates),)
 
         result = np.full((len(ids), 1), KEY_NONE, np.uint64)
-        self._batches.run(result, self._bytes_a_query(2), work)
+        self._batches.run((result,), self._bytes_a_query(2), work)
         return result[:, 0]
 
     def _planned(self, walk: Walk, keeps_allowed: bool) -> launch_plan.BeamShape:
@@ -349,7 +353,7 @@ class GpuEngine:
                     for part in parts(len(vectors), room):
                         batch = index.encode(vectors[part])
                         if every is None:
-                            keys = index.walk(batch, planned, min(walk.k, planned.k), None)
+                            keys, _ = index.walk(batch, planned, min(walk.k, planned.k), None)
                         else:
                             keys = index.compare(batch, every, walk.k)
                         index.keys_to_labels(keys, found[0][part], found[1][part], root)

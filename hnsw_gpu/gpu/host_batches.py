@@ -5,7 +5,7 @@ Two batches are in flight: while one is searched, the other is encoded, copied i
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ class Slot:
         self.stream = cupy.cuda.Stream(non_blocking=True)
         self._end = end_of_work(cupy)
         self._pinned: dict[str, np.ndarray] = {}  # bytes
-        self._awaited: tuple[np.ndarray, np.ndarray] | None = None
+        self._awaited: list[tuple[np.ndarray, np.ndarray]] = []
 
     def upload(self, name: str, array: np.ndarray) -> Any:
         """A copy on the device; the next of that name may be uploaded after `collect`."""
@@ -34,25 +34,26 @@ class Slot:
         copy.set(pinned, self.stream)
         return copy
 
-    def download(self, keys: Any, target: np.ndarray) -> None:
-        """Have keys (q, m) copied to the first columns of target (q, k) by the next `collect`."""
-        pinned = self._memory("keys", keys.shape, keys.dtype)
-        keys.get(self.stream, out=pinned, blocking=False)
+    def download(self, arrays: Sequence[Any], targets: Sequence[np.ndarray]) -> None:
+        """Have arrays (q, m) copied to the first columns of targets (q, k) by `collect`."""
+        for i, (array, target) in enumerate(zip(arrays, targets, strict=True)):
+            pinned = self._memory(f"result {i}", array.shape, array.dtype)
+            array.get(self.stream, out=pinned, blocking=False)
+            self._awaited.append((pinned, target))
         self._end.record(self.stream)
-        self._awaited = pinned, target
 
     def collect(self) -> None:
         """Wait for the batch that was downloaded last."""
-        if self._awaited is not None:
+        if self._awaited:
             self._end.synchronize()
-            pinned, target = self._awaited
-            target[:, : pinned.shape[1]] = pinned
-            self._awaited = None
+            for pinned, target in self._awaited:
+                target[:, : pinned.shape[1]] = pinned
+            self._awaited = []
 
     def abandon(self) -> None:
         """Wait for all that is under way, whatever it is."""
         self.stream.synchronize()
-        self._awaited = None
+        self._awaited = []
 
     def _memory(self, name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
         count = int(np.prod(shape))
@@ -86,21 +87,24 @@ class HostBatches:
             self._index.give_back(slot.stream)
 
     def run(
-        self, result: np.ndarray, bytes_a_query: int, work: Callable[[Slot, slice], Any]
+        self,
+        results: Sequence[np.ndarray],
+        bytes_a_query: int,
+        work: Callable[[Slot, slice], Sequence[Any]],
     ) -> None:
-        """Fill result (q, k): `work` enqueues the search of a part of the queries, returns keys."""
+        """Fill results (q, k): `work` enqueues the search of a part of them, gives arrays."""
         slots: list[Slot] = []
-        room = self.room(len(result), bytes_a_query)
+        room = self.room(len(results[0]), bytes_a_query)
         with self._index.device:
             try:
-                for i, part in enumerate(parts(len(result), room)):
+                for i, part in enumerate(parts(len(results[0]), room)):
                     if i < 2:
                         slots.append(self._spare_slot())
                     slot = slots[i % 2]
                     slot.collect()
                     with slot.stream:
                         slot.stream.wait_event(self._index.uploaded)
-                        slot.download(work(slot, part), result[part])
+                        slot.download(work(slot, part), [result[part] for result in results])
                 for slot in slots:
                     slot.collect()
             finally:  # after an error too, nothing may be under way in a spare slot

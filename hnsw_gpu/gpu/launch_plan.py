@@ -278,7 +278,7 @@ def index_bytes(
 def bytes_a_query(dtype: str, refine: str, dim: int, keys: int) -> int:
     """Bytes of GPU memory that a query takes with `keys` keys."""
     encoded = query_bytes(dtype, dim) + (query_bytes(refine, dim) if refine else 0)
-    return encoded + 4 * dim + KEY_BYTES * keys + 4 * 3  # as given, its own id, and two counts
+    return encoded + 4 * dim + KEY_BYTES * keys + 4 * 4  # as given, its own id, and three counts
 
 
 def _row_bytes(dtype: str, dim: int) -> int:

@@ -107,6 +107,7 @@ def assert_parity(
         np.testing.assert_array_equal(
             found.distances, wanted.distances, err_msg=f"distances {said}"
         )
+        np.testing.assert_array_equal(found.blocked, wanted.blocked, err_msg=f"blocked {said}")
 
 
 # --- every setting --------------------------------------------------------------------------------

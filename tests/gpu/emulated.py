@@ -118,7 +118,7 @@ def search(
     groups = groups if build.warps == 1 else 1
     arrays = {name: own_memory(array) for name, array in graph._asdict().items()}
     keys = np.zeros((count, k), np.uint64)
-    counts = np.full((count, 2), -1, np.int32)
+    counts = np.full((count, 3), -1, np.int32)
     bits = None if allowed is None else own_memory(np.atleast_2d(allowed))
     arrays["rows"] = own_memory(rows)
     graph_struct, held = struct("Graph", **arrays, top=graph.top)
@@ -159,7 +159,7 @@ def search(
     if bytes_read is not None:
         profile = build.library("search", has_allowed_keys).profile
         bytes_read |= {name: profile.read_of(array)[0] for name, array in arrays.items()}
-    return Result(keys, counts[:, 0], counts[:, 1])
+    return Result(keys, *counts.T)
 
 
 def compare(

@@ -220,7 +220,7 @@ def ask_far(asked: Question, build: emulated.Build, seed: int | None = 0) -> ref
         top=graph.top,
     )
     k, ef = asked.settings["k"], max(asked.settings["k"], asked.settings["ef"])
-    keys, counts = np.zeros((count, k), np.uint64), np.zeros((count, 2), np.int32)
+    keys, counts = np.zeros((count, k), np.uint64), np.zeros((count, 3), np.int32)
     own = None if asked.own is None else (asked.own + FAR_ID).astype(np.int32)
     bits, is_shared = None, asked.mask is not None and asked.mask.ndim == 1
     if asked.mask is not None:
@@ -235,7 +235,7 @@ def ask_far(asked: Question, build: emulated.Build, seed: int | None = 0) -> ref
         allowed=None if bits is None else before(bits, mask_before),
         own=None if own is None else before(own, FAR_QUERY * 4),
         keys=before(keys, FAR_QUERY * k * 8),
-        counts=before(counts, FAR_QUERY * 8),
+        counts=before(counts, FAR_QUERY * 12),
         next_query=np.full(1, FAR_QUERY, np.uint32),
         allowed_stride=0 if is_shared or bits is None else FAR_WORDS,
         query_count=FAR_QUERY + count,
@@ -259,4 +259,4 @@ def ask_far(asked: Question, build: emulated.Build, seed: int | None = 0) -> ref
         seed=seed,
     )
     near = np.where(keys == emulated.KEY_NONE, keys, keys - np.uint64(FAR_ID << 1))
-    return reference.Result(near, counts[:, 0], counts[:, 1])
+    return reference.Result(near, *counts.T)

@@ -82,7 +82,7 @@ def truncated(cpu: CpuEngine, count: int, keep_links: bool = False) -> CpuEngine
 
 
 def walked(engine, queries, k, ef, *, own=None, allowed=None, **how) -> np.ndarray:
-    return engine.walk(Queries(queries, own), Walk(k, ef, **how), allowed)
+    return engine.walk(Queries(queries, own), Walk(k, ef, **how), allowed).keys
 
 
 def compared(engine, queries, ids, k, own=None) -> np.ndarray:
@@ -146,11 +146,13 @@ def test_masks(device: str, refine: str, shape: tuple[int, ...]) -> None:
     case = make_case("l2", "int8", refine).upload()
     bits = pack_bits(mask_of(shape))
     for settings in ({"k": 6, "ef": 12}, {"k": 6, "ef": 12, "capacity": 40}):
-        wanted = walked(case.cpu, case.queries, allowed=bits, **settings)
-        assert (wanted == KEY_NONE).any() == (shape[0] == QUERIES)  # a mask of nothing
-        np.testing.assert_array_equal(
-            walked(case.gpu, case.queries, allowed=bits, **settings), wanted
-        )
+        for asking in (Queries(case.queries), Queries(own=np.arange(QUERIES))):
+            wanted = case.cpu.walk(asking, Walk(**settings), bits)
+            assert (wanted.keys == KEY_NONE).any() == (shape[0] == QUERIES)  # a mask of nothing
+            assert wanted.blocked.any()
+            found = case.gpu.walk(asking, Walk(**settings), bits)
+            np.testing.assert_array_equal(found.keys, wanted.keys)
+            np.testing.assert_array_equal(found.blocked, wanted.blocked)
 
 
 def test_policy_over_both_engines(device: str) -> None:
@@ -179,6 +181,28 @@ def test_policy_over_both_engines(device: str) -> None:
                 for e in (case.cpu, case.gpu)
             ]
             np.testing.assert_array_equal(*found)
+
+
+def test_what_a_filter_bars_is_walked_past_on_both_engines(
+    machine: cupy_stand_in.Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beams double until they hold ef allowed nodes, or no longer fit; then all are compared."""
+    monkeypatch.setattr(filtered_search, "FEW", 1)  # so that a small index is walked
+    case = make_case().upload()
+    truth = case.cpu.compare(Queries(case.queries), np.arange(NODES), NODES)
+    mask = np.ones((QUERIES, NODES), bool)
+    np.put_along_axis(mask, key_nodes(truth[:, :40]), values=False, axis=1)
+    mask[-1] = True
+    found = [
+        filtered_search.nearest(e, Queries(case.queries), Walk(5, 8), mask)
+        for e in (case.cpu, case.gpu)
+    ]
+    np.testing.assert_array_equal(*found)
+    assert len(searches(machine)) == 5  # of 8 and 10, then of 20, 40 and 80
+    exact = np.array([truth[i][mask[i][key_nodes(truth[i])]][:5] for i in range(QUERIES)])
+    few_shared_bytes(case.gpu, 4096)
+    found = filtered_search.nearest(case.gpu, Queries(case.queries), Walk(5, 20), mask)
+    np.testing.assert_array_equal(found[:-1], exact[:-1])
 
 
 def test_more_asked_than_there_is(device: str) -> None:

@@ -274,7 +274,7 @@ def test_an_upload_that_fails_leaves_nothing_half_new(machine, failing, monkeypa
 
     def walked():
         queries = Queries(vectors(9, seed=2))
-        return engine.at(before.version, before.cpu, lambda: engine.walk(queries, Walk(7, 64)))
+        return engine.at(before.version, before.cpu, lambda: engine.walk(queries, Walk(7, 64)).keys)
 
     expected = walked()[0]
     for one in (cpu, gpu):
@@ -397,10 +397,14 @@ def test_an_exception_at_every_line_of_an_upload(machine):
     near = vectors(9, seed=2)
     engine, queries = gpu._gpu, Queries(near)
     source = inspect.getsourcefile(GpuEngine)
+
+    def walk():
+        return engine.walk(queries, Walk(30, 64)).keys
+
     for line in range(1, 1000):
         before = gpu._state
         assert_alike(cpu, gpu)
-        expected = engine.at(before.version, before.cpu, lambda: engine.walk(queries, Walk(30, 64)))
+        expected = engine.at(before.version, before.cpu, walk)
         for one in (cpu, gpu):
             one.add(near + (1 + line // 8) * np.eye(9, DIM, k=line % 8))
         left = line
@@ -424,7 +428,7 @@ def test_an_exception_at_every_line_of_an_upload(machine):
             was_raised = True
         finally:
             sys.settrace(traced)
-        found = engine.at(before.version, before.cpu, lambda: engine.walk(queries, Walk(30, 64)))
+        found = engine.at(before.version, before.cpu, walk)
         if was_raised:
             np.testing.assert_array_equal(found, expected)
         assert_alike(cpu, gpu)

@@ -62,6 +62,7 @@ def compiled(on_gpu: bool) -> None:
 def assert_same(found, wanted, said: str) -> None:
     np.testing.assert_array_equal(found.keys, wanted.keys, err_msg=f"keys, {said}")
     np.testing.assert_array_equal(found.hops, wanted.hops, err_msg=f"hops, {said}")
+    np.testing.assert_array_equal(found.blocked, wanted.blocked, err_msg=f"blocked, {said}")
 
 
 def test_design_covers_every_pair() -> None:

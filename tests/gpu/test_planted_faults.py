@@ -417,6 +417,15 @@ FAULTS = [
         "keys",
         "self per query",
     ),
+    Fault(
+        "what is allowed is counted as blocked",
+        "search.cu",
+        "!is_allowed(beam.keys[i])",
+        "is_allowed(beam.keys[i])",
+        "parity",
+        "blocked",
+        "self per query",
+    ),
     # --- visited ---
     Fault(
         "a tag is cut off",
@@ -617,9 +626,9 @@ def outcome(fault: Fault, sanitizer: str | None) -> set[str]:
             print(str(error)[:300], file=sys.stderr)
             gates.add("emulator")
     for found in results:
-        if not are_equal(found[:2], asked.wanted[:2]):
+        if not are_equal(found[:2] + found[3:], asked.wanted[:2] + asked.wanted[3:]):
             gates.add("parity")
-        if row["buckets"] == 256 and not are_equal(found[2:], asked.wanted[2:]):
+        if row["buckets"] == 256 and not are_equal(found[2:3], asked.wanted[2:3]):
             gates.add("count")
         if not are_equal(found, results[0]):
             gates.add("seeds")
@@ -710,7 +719,9 @@ def shown_in_ptx(setting: str) -> set[str]:
         except emulator.KernelError as error:
             shown |= {line.partition(" (")[0] for line in str(error).splitlines()}
             continue
-        answers = {"keys": 0, "hops": 1} | ({"count": 2} if row["buckets"] == 256 else {})
+        answers = {"keys": 0, "hops": 1, "blocked": 3} | (
+            {"count": 2} if row["buckets"] == 256 else {}
+        )
         shown |= {
             what
             for what, i in answers.items()

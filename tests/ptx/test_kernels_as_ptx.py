@@ -54,6 +54,7 @@ def test_search(row, arch) -> None:
         found = asked.ask(build, **kernel_cases.launch_of(row), seed=seed)
         np.testing.assert_array_equal(found.keys, wanted.keys, err_msg=f"seed {seed}")
         np.testing.assert_array_equal(found.hops, wanted.hops, err_msg=f"seed {seed}")
+        np.testing.assert_array_equal(found.blocked, wanted.blocked, err_msg=f"seed {seed}")
         distances.append(found.distances)
     assert (distances[0] >= wanted.distances).all()  # R7: more where it forgot
     assert (distances == distances[0]).all()

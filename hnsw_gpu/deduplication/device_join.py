@@ -55,7 +55,7 @@ class DeviceJoin:
                 ef = near_pairs.capacity(nodes, k, self._ef)
                 if not engine.can_walk(ef, keeps_allowed=is_itself):
                     return on_cpu(ids, k)
-                keys = engine.walk(who, Walk(min(k, len(nodes.rows)), ef))
+                keys = engine.walk(who, Walk(min(k, len(nodes.rows)), ef)).keys
             k = min(k, keys.shape[1])
             return rerank(keys, nodes.rows, encoded, nodes.metric, k=k, threads=self._threads)
 

@@ -224,14 +224,16 @@ def test_queries_on_the_gpu(machine, metric):
 
 
 def test_gpu_arrays_where_they_do_not_belong(device):
+    import cupy
+
     cpu, gpu = pair()
-    on_gpu = cupy_stand_in.asarray(vectors(9, seed=2))
+    on_gpu = cupy.asarray(vectors(9, seed=2))
     with pytest.raises(TypeError, match="queries: on a GPU"):
         cpu.search(on_gpu)
     with pytest.raises(TypeError, match="vectors: on a GPU"):
         gpu.add(on_gpu)
     with pytest.raises(ValueError, match="stream"):
-        gpu.search(vectors(9, seed=2), stream=cupy_stand_in.get_current_stream())
+        gpu.search(vectors(9, seed=2), stream=cupy.cuda.get_current_stream())
 
 
 def test_memory_says_what_is_uploaded(machine):

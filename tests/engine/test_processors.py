@@ -16,10 +16,12 @@ pytestmark = [
     ),
 ]
 
-LEVELS = ("x86-64", "x86-64-v2", "x86-64-v3")  # beside the processor that is there
-WIDE = {"+avx512f", "+avx512bw", "+avx512cd", "+avx512dq", "+avx512vl"}  # what x86-64-v4 has more
-if set(get_host_cpu_features().flatten().split(",")) >= WIDE:
-    LEVELS += ("x86-64-v4",)  # without dot products of codes
+# Beside the processor that is there. What a level has is told as a processor's own is: the engine
+# looks for its instructions there.
+LEVELS = {"x86-64": "", "x86-64-v2": "+sse3,+ssse3,+sse4.1,+sse4.2,+popcnt,+cx16"}
+AVX2 = "+avx,+avx2,+bmi,+bmi2,+f16c,+fma,+lzcnt,+movbe,+xsave"
+if set(get_host_cpu_features().flatten().split(",")) >= set(AVX2.split(",")):
+    LEVELS["x86-64-v3"] = f"{LEVELS['x86-64-v2']},{AVX2}"
 
 JOB = """
 import sys
@@ -84,7 +86,7 @@ def run(cpu, cache, *command):
     """A job in a process that compiles for `cpu`, or for the processor that is there."""
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(cache)}
     if cpu != "host":
-        environment |= {"NUMBA_CPU_NAME": cpu, "NUMBA_CPU_FEATURES": ""}
+        environment |= {"NUMBA_CPU_NAME": cpu, "NUMBA_CPU_FEATURES": LEVELS[cpu]}
     command = [sys.executable, "-c", *map(str, command)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")

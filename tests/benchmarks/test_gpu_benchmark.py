@@ -228,7 +228,12 @@ def test_a_wrong_answer_fails_the_check(monkeypatch) -> None:
         from hnsw_gpu.gpu.gpu_engine import GpuEngine
 
         right = GpuEngine.walk
-        monkeypatch.setattr(GpuEngine, "walk", lambda *args, **named: right(*args, **named) + 2)
+
+        def wrong(*args, **named):
+            found = right(*args, **named)
+            return found._replace(keys=found.keys + 2)
+
+        monkeypatch.setattr(GpuEngine, "walk", wrong)
         with pytest.raises(AssertionError, match="not equal"):
             gpu.check_index(cupy, "fp32", refine=False, rows=100)
 

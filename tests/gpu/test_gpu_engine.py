@@ -464,14 +464,15 @@ def test_what_a_batch_takes_is_what_was_reckoned(
     queries = np.repeat(case.queries, 100 if ids else 30, axis=0)
     before = machine.peak()
     assert before == machine.live
-    machine.free = before + 400_000
+    budget = 104_000  # of few enough queries, shares of the ids would be held beside it
+    machine.free = before + 4 * budget
     if ids:
         compared(case.gpu, queries, np.arange(ids), 20)
     else:
         walked(case.gpu, queries, 30, 30)
     assert machine.live == before
     fixed = 2 * 4 * max(ids, 1)  # counters, ids
-    assert 50_000 <= machine.peak() - before - fixed <= 100_000
+    assert budget // 2 <= machine.peak() - before - fixed <= budget
 
 
 def test_an_index_that_cannot_fit_is_refused_with_figures(machine: cupy_stand_in.Machine) -> None:
@@ -607,7 +608,7 @@ def test_streams(machine: cupy_stand_in.Machine, monkeypatch: pytest.MonkeyPatch
     steps = machine.steps[uploads:]
     streams = list(dict.fromkeys(step.stream for step in steps))
     assert len(streams) == 2 and recorded.stream not in streams
-    batch = ["wait", "upload", "encode", "zero", "search", "download", "record"]
+    batch = ["wait", "upload", "encode", "zero", "search", "download", "download", "record"]
     for stream, batches in zip(streams, (3, 2), strict=True):
         mine = [step for step in steps if step.stream == stream]
         assert {step.event for step in mine if step.what == "wait"} == {recorded.event}

@@ -12,7 +12,7 @@ from numba.extending import intrinsic, overload
 
 from hnsw_gpu.engine import distance as one
 from hnsw_gpu.engine.distance import COSINE, F32, I32, I64, L2, NO_REFCOUNT, distance
-from hnsw_gpu.engine.keys import KEY_NONE, make_key
+from hnsw_gpu.engine.keys import make_key
 
 EIGHT = 8
 FLOATS = ir.VectorType(F32, EIGHT)
@@ -23,8 +23,8 @@ LONGS = ir.VectorType(I64, EIGHT)
 def write_keys(metric, queries, q, rows, ids, s, start, count, keys):
     """keys[:count] = keys (R1, R2) of rows ids[s, start : start + count]; compiled code only.
 
-    ids[s] has EIGHT more places behind the last, all of them valid ids, and keys has as many: they
-    become KEY_NONE up to a multiple of EIGHT.
+    ids[s] has EIGHT more places behind the last, all of them valid ids, and keys has as many, which
+    may be written.
     """
     raise NotImplementedError("called from compiled code only")
 
@@ -35,7 +35,7 @@ def _write_keys(metric, queries, q, rows, ids, s, start, count, keys):
 
         def code_keys(metric, queries, q, rows, ids, s, start, count, keys):
             for first in range(0, count, EIGHT):
-                _eight_keys(metric, queries, q, rows, ids, s, start, first, count, keys)
+                _eight_keys(metric, queries, q, rows, ids, s, start, first, keys)
 
         return code_keys
 
@@ -43,18 +43,16 @@ def _write_keys(metric, queries, q, rows, ids, s, start, count, keys):
         for j in range(count):
             node = np.int64(ids[s, start + j])
             keys[j] = make_key(distance(metric, queries, q, rows, node), node)
-        for j in range(count, (count + EIGHT - 1) & -EIGHT):
-            keys[j] = KEY_NONE
 
     return float_keys
 
 
 @intrinsic
-def _eight_keys(typingctx, metric, queries, q, rows, ids, s, start, first, count, keys):
+def _eight_keys(typingctx, metric, queries, q, rows, ids, s, start, first, keys):
     is_int4 = rows.dtype == types.uint8
 
     def codegen(context, builder, signature, arguments):
-        metric, query_array, q, row_array, id_array, s, start, first, count, key_array = arguments
+        metric, query_array, q, row_array, id_array, s, start, first, key_array = arguments
         query, query_bytes = one.row_pointer(context, builder, queries, query_array, q)
         id_row, _ = one.row_pointer(context, builder, ids, id_array, s)
         id_row = builder.gep(id_row, [builder.mul(builder.add(start, first), I64(4))])
@@ -122,17 +120,12 @@ def _eight_keys(typingctx, metric, queries, q, rows, ids, s, start, first, count
         made = builder.or_(
             builder.shl(high, one.splat(I64(32), EIGHT)), builder.shl(low, one.splat(I64(1), EIGHT))
         )
-        lane = ir.Constant(LONGS, [I64(i) for i in range(EIGHT)])
-        left = builder.sub(count, first)
-        left = builder.insert_element(ir.Constant(LONGS, ir.Undefined), left, I32(0))
-        is_there = builder.icmp_signed("<", lane, one.shuffled(builder, left, left, [0] * EIGHT))
-        made = builder.select(is_there, made, one.splat(I64(-1), EIGHT))
         data = context.make_array(keys)(context, builder, key_array).data
         place = builder.bitcast(builder.gep(data, [first]), LONGS.as_pointer())
         builder.store(made, place, align=8)
         return context.get_dummy_value()
 
-    return types.void(metric, queries, q, rows, ids, s, start, first, count, keys), codegen
+    return types.void(metric, queries, q, rows, ids, s, start, first, keys), codegen
 
 
 def _turned(builder, vectors):

@@ -19,7 +19,7 @@ nearer to the point than to every neighbour kept before it; a tie is rejected. O
 relaxes that (the alpha of DiskANN, Subramanya et al. 2019), RELAXED_OWN for a point's own links and
 RELAXED for a target's, whose free slots take the nearest that were rejected, unless they are near
 copies of a neighbour. Under inner product distances have no zero to be measured from, so all is
-strict. Together with the longer own lists that takes a fifth to a quarter of a search's hops.
+strict.
 Afterwards `repair` sees to it that layer 0 leads from every node to every other.
 """
 

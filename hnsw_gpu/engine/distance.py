@@ -28,7 +28,7 @@ F32, I8, I16, I32, I64 = (
 )
 CACHE_LINE = 64
 NO_REFCOUNT = {"_nrt": False}
-TAIL_BYTES = 12  # end of an int8 row: float32 scale, float32 norm, int32 sum of codes
+TAIL_BYTES = 12  # end of a row of codes: float32 scale, float32 norm, int32 sum of codes
 PREFETCH_LINES = 16  # of one row; the hardware prefetcher follows a longer one by itself
 
 

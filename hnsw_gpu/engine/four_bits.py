@@ -15,9 +15,9 @@ the dot product of codes is too large by. Integers, so the same on every process
 import numpy as np
 
 from hnsw_gpu.engine.compiled import jit
+from hnsw_gpu.engine.distance import TAIL_BYTES
 from hnsw_gpu.engine.rotation import rotate, rotate_back
 
-TAIL_BYTES = 12  # of a row and of a query
 FINEST = 2047  # times 15 times the most dimensions is below 2^31
 STEPS = np.linspace(0.6, 1.0, 9)  # of the largest coordinate, for 7.5 codes
 SHIFT = 16

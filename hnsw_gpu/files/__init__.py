@@ -10,6 +10,7 @@ from hnsw_gpu.files.storage import (
     atomic_file,
     open_arrays,
     read_arrays,
+    verify_arrays,
     write_arrays,
 )
 from hnsw_gpu.files.vector_files import read_vectors, write_result
@@ -31,6 +32,7 @@ __all__ = [
     "read_vectors",
     "taken",
     "texts",
+    "verify_arrays",
     "write_arrays",
     "write_result",
 ]

@@ -1,0 +1,6 @@
+"""Collections: a folder of shards and a manifest, searched as one index."""
+
+from hnsw_gpu.collection.collection import Collection, saved_bytes, saved_checksum
+from hnsw_gpu.collection.opening import load
+
+__all__ = ["Collection", "load", "saved_bytes", "saved_checksum"]

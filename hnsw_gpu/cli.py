@@ -74,8 +74,13 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON i
 
 
 @main.command()
-@click.argument("vectors", type=VECTORS)
-@click.option("-o", "--output", type=OUTPUT, required=True, help="The index file to write.")
+@click.argument("paths", metavar="VECTORS...", type=VECTORS, nargs=-1, required=True)
+@click.option(
+    "-o", "--output", type=VECTORS, required=True, help="The index file, or folder, to write."
+)
+@click.option("--shard-rows", type=POSITIVE, help="Build a collection, so many rows a shard.")
+@click.option("--column", help="Of the vectors, in tables of a collection.  [default: embedding]")
+@click.option("--id-column", help="Of the labels, in those.  [default: row numbers]")
 @click.option("--metric", default="cosine", show_default=True, help="l2, ip or cosine.")
 @click.option("--dtype", default="fp32", show_default=True, help="fp32, fp16, int8 or int4.")
 @click.option("--M", "M", default=16, show_default=True, help="Links of a node on a layer.")
@@ -90,17 +95,59 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON i
 @click.option("--labels", type=FILE, help="A .npy of integers, one per row. [default: 0, 1, ...]")
 @threads_option
 def build(
-    vectors: Path, output: Path, labels: Path | None, threads: int | None, **how: Any
+    paths: tuple[Path, ...],
+    output: Path,
+    shard_rows: int | None,
+    column: str | None,
+    id_column: str | None,
+    labels: Path | None,
+    threads: int | None,
+    **how: Any,
 ) -> None:
     """Build an index over VECTORS and save it.
 
     A larger --ef-construction or --M finds better links and takes longer; --M also takes more
     memory. int4 is the fastest to search on a CPU at nearly full recall; it keeps fp16 rows too.
 
+    With --shard-rows VECTORS are files or folders, also .parquet, Arrow IPC and .safetensors, of
+    more than memory holds. A collection is written: a folder of shards and a manifest.json, which
+    the other commands take as they take an index. Killed or interrupted, the same command goes on.
+
     \b
     Example:
       hnsw-gpu build vectors.npy -o docs.hnsw --dtype int4
+      hnsw-gpu build embeddings/ -o docs.collection --shard-rows 1000000 --id-column id
     """
+    started = time.perf_counter()
+    if shard_rows is None:
+        context = click.get_current_context()
+        if len(paths) > 1 or column is not None or id_column is not None:
+            raise click.UsageError("several files, --column and --id-column need --shard-rows")
+        OUTPUT.convert(output, None, context)
+        _build_index(paths[0], output, labels, threads, how)
+        return
+    if labels is not None:
+        raise click.UsageError("--labels is of one index: a collection takes --id-column")
+    from hnsw_gpu.collection import build_collection, interrupted_state
+
+    try:
+        made = build_collection(
+            paths, output, shard_rows=shard_rows, column=column or "embedding",
+            id_column=id_column, threads=threads, progress=is_watched(), **how,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        click.echo(f"\n{interrupted_state(output)}", err=True)
+        raise
+    seconds = time.perf_counter() - started
+    click.echo(
+        f"{output}: {made.rows:,} vectors of {made.dim} in {len(made.shards)} "
+        f"shard{'s' * (len(made.shards) > 1)}, {seconds:.1f} s"
+    )
+
+
+def _build_index(
+    vectors: Path, output: Path, labels: Path | None, threads: int | None, how: dict[str, Any]
+) -> None:
     from hnsw_gpu.files import read_vectors
 
     check_output(output, vectors, labels)

@@ -263,10 +263,13 @@ class Index(StateSearching):
 
     def _checked_parts(self, given: np.ndarray) -> Iterator[np.ndarray]:
         """The vectors (m, dim) as float32, a block at a time."""
-        stored_as = "fp16" if "fp16" in (self.dtype, self.refine) else self.dtype
         for start in range(0, len(given), ENCODE_ROWS):
-            part = given[start : start + ENCODE_ROWS]
-            yield inputs.float_vectors("vectors", part, self._metric, stored_as, start)
+            yield self.checked_rows(given[start : start + ENCODE_ROWS], start)
+
+    def checked_rows(self, part: np.ndarray, first: int) -> np.ndarray:
+        """float32 (m, dim) of vectors from row `first` on; what `add` raises where they are bad."""
+        stored_as = "fp16" if "fp16" in (self.dtype, self.refine) else self.dtype
+        return inputs.float_vectors("vectors", part, self._metric, stored_as, first)
 
     def delete(self, labels: ArrayLike) -> None:
         """Remove labels (m,). Their nodes are still walked through, until `compact`.

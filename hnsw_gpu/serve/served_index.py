@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 
 from hnsw_gpu import inputs
-from hnsw_gpu.files import arrays_checksum, read_vectors
 from hnsw_gpu.collection import load
+from hnsw_gpu.files import arrays_checksum, read_vectors
 from hnsw_gpu.index import Index
 from hnsw_gpu.results import SearchResult
 from hnsw_gpu.serve import formats

@@ -18,11 +18,14 @@ from hnsw_gpu.terminal import Commands, check_output, doing, is_watched, print_f
 if TYPE_CHECKING:
     import numpy as np
 
+    from hnsw_gpu.collection import Collection
     from hnsw_gpu.index import Index
+    from hnsw_gpu.searching import Searching
     from hnsw_gpu.serve import ServedIndex
 
 QUERY_BLOCK = 4096  # queries between two moves of the progress bar
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+SAVED = click.Path(exists=True, path_type=Path)  # an index, or the folder of a collection
 OUTPUT = click.Path(dir_okay=False, writable=True, path_type=Path)
 VECTORS = click.Path(path_type=Path)  # may name an array inside: file.npz:name
 POSITIVE = click.IntRange(min=1)
@@ -163,7 +166,7 @@ def _build_index(
 
 
 @main.command()
-@click.argument("index", type=FILE)
+@click.argument("index", type=SAVED)
 @click.argument("queries", type=VECTORS)
 @click.option("-o", "--output", type=OUTPUT, required=True, help="The .npz to write.")
 @click.option("-k", "k", default=10, show_default=True, help="Results per query.")
@@ -202,10 +205,10 @@ def search(
 
 
 @main.command()
-@click.argument("index", type=FILE)
+@click.argument("index", type=SAVED)
 @json_option
 def info(index: Path, as_json: bool) -> None:
-    """Describe an index file.
+    """Describe an index file, or a collection.
 
     The finest vectors stay on disk; `check` tests every byte of the file.
 
@@ -213,17 +216,24 @@ def info(index: Path, as_json: bool) -> None:
     Example:
       hnsw-gpu info docs.hnsw
     """
+    from hnsw_gpu.collection import Collection
+
     opened = _open(index, mmap=True)
     names = ("metric", "dtype", "refine", "dim", "M", "ef_construction", "seed")
     facts = {"vectors": len(opened), **{name: getattr(opened, name) for name in names}}
-    facts |= {"memory_bytes": opened.nbytes, "file_bytes": index.stat().st_size}
+    facts |= {"memory_bytes": opened.nbytes}
+    if isinstance(opened, Collection):
+        entries = opened.manifest.shards
+        facts |= {"file_bytes": sum(entry.bytes for entry in entries), "shards": len(entries)}
+    else:
+        facts |= {"file_bytes": index.stat().st_size}
     print_facts(facts, as_json)
 
 
 @main.command()
-@click.argument("index", type=FILE)
+@click.argument("index", type=SAVED)
 def check(index: Path) -> None:
-    """Check an index file: every checksum, every link, every node reachable.
+    """Check an index file, or a collection: every checksum, every link, every node reachable.
 
     Exit code 0 if it is sound; otherwise 1, and what is wrong.
 
@@ -238,7 +248,7 @@ def check(index: Path) -> None:
 
 
 @main.command()
-@click.argument("index", type=FILE)
+@click.argument("index", type=SAVED)
 @click.argument("queries", type=VECTORS)
 @click.option("-k", "k", type=POSITIVE, default=10, show_default=True, help="Results per query.")
 @click.option("--ef", "efs", default="16,32,64,128,256", show_default=True, help="Values to try.")
@@ -455,7 +465,7 @@ def dedup_preview(
 
 
 @main.command()
-@click.argument("index", type=FILE)
+@click.argument("index", type=SAVED)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to bind to.")
 @click.option(
     "--port",
@@ -631,13 +641,13 @@ def _read_labels(path: Path) -> "np.ndarray":
         raise ValueError(f"{path}: {error}") from None
 
 
-def _open(path: Path, device: str = "cpu", *, mmap: bool = False) -> "Index":
+def _open(path: Path, device: str = "cpu", *, mmap: bool | None = None) -> "Index | Collection":
     with doing(f"loading {path}"):
         return hnsw_gpu.load(path, mmap=mmap, device=device)
 
 
 def _search(
-    index: "Index",
+    index: "Searching",
     queries: "np.ndarray",
     k: int,
     ef: int,
@@ -664,7 +674,7 @@ def _search(
     return labels, distances, seconds
 
 
-def _base(index: "Index", vectors: "np.ndarray | None") -> "np.ndarray":
+def _base(index: "Searching", vectors: "np.ndarray | None") -> "np.ndarray":
     """The vectors that exact search looks at, in the order of `index.labels`."""
     labels = index.labels
     if vectors is None:

@@ -107,8 +107,8 @@ def _require_ours(out: Path, *, is_begun: bool) -> None:
     others = sorted(path.name for path in out.iterdir() if path.name != WORK)
     if others and not is_begun:
         raise ValueError(
-            f"{out} holds {others[0]}: a collection is built in a folder of its own; delete it, or "
-            "choose another"
+            f"{out} holds {others[0]}: a collection is built in a folder of its own; delete {out}, "
+            "or choose another"
         )
 
 

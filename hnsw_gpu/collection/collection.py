@@ -154,11 +154,6 @@ def saved_checksum(path: Path) -> str:
     return read_manifest(path).checksum
 
 
-def saved_bytes(path: Path) -> int:
-    """Bytes of the files of a saved collection."""
-    return sum(entry.bytes for entry in read_manifest(path).shards)
-
-
 def _opened(path: Path, entry: ShardEntry, manifest: Manifest, mmap: bool) -> Index:
     """A shard that is what its entry says."""
     try:

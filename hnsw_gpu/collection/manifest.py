@@ -99,6 +99,11 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
+def is_collection(path: Path) -> bool:
+    """Does a manifest lie in this folder?"""
+    return (path / MANIFEST).is_file()
+
+
 def entry_of(path: Path) -> ShardEntry:
     """The entry of a shard that was written; nothing but its labels is read."""
     arrays, _, file = open_arrays(path, lambda names: set(names) - {"labels"})

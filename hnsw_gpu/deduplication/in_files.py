@@ -2,7 +2,8 @@
 
 Rows are read in shards, and each step on the way leaves a file in a folder of our own in OUT, from
 where the same command goes on (`files/checkpoints.py`). At the end the tables and the report are
-written, and that folder is removed. Files in OUT that are not ours are neither overwritten nor removed.
+written, and that folder is removed. Files in OUT that are not ours are neither overwritten nor
+removed.
 
 In memory at a time: one shard with its graph, the pairs, and per row some 100 bytes and the id.
 """

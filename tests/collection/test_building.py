@@ -51,7 +51,7 @@ def paths(tmp_path):
     folder.mkdir()
     columns = {"vec": list(ROWS[:250]), "id": IDS[:250]}
     parquet.write_table(pyarrow.table(columns), folder / "a.parquet", row_group_size=77)
-    columns = {"vec": list(ROWS[250:600].astype(np.float64)), "id": IDS[250:600].astype(np.uint64)}
+    columns = {"vec": list(ROWS[250:600].astype(np.float64)), "id": IDS[250:600].astype(np.uint32)}
     with pyarrow.ipc.new_file(folder / "b.arrow", pyarrow.table(columns).schema) as file:
         file.write_table(pyarrow.table(columns))
     columns = {"id": IDS[600:].astype(np.int32), "vec": list(ROWS[600:])}

@@ -530,7 +530,7 @@ def serve(
     log_format: str,
     **settings: Any,
 ) -> None:
-    """Serve searches of INDEX over HTTP.
+    """Serve searches of INDEX, or of a collection, over HTTP.
 
     POST /v1/search takes queries as .npy, safetensors or JSON; / is a live status page, /metrics
     serves Prometheus, /openapi.json describes the API. Requests that arrive while the engine is

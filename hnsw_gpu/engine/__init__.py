@@ -16,7 +16,6 @@ from hnsw_gpu.engine.rounding import LOST_SHARE, Rounded
 from hnsw_gpu.engine.search import pack_bits, search_graph
 from hnsw_gpu.engine.state import Parameters, State, empty_state, from_arrays
 from hnsw_gpu.engine.vectors import (
-    BLOCK_BYTES,
     METRICS,
     STORAGE,
     empty_queries,
@@ -37,7 +36,6 @@ from hnsw_gpu.engine.workers import (
 )
 
 __all__ = [
-    "BLOCK_BYTES",
     "KEY_NONE",
     "LOST_SHARE",
     "METRICS",

@@ -137,7 +137,7 @@ class LiveIndex:
         self._metrics.served(served)
 
     def _path_in_root(self, name: str) -> Path:
-        """The path of an index, or a collection, within the root; else 404 as if it were missing."""
+        """The path of an index or a collection in the root; else 404 as if it were missing."""
         root = self._settings.root
         try:
             given = os.path.join(root, name)

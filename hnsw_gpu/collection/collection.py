@@ -80,9 +80,6 @@ class Collection(Searching):
         try:
             for shard in self._shards:
                 shard.to(device)
-                if shard.device != self.device:
-                    device = "cpu"
-                    break
         except BaseException:
             self.to("cpu")
             raise

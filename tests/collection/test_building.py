@@ -181,6 +181,62 @@ def test_interrupted_it_says_how_far_it_came(tmp_path, paths, monkeypatch):
     assert "1 shards built: the same command goes on from there" in run(*command, code=130)
 
 
+def test_a_full_disk_is_an_error_and_goes_on(tmp_path, paths):
+    """A limit on the size of a file stands for it."""
+    arguments = [*map(str, paths), "--shard-rows", "300", "--column", "vec"]
+    program = """
+import resource, signal, sys
+from hnsw_gpu.cli import main
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
+main(sys.argv[1:])
+"""
+    command = [sys.executable, "-c", program, "build", *arguments, "-o", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and "File too large" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
+    run(*arguments, "-o", tmp_path / "out")
+    run(*arguments, "-o", tmp_path / "whole")
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_is_that_of_one_shard(tmp_path):
+    """Twenty shards, 400 MB as float32, take what four take, but for 8 bytes a row of ids."""
+    distinct, most = RNG.normal(size=(500, 512)).astype(np.float16), {}
+    program = """
+import sys, threading, time
+from hnsw_gpu.cli import main
+most = [0]
+def watch():
+    while True:
+        for line in open("/proc/self/status"):
+            if line.startswith("RssAnon"):
+                most[0] = max(most[0], int(line.split()[1]) * 1024)
+        time.sleep(0.002)
+threading.Thread(target=watch, daemon=True).start()
+try:
+    main(sys.argv[1:])
+finally:
+    print("most", most[0])
+"""
+    for shards in (4, 20):
+        rows = distinct[RNG.integers(len(distinct), size=10_000 * shards)]
+        lists = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(rows.reshape(-1)), 512)
+        table = pyarrow.table({"embedding": lists, "id": np.arange(len(rows))})
+        path = tmp_path / f"{shards}.parquet"
+        parquet.write_table(table, path, row_group_size=5000, compression="none")
+        command = [sys.executable, "-c", program, "build", str(path), "-o", str(tmp_path / "out")]
+        command += ["--shard-rows", "10000", "--id-column", "id", "--M", "4"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert len(hnsw_gpu.load(tmp_path / "out")) == len(rows)
+        most[shards] = int(done.stdout.split()[-1])
+        (tmp_path / "out").rename(tmp_path / f"out of {shards}")
+    assert most[20] < most[4] + (40 << 20)
+
+
 @pytest.fixture
 def begun(tmp_path, paths, monkeypatch):
     """A build that ended after its first shard."""

@@ -143,7 +143,7 @@ def load_collection(path: Path, *, mmap: bool = True, device: str = "auto") -> C
     manifest = read_manifest(path)
     shards = [_opened(path / entry.file, entry, manifest, mmap) for entry in manifest.shards]
     _require_labels_once(path, manifest, shards)
-    return Collection(path, manifest, shards).to(device)
+    return Collection(path.absolute(), manifest, shards).to(device)
 
 
 def saved_checksum(path: Path) -> str:

@@ -203,6 +203,16 @@ def test_deleted_vectors_are_not_found(tmp_path):
     assert not np.isin(opened.search(ROWS[400:402], 1198).labels, [400, 401]).any()
 
 
+def test_a_relative_path_is_that_of_its_time(tmp_path, monkeypatch):
+    make(tmp_path / "c", ROWS)
+    monkeypatch.chdir(tmp_path)
+    opened = hnsw_gpu.load("c")
+    monkeypatch.chdir("/")
+    opened.check()
+    again = pickle.loads(pickle.dumps(opened))
+    assert (again.search(QUERIES).labels == opened.search(QUERIES).labels).all()
+
+
 def test_copies_and_pickles_answer_alike(tmp_path):
     make(tmp_path / "c", ROWS)
     opened = hnsw_gpu.load(tmp_path / "c")

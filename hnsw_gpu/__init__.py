@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 from hnsw_gpu.lazy_names import lazy_names
 
 if TYPE_CHECKING:
+    from hnsw_gpu.collection import Collection, load
     from hnsw_gpu.deduplication import DedupResult, dedup
     from hnsw_gpu.exhaustive import exact_search
     from hnsw_gpu.files import CorruptIndexError
-    from hnsw_gpu.index import Index, load
+    from hnsw_gpu.index import Index
     from hnsw_gpu.results import RadiusResult, SearchResult
     from hnsw_gpu.serve import AnswerError, Batch, Batcher, Client, QueueFullError, ServerError
 
@@ -26,6 +27,7 @@ __all__ = [
     "Batch",
     "Batcher",
     "Client",
+    "Collection",
     "CorruptIndexError",
     "DedupResult",
     "Index",
@@ -44,6 +46,7 @@ _HOME = {
     "Batch": "serve",
     "Batcher": "serve",
     "Client": "serve",
+    "Collection": "collection",
     "CorruptIndexError": "files",
     "DedupResult": "deduplication",
     "Index": "index",
@@ -53,7 +56,7 @@ _HOME = {
     "ServerError": "serve",
     "dedup": "deduplication",
     "exact_search": "exhaustive",
-    "load": "index",
+    "load": "collection",
 }
 
 __getattr__ = lazy_names(__name__, _HOME)

@@ -18,11 +18,14 @@ from hnsw_gpu.terminal import Commands, check_output, doing, is_watched, print_f
 if TYPE_CHECKING:
     import numpy as np
 
+    from hnsw_gpu.collection import Collection
     from hnsw_gpu.index import Index
+    from hnsw_gpu.searching import Searching
     from hnsw_gpu.serve import ServedIndex
 
 QUERY_BLOCK = 4096  # queries between two moves of the progress bar
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+SAVED = click.Path(exists=True, path_type=Path)  # an index, or the folder of a collection
 OUTPUT = click.Path(dir_okay=False, writable=True, path_type=Path)
 VECTORS = click.Path(path_type=Path)  # may name an array inside: file.npz:name
 POSITIVE = click.IntRange(min=1)
@@ -87,8 +90,13 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON i
 
 
 @main.command()
-@click.argument("vectors", type=VECTORS)
-@click.option("-o", "--output", type=OUTPUT, required=True, help="The index file to write.")
+@click.argument("paths", metavar="VECTORS...", type=VECTORS, nargs=-1, required=True)
+@click.option(
+    "-o", "--output", type=VECTORS, required=True, help="The index file, or folder, to write."
+)
+@click.option("--shard-rows", type=POSITIVE, help="Build a collection, so many rows a shard.")
+@click.option("--column", help="Of the vectors, in tables of a collection.  [default: embedding]")
+@click.option("--id-column", help="Of the labels, in those.  [default: row numbers]")
 @click.option("--metric", default="cosine", show_default=True, help="l2, ip or cosine.")
 @click.option("--dtype", default="fp32", show_default=True, help="fp32, fp16, int8 or int4.")
 @click.option("--M", "M", default=16, show_default=True, help="Links of a node on a layer.")
@@ -103,17 +111,59 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON i
 @click.option("--labels", type=FILE, help="A .npy of integers, one per row. [default: 0, 1, ...]")
 @threads_option
 def build(
-    vectors: Path, output: Path, labels: Path | None, threads: int | None, **how: Any
+    paths: tuple[Path, ...],
+    output: Path,
+    shard_rows: int | None,
+    column: str | None,
+    id_column: str | None,
+    labels: Path | None,
+    threads: int | None,
+    **how: Any,
 ) -> None:
     """Build an index over VECTORS and save it.
 
     A larger --ef-construction or --M finds better links and takes longer; --M also takes more
     memory. int4 is the fastest to search on a CPU at nearly full recall; it keeps fp16 rows too.
 
+    With --shard-rows VECTORS are files or folders, also .parquet, Arrow IPC and .safetensors, of
+    more than memory holds. A collection is written: a folder of shards and a manifest.json, which
+    the other commands take as they take an index. Killed or interrupted, the same command goes on.
+
     \b
     Example:
       hnsw-gpu build vectors.npy -o docs.hnsw --dtype int4
+      hnsw-gpu build embeddings/ -o docs.collection --shard-rows 1000000 --id-column id
     """
+    started = time.perf_counter()
+    if shard_rows is None:
+        context = click.get_current_context()
+        if len(paths) > 1 or column is not None or id_column is not None:
+            raise click.UsageError("several files, --column and --id-column need --shard-rows")
+        OUTPUT.convert(output, None, context)
+        _build_index(paths[0], output, labels, threads, how)
+        return
+    if labels is not None:
+        raise click.UsageError("--labels is of one index: a collection takes --id-column")
+    from hnsw_gpu.collection import build_collection, interrupted_state
+
+    try:
+        made = build_collection(
+            paths, output, shard_rows=shard_rows, column=column or "embedding",
+            id_column=id_column, threads=threads, progress=is_watched(), **how,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        click.echo(f"\n{interrupted_state(output)}", err=True)
+        raise
+    seconds = time.perf_counter() - started
+    click.echo(
+        f"{output}: {made.rows:,} vectors of {made.dim} in {len(made.shards)} "
+        f"shard{'s' * (len(made.shards) > 1)}, {seconds:.1f} s"
+    )
+
+
+def _build_index(
+    vectors: Path, output: Path, labels: Path | None, threads: int | None, how: dict[str, Any]
+) -> None:
     from hnsw_gpu.files import read_vectors
 
     check_output(output, vectors, labels)
@@ -129,7 +179,7 @@ def build(
 
 
 @main.command()
-@click.argument("index", type=FILE)
+@click.argument("index", type=SAVED)
 @click.argument("queries", type=VECTORS)
 @click.option("-o", "--output", type=OUTPUT, required=True, help="The .npz to write.")
 @click.option("-k", "k", default=10, show_default=True, help="Results per query.")
@@ -168,10 +218,10 @@ def search(
 
 
 @main.command()
-@click.argument("index", type=FILE)
+@click.argument("index", type=SAVED)
 @json_option
 def info(index: Path, as_json: bool) -> None:
-    """Describe an index file.
+    """Describe an index file, or a collection.
 
     The finest vectors stay on disk; `check` tests every byte of the file.
 
@@ -179,17 +229,24 @@ def info(index: Path, as_json: bool) -> None:
     Example:
       hnsw-gpu info docs.hnsw
     """
+    from hnsw_gpu.collection import Collection
+
     opened = _open(index, mmap=True)
     names = ("metric", "dtype", "refine", "dim", "M", "ef_construction", "seed")
     facts = {"vectors": len(opened), **{name: getattr(opened, name) for name in names}}
-    facts |= {"memory_bytes": opened.nbytes, "file_bytes": index.stat().st_size}
+    facts |= {"memory_bytes": opened.nbytes}
+    if isinstance(opened, Collection):
+        entries = opened.manifest.shards
+        facts |= {"file_bytes": sum(entry.bytes for entry in entries), "shards": len(entries)}
+    else:
+        facts |= {"file_bytes": index.stat().st_size}
     print_facts(facts, as_json)
 
 
 @main.command()
-@click.argument("index", type=FILE)
+@click.argument("index", type=SAVED)
 def check(index: Path) -> None:
-    """Check an index file: every checksum, every link, every node reachable.
+    """Check an index file, or a collection: every checksum, every link, every node reachable.
 
     Exit code 0 if it is sound; otherwise 1, and what is wrong.
 
@@ -204,7 +261,7 @@ def check(index: Path) -> None:
 
 
 @main.command()
-@click.argument("index", type=FILE)
+@click.argument("index", type=SAVED)
 @click.argument("queries", type=VECTORS)
 @click.option("-k", "k", type=POSITIVE, default=10, show_default=True, help="Results per query.")
 @click.option("--ef", "efs", default="16,32,64,128,256", show_default=True, help="Values to try.")
@@ -431,7 +488,7 @@ def dedup_preview(
 
 
 @main.command()
-@click.argument("index", type=FILE)
+@click.argument("index", type=SAVED)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to bind to.")
 @click.option(
     "--port",
@@ -496,7 +553,7 @@ def serve(
     log_format: str,
     **settings: Any,
 ) -> None:
-    """Serve searches of INDEX over HTTP.
+    """Serve searches of INDEX, or of a collection, over HTTP.
 
     POST /v1/search takes queries as .npy, safetensors or JSON; / is a live status page, /metrics
     serves Prometheus, /openapi.json describes the API. Requests that arrive while the engine is
@@ -607,13 +664,13 @@ def _read_labels(path: Path) -> "np.ndarray":
         raise ValueError(f"{path}: {error}") from None
 
 
-def _open(path: Path, device: str = "cpu", *, mmap: bool = False) -> "Index":
+def _open(path: Path, device: str = "cpu", *, mmap: bool | None = None) -> "Index | Collection":
     with doing(f"loading {path}"):
         return hnsw_gpu.load(path, mmap=mmap, device=device)
 
 
 def _search(
-    index: "Index",
+    index: "Searching",
     queries: "np.ndarray",
     k: int,
     ef: int,
@@ -640,7 +697,7 @@ def _search(
     return labels, distances, seconds
 
 
-def _base(index: "Index", vectors: "np.ndarray | None") -> "np.ndarray":
+def _base(index: "Searching", vectors: "np.ndarray | None") -> "np.ndarray":
     """The vectors that exact search looks at, in the order of `index.labels`."""
     labels = index.labels
     if vectors is None:

@@ -30,7 +30,7 @@ from hnsw_gpu.engine import (
 from hnsw_gpu.files import CorruptIndexError, open_arrays, write_arrays
 from hnsw_gpu.gpu import GpuEngine, bytes_a_query, index_bytes, on_gpu
 from hnsw_gpu.progress import bar
-from hnsw_gpu.searching import Searching
+from hnsw_gpu.searching import StateSearching
 
 logger = logging.getLogger("hnsw_gpu")
 
@@ -39,7 +39,7 @@ ROWS = ("vectors", "refine_vectors")  # in a file
 PARAMETERS = ("dim", "metric", "dtype", "M", "ef_construction", "refine", "seed")  # in a file
 
 
-class Index(Searching):
+class Index(StateSearching):
     """An HNSW graph over vectors (Malkov & Yashunin 2016) with deterministic answers.
 
     dim: numbers a vector, 1 to 65,536.
@@ -112,6 +112,10 @@ class Index(Searching):
         if not is_label or not 0 <= label <= np.iinfo(np.int64).max:  # type: ignore[operator]
             return False
         return bool(self._state.labels.find(np.array([label], np.int64))[0] >= 0)
+
+    def holds(self, labels: np.ndarray) -> np.ndarray:
+        """bool (m,): which of int64 labels (m,) are in the index."""
+        return self._state.labels.find(labels) >= 0
 
     def __repr__(self) -> str:
         refine = f", refine={self.refine!r}" if self.refine else ""
@@ -272,10 +276,13 @@ class Index(Searching):
 
     def _checked_parts(self, given: np.ndarray) -> Iterator[np.ndarray]:
         """The vectors (m, dim) as float32, a block at a time."""
-        stored_as = "fp16" if "fp16" in (self.dtype, self.refine) else self.dtype
         for start in range(0, len(given), ENCODE_ROWS):
-            part = given[start : start + ENCODE_ROWS]
-            yield inputs.float_vectors("vectors", part, self._metric, stored_as, start)
+            yield self.checked_rows(given[start : start + ENCODE_ROWS], start)
+
+    def checked_rows(self, part: np.ndarray, first: int) -> np.ndarray:
+        """float32 (m, dim) of vectors from row `first` on; what `add` raises where they are bad."""
+        stored_as = "fp16" if "fp16" in (self.dtype, self.refine) else self.dtype
+        return inputs.float_vectors("vectors", part, self._metric, stored_as, first)
 
     def delete(self, labels: ArrayLike) -> None:
         """Remove labels (m,). Their nodes are still walked through, until `compact`.
@@ -358,16 +365,16 @@ class Index(Searching):
         write_arrays(path, arrays, about, state.require_unchanged)
 
 
-def load(path: str | os.PathLike[str], *, mmap: bool = False, device: str = "auto") -> Index:
-    """The Index saved at `path`. CorruptIndexError if the file is damaged or not an index.
+def load_index(
+    path: str | os.PathLike[str],
+    *,
+    mmap: bool = False,
+    device: str = "auto",
+    checksum: str | None = None,
+) -> Index:
+    """The Index of one file; see `hnsw_gpu.load`.
 
-    mmap: leave the vectors on disk, and map them: the refine rows where there are some, of which a
-        search reads `rerank` a query; else the rows that it walks on. Neither their checksum nor
-        their values are looked at then (`check` looks at the values). Leave the file as it is
-        meanwhile; to replace it, write another one and rename it over the old one, as `save` does.
-        Before and after each search the size and the time of the file are compared:
-        CorruptIndexError if it was written to or cut in place. A file that is cut during a search
-        ends the process (SIGBUS), and a change that keeps size and time goes unnoticed.
+    checksum: what `arrays_checksum` is of the file that is meant; CorruptIndexError of another one.
     """
     inputs.device(device)
     mapped: set[str] = set()
@@ -378,6 +385,11 @@ def load(path: str | os.PathLike[str], *, mmap: bool = False, device: str = "aut
         return mapped
 
     arrays, about, file = open_arrays(path, choose)
+    if checksum is not None and file.checksum != checksum:
+        raise CorruptIndexError(
+            f"{path}: is another index than the one that was meant: checksum {file.checksum}, "
+            f"expected {checksum}"
+        )
     try:
         index = _restored(about, arrays, unread=mapped)
     except KeyError as error:
@@ -391,12 +403,7 @@ def load(path: str | os.PathLike[str], *, mmap: bool = False, device: str = "aut
 
 def _load_again(path: str, checksum: str, device: str) -> Index:
     """The mapped Index of a file that must be the one it was."""
-    index = load(path, mmap=True, device=device)
-    source = index._state.source
-    assert source is not None
-    if source.checksum != checksum:
-        raise CorruptIndexError(f"{path}: is another index than the one that was pickled")
-    return index
+    return load_index(path, mmap=True, device=device, checksum=checksum)
 
 
 def _unpickled(about: dict[str, Any], arrays: dict[str, np.ndarray], device: str) -> Index:

@@ -1,4 +1,5 @@
-"""Searching an index: checked arguments, one engine over one state, and the answer."""
+"""Searching: checked arguments, what finds, and the answer; and one engine over one state, which
+is what an index finds with."""
 
 import functools
 from collections.abc import Callable
@@ -26,17 +27,89 @@ from hnsw_gpu.results import RadiusResult, SearchResult, into, reported
 
 SELF_ROWS = 16384  # nodes of a neighbour graph searched at a time
 Found = TypeVar("Found")
+IsNear = Callable[[np.ndarray], np.ndarray]  # of engines' distances float32 (...), bool (...)
 
 
 class Searching:
-    """The half of `Index` that asks; what it asks is one state, which never changes."""
+    """Checks what is asked and tells what was found; how it is found is left to three methods.
+
+    `_nearest`, `_compared` and `_near` give engines' distances (R1), by which answers are ordered:
+    what callers are told is rounded once more.
+    """
 
     dim: int
     metric: str
     dtype: str
+    refine: str
+    M: int
+    ef_construction: int
+    seed: int
     _metric: str  # the engines'
-    _state: State
-    _gpu: GpuEngine | None
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def device(self) -> str:
+        """Where searches run: "cpu" or "cuda"."""
+        raise NotImplementedError
+
+    @property
+    def labels(self) -> np.ndarray:
+        """int64 (n,), ascending."""
+        raise NotImplementedError
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes, mapped rows too."""
+        raise NotImplementedError
+
+    @property
+    def has_deleted(self) -> bool:
+        """Is there a node that is walked through and never returned?"""
+        raise NotImplementedError
+
+    def vectors(self, labels: ArrayLike) -> np.ndarray:
+        """float32 (m, dim) vectors of labels (m,), as stored."""
+        raise NotImplementedError
+
+    def check(self) -> None:
+        """Raise ValueError naming what is wrong."""
+        raise NotImplementedError
+
+    def compile_kernels(self) -> None:
+        """Compile every kernel that a search on the GPU may need, so that none waits for it.
+
+        On the CPU there is nothing to do.
+        """
+        raise NotImplementedError
+
+    def _nearest(
+        self, queries: np.ndarray, walk: Walk, allow: ArrayLike | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Labels and engines' distances (q, k) of checked queries."""
+        raise NotImplementedError
+
+    def _compared(self, queries: np.ndarray, k: int, threads: int) -> tuple[np.ndarray, np.ndarray]:
+        """As `_nearest`, by comparing all."""
+        raise NotImplementedError
+
+    def _near(
+        self, queries: np.ndarray, is_near: IsNear, walk: Walk, allow: ArrayLike | None
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Of each checked query, labels and engines' distances (1, hits) that `is_near`."""
+        raise NotImplementedError
+
+    def _on_gpu(
+        self,
+        queries: ArrayLike,
+        walk: Walk,
+        allow: ArrayLike | None,
+        stream: Any,
+        out: tuple[Any, Any] | None,
+    ) -> SearchResult | None:
+        """The answer to queries that lie on a GPU, there; None where they do not, or cannot."""
+        return None
 
     def search(
         self,
@@ -77,8 +150,9 @@ class Searching:
         """
         expand = self._expand(ef) if expand is None else expand
         walk = inputs.walk(k, ef, threads, expand, ef_upper, rerank, self.dtype)
-        if inputs.is_on_gpu(queries) and self._gpu is not None:
-            return self._search_on_gpu(queries, walk, allow, stream, out)
+        answer = self._on_gpu(queries, walk, allow, stream, out)
+        if answer is not None:
+            return answer
         if stream is not None:
             raise ValueError("stream: the queries are in host memory, which has no streams")
         return into(out, self._found(self.checked_queries(queries), walk, allow))
@@ -105,65 +179,14 @@ class Searching:
 
     def _expand(self, ef: int) -> int:
         """Nodes expanded in one step, where the caller leaves it to the device."""
-        if self._gpu is None:
+        if self.device == "cpu":
             return 1
         return 4 if ef >= 48 else 2
 
     def _found(self, queries: np.ndarray, walk: Walk, allow: ArrayLike | None) -> SearchResult:
         """The answer to checked queries."""
-
-        def find(state: State, engine: CpuEngine | GpuEngine) -> tuple[np.ndarray, np.ndarray]:
-            entries, nodes = _filter(state.labels, allow, len(queries))
-            keys = nearest(engine, Queries(queries), walk, nodes)
-            found: tuple[np.ndarray, np.ndarray] = state.labels.keys_to_labels(
-                keys, walk.k, entries
-            )
-            return found
-
-        labels, distances = self._searched(find)
+        labels, distances = self._nearest(queries, walk, allow)
         return SearchResult(labels, reported(distances, self.metric))
-
-    def _searched(self, find: Callable[[State, CpuEngine | GpuEngine], Found]) -> Found:
-        """find(state, engine), over a state and the engine that holds it."""
-        while True:
-            gpu, state = self._gpu, self._state
-            cpu = state.cpu
-            if gpu is None:
-                found = (find(state, cpu),)
-            else:
-                found = gpu.at(state.version, cpu, functools.partial(find, state, gpu))
-            if found is not None:  # else the GPU holds a later one by now
-                state.require_unchanged()
-                return found[0]
-
-    def _search_on_gpu(
-        self,
-        queries: Any,
-        walk: Walk,
-        allow: ArrayLike | None,
-        stream: Any,
-        out: tuple[Any, Any] | None,
-    ) -> SearchResult:
-        """Queries, and the answer, in the memory of the GPU."""
-
-        def find(state: State, engine: CpuEngine | GpuEngine) -> SearchResult | GpuEngine | None:
-            if isinstance(engine, CpuEngine):
-                return None
-            if allow is not None or not state.labels.are_all_live:
-                return engine
-            found = engine.search_on_device(
-                queries, walk, state.labels,
-                root=self.metric == "euclidean", stream=stream, out=out,
-            )  # fmt: skip
-            return SearchResult(*found)
-
-        found = self._searched(find)
-        if isinstance(found, SearchResult):
-            return found
-        if found is None:
-            raise RuntimeError("queries: on a GPU, which the index has left for the CPU")
-        given = self.checked_queries(found.to_host(queries, stream))
-        return SearchResult(*found.to_device(*self._found(given, walk, allow), stream, out))
 
     def exact_search(
         self, queries: ArrayLike, k: int = 10, *, threads: int | None = None
@@ -173,12 +196,7 @@ class Searching:
         On the CPU, whatever the device.
         """
         k, threads = inputs.integer("k", k, 1, inputs.MOST_NODES), inputs.threads(threads)
-        given = self.checked_queries(queries)
-        state = self._state
-        live = np.flatnonzero(state.labels.live_nodes())
-        keys = state.cpu.compare(Queries(given), live, min(k, len(live)), threads)
-        labels, distances = state.labels.keys_to_labels(keys, k)
-        state.require_unchanged()
+        labels, distances = self._compared(self.checked_queries(queries), k, threads)
         return SearchResult(labels, reported(distances, self.metric))
 
     def search_radius(
@@ -206,22 +224,98 @@ class Searching:
                 return (distances.astype(np.float64) <= limit - 1) | (told == limit)
             return told <= limit
 
+        found = self._near(given, is_near, walk, allow)
+        none = [(np.empty((1, 0), np.int64), np.empty((1, 0), np.float32))]
+        labels, distances = (np.concatenate(p, 1)[0] for p in zip(*none, *found, strict=True))
+        offsets = np.cumsum([0] + [part.shape[1] for part, _ in found]).astype(np.int64)
+        return RadiusResult(offsets, labels, reported(distances, self.metric))
+
+
+class StateSearching(Searching):
+    """The half of `Index` that asks; what it asks is one state, which never changes."""
+
+    _state: State
+    _gpu: GpuEngine | None
+
+    def _nearest(
+        self, queries: np.ndarray, walk: Walk, allow: ArrayLike | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        def find(state: State, engine: CpuEngine | GpuEngine) -> tuple[np.ndarray, np.ndarray]:
+            entries, nodes = _filter(state.labels, allow, len(queries))
+            keys = nearest(engine, Queries(queries), walk, nodes)
+            found: tuple[np.ndarray, np.ndarray] = state.labels.keys_to_labels(
+                keys, walk.k, entries
+            )
+            return found
+
+        return self._searched(find)
+
+    def _compared(self, queries: np.ndarray, k: int, threads: int) -> tuple[np.ndarray, np.ndarray]:
+        state = self._state
+        live = np.flatnonzero(state.labels.live_nodes())
+        keys = state.cpu.compare(Queries(queries), live, min(k, len(live)), threads)
+        found: tuple[np.ndarray, np.ndarray] = state.labels.keys_to_labels(keys, k)
+        state.require_unchanged()
+        return found
+
+    def _near(
+        self, queries: np.ndarray, is_near: IsNear, walk: Walk, allow: ArrayLike | None
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
         def find(state: State, engine: CpuEngine | GpuEngine) -> list[tuple]:
             held = state.labels
-            entries, nodes = _filter(held, allow, len(given))
-            keys = within(engine, Queries(given), is_near, walk, nodes)
-            return [
+            entries, nodes = _filter(held, allow, len(queries))
+            keys = within(engine, Queries(queries), is_near, walk, nodes)
+            found = [
                 held.keys_to_labels(row[None], held.count(key_nodes(row)), _row_of(entries, i))
                 for i, row in enumerate(keys)
             ]
+            # entries that are not allowed leave room behind the others
+            return [(labels[labels >= 0][None], far[labels >= 0][None]) for labels, far in found]
+
+        return self._searched(find)
+
+    def _searched(self, find: Callable[[State, CpuEngine | GpuEngine], Found]) -> Found:
+        """find(state, engine), over a state and the engine that holds it."""
+        while True:
+            gpu, state = self._gpu, self._state
+            cpu = state.cpu
+            if gpu is None:
+                found = (find(state, cpu),)
+            else:
+                found = gpu.at(state.version, cpu, functools.partial(find, state, gpu))
+            if found is not None:  # else the GPU holds a later one by now
+                state.require_unchanged()
+                return found[0]
+
+    def _on_gpu(
+        self,
+        queries: Any,
+        walk: Walk,
+        allow: ArrayLike | None,
+        stream: Any,
+        out: tuple[Any, Any] | None,
+    ) -> SearchResult | None:
+        if self._gpu is None or not inputs.is_on_gpu(queries):
+            return None
+
+        def find(state: State, engine: CpuEngine | GpuEngine) -> SearchResult | GpuEngine | None:
+            if isinstance(engine, CpuEngine):
+                return None
+            if allow is not None or not state.labels.are_all_live:
+                return engine
+            found = engine.search_on_device(
+                queries, walk, state.labels,
+                root=self.metric == "euclidean", stream=stream, out=out,
+            )  # fmt: skip
+            return SearchResult(*found)
 
         found = self._searched(find)
-        none = [(np.empty((1, 0), np.int64), np.empty((1, 0), np.float32))]
-        labels, distances = (np.concatenate(p, 1)[0] for p in zip(*none, *found, strict=True))
-        is_in = labels >= 0
-        ends = np.cumsum([0] + [part.shape[1] for part, _ in found])
-        offsets = np.concatenate([[0], np.cumsum(is_in)])[ends].astype(np.int64)
-        return RadiusResult(offsets, labels[is_in], reported(distances[is_in], self.metric))
+        if isinstance(found, SearchResult):
+            return found
+        if found is None:
+            raise RuntimeError("queries: on a GPU, which the index has left for the CPU")
+        given = self.checked_queries(found.to_host(queries, stream))
+        return SearchResult(*found.to_device(*self._found(given, walk, allow), stream, out))
 
     def neighbor_graph(
         self, k: int = 15, *, ef: int = 64, threads: int | None = None, progress: bool = False

@@ -1,8 +1,9 @@
 """Near-duplicates of vectors in files: more than memory holds, and resumable.
 
 Rows are read in shards, and each step on the way leaves a file in a folder of our own in OUT, from
-where the same command goes on (`checkpoints.py`). At the end the tables and the report are written,
-and that folder is removed. Files in OUT that are not ours are neither overwritten nor removed.
+where the same command goes on (`files/checkpoints.py`). At the end the tables and the report are
+written, and that folder is removed. Files in OUT that are not ours are neither overwritten nor
+removed.
 
 In memory at a time: one shard with its graph, the pairs, and per row some 100 bytes and the id.
 """
@@ -14,11 +15,10 @@ from typing import Any
 import hnsw_gpu
 from hnsw_gpu import inputs
 from hnsw_gpu.deduplication import report as reports
-from hnsw_gpu.deduplication.checkpoints import MADE_BY, WORK, Checkpoints
+from hnsw_gpu.deduplication.checkpoints import MADE_BY, checkpoints_in
 from hnsw_gpu.deduplication.conclusion import conclude
 from hnsw_gpu.deduplication.decision import NearRows
 from hnsw_gpu.deduplication.keep_order import KEEP
-from hnsw_gpu.deduplication.output_folder import held
 from hnsw_gpu.deduplication.settings import Settings
 from hnsw_gpu.deduplication.shard_size import shard_rows_within
 from hnsw_gpu.deduplication.shard_steps import ResumableSteps
@@ -30,6 +30,7 @@ from hnsw_gpu.files import (
     FORMAT_VERSION,
     Sources,
     file_checksum,
+    held,
     list_files,
     open_sources,
     ordered_values,
@@ -66,7 +67,7 @@ def dedup_files(
     inputs.device(device)
     with held(out):
         clock = StageClock()
-        checkpoints = Checkpoints(out / WORK)
+        checkpoints = checkpoints_in(out)
         is_begun = checkpoints.is_begun()
         of_ours = [out, *(out / name for name in reports.RESULTS if is_begun)]
         paths, others = (list_files(given, except_for=of_ours) for given in (paths, against))

@@ -10,7 +10,7 @@ from hnsw_gpu import inputs
 from hnsw_gpu.deduplication.distinct_rows import ROWS_AT_ONCE
 from hnsw_gpu.deduplication.near_pairs import Nodes, lists_for_rows
 from hnsw_gpu.engine import KEY_NONE, encode, key_distances, key_nodes, rerank, rows_as_queries
-from hnsw_gpu.index import Index, load
+from hnsw_gpu.index import Index, load_index
 
 CANDIDATES = 8  # of an index, whose rows may be coarse; exact distances decide among them
 
@@ -32,7 +32,7 @@ def is_path(value: Any) -> bool:
 
 def open_index(value: Any, metric: str, dim: int) -> Index:
     """The Index, given itself or as a path; ValueError where it cannot be compared with."""
-    index = load(value, device="cpu") if is_path(value) else value
+    index = load_index(value, device="cpu") if is_path(value) else value
     if index.dim != dim or inputs.METRICS[index.metric] != inputs.METRICS[metric]:
         raise ValueError(
             f"against: an index of {index.metric} and {index.dim} dimensions, expected {metric} "

@@ -1,4 +1,4 @@
-"""The steps of a deduplication of files, each resumed where its file is there (`checkpoints.py`).
+"""The steps of a deduplication of files, each resumed where its file is there.
 
 Of each shard its distinct rows, encoded, and their graph are a step; then each join of two shards
 (`sharded_join.py`); then the nearest of another set. One shard with its graph is held at a time.
@@ -13,7 +13,6 @@ import numpy as np
 
 from hnsw_gpu import inputs
 from hnsw_gpu.deduplication import other_set
-from hnsw_gpu.deduplication.checkpoints import Checkpoints
 from hnsw_gpu.deduplication.distinct_rows import (
     Rows,
     digest,
@@ -26,7 +25,7 @@ from hnsw_gpu.deduplication.other_set import FindNearest, NearestOther
 from hnsw_gpu.deduplication.settings import Settings
 from hnsw_gpu.deduplication.sharded_join import Block, Pairs, Shards, numbers_of_nodes
 from hnsw_gpu.engine import Graph, build_graph
-from hnsw_gpu.files import Sources
+from hnsw_gpu.files import Checkpoints, Sources
 from hnsw_gpu.progress import bar
 
 MAPPED = ("rows", "neighbors0", "neighbors", "nodes", "below")  # large arrays of a shard

@@ -18,11 +18,12 @@ from typing import Any
 import click
 import numpy as np
 
-from hnsw_gpu import Index, SearchResult, __version__, exact_search, load
+from hnsw_gpu import Index, SearchResult, __version__, exact_search
 from hnsw_gpu import recall as measure
 from hnsw_gpu.demo.verses import PACKAGES, TRANSLATIONS, Verses, load_verses, require
 from hnsw_gpu.engine import thread_count
 from hnsw_gpu.files import atomic_file
+from hnsw_gpu.index import load_index
 
 K = 10
 EFS = (16, 32, 64, 128, 256)
@@ -160,7 +161,7 @@ def save_and_load(run: Run, index: Index, path: Path) -> Index:
         index.save(path)
     run.print_result(f"saved: {path.stat().st_size / 1e6:,.0f} MB", "save")
     with run.timed("load"):
-        loaded = load(path)
+        loaded = load_index(path)
     run.print_result("loaded and checked", "load")
     return loaded
 

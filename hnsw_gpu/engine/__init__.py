@@ -11,6 +11,7 @@ from hnsw_gpu.engine.growth import build_graph, compacted, insert, repaired, wit
 from hnsw_gpu.engine.keys import KEY_NONE, key_distances, key_nodes
 from hnsw_gpu.engine.labels import Labels
 from hnsw_gpu.engine.machine import memory_free, memory_limit
+from hnsw_gpu.engine.merge import merged
 from hnsw_gpu.engine.rounding import LOST_SHARE, Rounded
 from hnsw_gpu.engine.search import pack_bits, search_graph
 from hnsw_gpu.engine.state import Parameters, State, empty_state, from_arrays
@@ -69,6 +70,7 @@ __all__ = [
     "key_nodes",
     "memory_free",
     "memory_limit",
+    "merged",
     "move_together",
     "nearest",
     "pack_bits",

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hnsw_gpu.index import Index
 from hnsw_gpu.results import SearchResult
+from hnsw_gpu.searching import Searching
 from hnsw_gpu.serve.answer_future import AnswerFuture
 
 AnyFuture = AnswerFuture | asyncio.Future[SearchResult]
@@ -18,7 +18,7 @@ AnyFuture = AnswerFuture | asyncio.Future[SearchResult]
 class BatchKey(NamedTuple):
     """What requests have in common that may share a batch."""
 
-    searched: Index
+    searched: Searching
     ef: int
     rerank: int | None  # None: of no account, or the whole beam
     allow: object  # identifies the filter
@@ -28,7 +28,7 @@ class BatchKey(NamedTuple):
     @classmethod
     def of(
         cls,
-        index: Index,
+        index: Searching,
         k: int,
         ef: int,
         rerank: int | None,
@@ -137,7 +137,7 @@ class BatchQueue:
                 del self._groups[request.key]
 
     def next_batch(
-        self, most_rows: Callable[[Index], int]
+        self, most_rows: Callable[[Searching], int]
     ) -> tuple[list[Part], list[QueuedSearch]]:
         """Take the next group's batch, and the requests before it that are past their deadline."""
         key, group = next(iter(self._groups.items()))

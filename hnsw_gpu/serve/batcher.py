@@ -23,8 +23,8 @@ from numpy.typing import ArrayLike
 
 from hnsw_gpu import inputs
 from hnsw_gpu.engine import thread_count
-from hnsw_gpu.index import Index
 from hnsw_gpu.results import SearchResult
+from hnsw_gpu.searching import Searching
 from hnsw_gpu.serve.answer_future import AnswerFuture
 from hnsw_gpu.serve.batch_forming import AnyFuture, BatchKey, BatchQueue, Part, QueuedSearch
 
@@ -83,7 +83,7 @@ class Batcher:
 
     def __init__(
         self,
-        index: Index,
+        index: Searching,
         *,
         batch_rows: int | None = None,
         queue_rows: int = 16_384,
@@ -133,7 +133,7 @@ class Batcher:
 
     async def search_checked(
         self,
-        index: Index,
+        index: Searching,
         queries: np.ndarray,
         k: int,
         *,
@@ -182,7 +182,7 @@ class Batcher:
 
     def _enqueue(
         self,
-        index: Index,
+        index: Searching,
         queries: np.ndarray,
         k: int,
         ef: int,
@@ -232,7 +232,7 @@ class Batcher:
     # ---------------------------------------------------------------- its state
 
     @property
-    def index(self) -> Index:
+    def index(self) -> Searching:
         """The index that answers new requests."""
         return self._index
 
@@ -252,7 +252,7 @@ class Batcher:
         with self._lock:
             return self._queue.waiting_requests
 
-    def swap(self, index: Index) -> None:
+    def swap(self, index: Searching) -> None:
         """Search another index from now on; requests already queued stay with theirs."""
         self._require_threads()
         with self._lock:
@@ -327,7 +327,7 @@ class Batcher:
         for _ in range(min(count, self._sleepers - self._wake.qsize())):
             self._wake.put(None)
 
-    def _rows_of_a_batch(self, index: Index) -> int:
+    def _rows_of_a_batch(self, index: Searching) -> int:
         if self._batch_rows is not None:
             return self._batch_rows
         if index.device != "cpu":

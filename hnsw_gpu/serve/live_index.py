@@ -8,8 +8,9 @@ import os
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
+from hnsw_gpu.collection import is_collection
 from hnsw_gpu.engine import memory_free
-from hnsw_gpu.index import Index
+from hnsw_gpu.searching import Searching
 from hnsw_gpu.serve.batcher import Batcher, QueueFullError
 from hnsw_gpu.serve.metrics import Metrics
 from hnsw_gpu.serve.problem import Problem, message_of
@@ -136,13 +137,13 @@ class LiveIndex:
         self._metrics.served(served)
 
     def _path_in_root(self, name: str) -> Path:
-        """The path of an index within the root; outside it, 404 as for a missing file."""
+        """The path of an index or a collection in the root; else 404 as if it were missing."""
         root = self._settings.root
         try:
             given = os.path.join(root, name)
             os.stat(given)  # as the system sees it: neither FILE/ nor MISSING/../FILE
             path = Path(given).resolve()
-            is_inside = path.is_relative_to(root) and path.is_file()
+            is_inside = path.is_relative_to(root) and (path.is_file() or is_collection(path))
         except (ValueError, OSError, RuntimeError):  # a null byte, a name too long, a loop of links
             is_inside = False
         if not is_inside:
@@ -180,7 +181,7 @@ class LiveIndex:
         )
 
 
-def _require_alike(new: Index, old: Index) -> None:
+def _require_alike(new: Searching, old: Searching) -> None:
     """ValueError where callers of one cannot be callers of the other."""
     differences = [
         f"{name} {getattr(new, name)} instead of {getattr(old, name)}"

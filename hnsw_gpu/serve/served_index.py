@@ -1,4 +1,4 @@
-"""What a server answers from: a saved index with its filters and its canary.
+"""What a server answers from: a saved index, or collection, with its filters and its canary.
 
 Beside `docs.hnsw` may lie `docs.filters/NAME.npy`, a filter of that name (a bool mask by label, or
 int labels of what may be returned), and `docs.canary.npy`, queries (q, dim) that measure recall.
@@ -12,9 +12,10 @@ from typing import NamedTuple
 import numpy as np
 
 from hnsw_gpu import inputs
+from hnsw_gpu.collection import is_collection, load, saved_checksum
 from hnsw_gpu.files import arrays_checksum, read_vectors
-from hnsw_gpu.index import Index, load
 from hnsw_gpu.results import SearchResult
+from hnsw_gpu.searching import Searching
 from hnsw_gpu.serve import formats
 
 CANARY_ROWS = 64
@@ -40,7 +41,7 @@ class ServedIndex:
     version: int  # 1, 2, ... since the server began
     path: Path
     checksum: str
-    index: Index
+    index: Searching
     filters: dict[str, np.ndarray]
     canary: Canary | None  # None: the index is empty
 
@@ -49,8 +50,8 @@ def load_served_index(
     path: Path, version: int, *, device: str = "auto", mmap: bool = False, threads: int | None
 ) -> ServedIndex:
     """Load an index and the files beside it; compile its kernels, run a search of each kind."""
-    checksum = arrays_checksum(path)
-    index = load(path, mmap=mmap, device=device)
+    checksum = saved_checksum(path) if is_collection(path) else arrays_checksum(path)
+    index = load(path, mmap=mmap or None, device=device)
     filters = _filters(path, index)
     canary = _canary(path, index, threads)
     index.compile_kernels()
@@ -62,7 +63,7 @@ def load_served_index(
     return ServedIndex(version, path, checksum, index, filters, canary)
 
 
-def _filters(path: Path, index: Index) -> dict[str, np.ndarray]:
+def _filters(path: Path, index: Searching) -> dict[str, np.ndarray]:
     filters = {}
     for file in sorted(path.with_suffix(".filters").glob("*.npy")):
         _require_file(file)
@@ -83,7 +84,7 @@ def _require_file(path: Path) -> None:
         raise ValueError(f"{path}: is not a file")
 
 
-def _canary(path: Path, index: Index, threads: int | None) -> Canary | None:
+def _canary(path: Path, index: Searching, threads: int | None) -> Canary | None:
     if not len(index):
         return None
     file = path.with_suffix(".canary.npy")
@@ -103,5 +104,7 @@ def _canary(path: Path, index: Index, threads: int | None) -> Canary | None:
 
 
 def memory_needed(path: Path) -> int:
-    """Roughly the bytes that loading an index takes."""
+    """Roughly the bytes that loading an index takes; 0 of a collection, which is mapped."""
+    if is_collection(path):
+        return 0
     return path.stat().st_size * 5 // 4

@@ -12,11 +12,11 @@ from click.testing import CliRunner
 from test_in_memory import made
 
 from hnsw_gpu import Index, cli, dedup
-from hnsw_gpu.deduplication import checkpoints, in_files, report, report_page, tables
+from hnsw_gpu.deduplication import in_files, report, report_page, tables
 from hnsw_gpu.deduplication.checkpoints import WORK
 from hnsw_gpu.deduplication.distinct_rows import digest
 from hnsw_gpu.deduplication.shard_steps import ResumableSteps
-from hnsw_gpu.files import sources, storage
+from hnsw_gpu.files import checkpoints, sources, storage
 
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -188,7 +188,7 @@ def test_killed_for_good_it_goes_on(tmp_path, paths) -> None:
     """A process killed by the system as soon as its second shard is there."""
     program = """
 import os, signal, sys
-from hnsw_gpu.files import storage
+from hnsw_gpu.files import checkpoints, storage
 from hnsw_gpu.cli import main
 atomic = storage.atomic_file
 def watched(path):

@@ -14,6 +14,7 @@ import threading
 import numpy as np
 import oracle
 import pytest
+from collections_of import make
 from emulator import cupy_stand_in
 
 import hnsw_gpu
@@ -186,6 +187,35 @@ def test_auto_takes_the_gpu_and_says_so(device, caplog):
     with caplog.at_level(logging.INFO, "hnsw_gpu"):
         assert hnsw_gpu.Index(DIM, device="auto").device == "cuda"
     assert "searching on" in caplog.text
+
+
+def test_a_collection_lies_there_whole_or_not_at_all(machine, tmp_path, monkeypatch):
+    make(tmp_path / "c", vectors(ROWS, seed=1), shards=3, metric="l2", M=4)
+    queries = vectors(9, seed=2)
+    cpu, gpu = (hnsw_gpu.load(tmp_path / "c", device=device) for device in ("cpu", "cuda"))
+    assert (cpu.device, gpu.device) == ("cpu", "cuda")
+    assert_alike(cpu, gpu)
+    assert_alike(cpu, gpu, allow=np.arange(0, ROWS, 3))
+    for one, other in zip(
+        cpu.search_radius(queries, 30), gpu.search_radius(queries, 30), strict=True
+    ):
+        assert one.tolist() == other.tolist()
+    with pytest.raises(TypeError, match="queries: on a GPU, expected an array in host memory"):
+        gpu.search(sys.modules["cupy"].asarray(queries))
+    assert gpu.to("cpu").device == "cpu"
+    assert_alike(cpu, gpu)
+    calls, made = itertools.count(), device_index.DeviceIndex.__init__
+
+    def third_fails(self, *given, **named):
+        if next(calls) % 3 == 2:
+            raise MemoryError("no more")
+        made(self, *given, **named)
+
+    monkeypatch.setattr(device_index.DeviceIndex, "__init__", third_fails)
+    with pytest.raises(MemoryError, match="no more"):
+        cpu.to("cuda")
+    for collection in (cpu, gpu.to("auto")):
+        assert {shard.device for shard in collection._shards} == {"cpu"}
 
 
 def test_an_index_that_does_not_fit(machine, tmp_path, caplog):

@@ -9,9 +9,10 @@ from click.testing import CliRunner
 
 from hnsw_gpu import cli
 from hnsw_gpu.deduplication import in_files
-from hnsw_gpu.deduplication.checkpoints import PLAN, WORK
+from hnsw_gpu.deduplication.checkpoints import WORK
 from hnsw_gpu.deduplication.shard_steps import ResumableSteps
 from hnsw_gpu.demo import walkthrough
+from hnsw_gpu.files.checkpoints import PLAN
 
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")

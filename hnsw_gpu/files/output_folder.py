@@ -1,4 +1,4 @@
-"""The folder that a deduplication writes into: one job at a time, and no input of its own."""
+"""The folder that a long job writes into: one job at a time."""
 
 import errno
 import os

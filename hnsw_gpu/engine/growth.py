@@ -21,6 +21,7 @@ from hnsw_gpu.engine.build import (
     without_unfinished,
 )
 from hnsw_gpu.engine.graph import Graph
+from hnsw_gpu.engine.labels import Deleted
 from hnsw_gpu.engine.repair import repair
 from hnsw_gpu.engine.rounding import Rounded, count_worn
 from hnsw_gpu.engine.state import State, empty_state
@@ -145,11 +146,18 @@ def _room_to_write(state: State, levels: np.ndarray) -> Graph:
 
 
 def _labelled(state: State, nodes: np.ndarray, labels: np.ndarray) -> State:
-    """The state with labels up to the first of `nodes` that its graph does not hold."""
+    """The state with labels up to the first of `nodes` that its graph does not hold.
+
+    Labels that other nodes carry are taken from those.
+    """
     count = state.node_count
     is_in = np.cumsum(nodes >= count) == 0
+    held, given = state.labels, labels[is_in]
+    if (given < state.next_label).any():
+        known = held.find(given)
+        held = held.without(known[known >= 0])
     state = state._replace(
-        labels=state.labels.with_added(labels[is_in], nodes[is_in], count),
+        labels=held.with_added(given, nodes[is_in], count),
         next_label=max(state.next_label, int(labels.max(initial=-1)) + 1),
     )
     if len(state.rows) <= 2 * count:
@@ -180,15 +188,29 @@ def repaired(state: State, *, threads: int) -> tuple[State, np.ndarray]:
     return state._replace(graph=graph, room=room, version=state.version + 1, unrepaired=0), changed
 
 
-def compacted(state: State, *, threads: int, advance: Callable[[int], object]) -> State:
-    """A new state of the nodes that carry labels."""
+def compacted(
+    state: State, *, threads: int, advance: Callable[[int], object], keep_deleted: bool = False
+) -> State:
+    """A new state of the nodes that carry labels, or of those too that `undelete` brings back.
+
+    Nodes that are equal, as those of other libraries may be, become one.
+    """
     state.require_unchanged()
-    kept = state.parameters
-    live = np.flatnonzero(state.labels.live_nodes())
+    kept, deleted = state.parameters, state.labels.deleted if keep_deleted else Deleted()
+    is_kept = state.labels.live_nodes()
+    is_kept[deleted.nodes] = True
+    live = np.flatnonzero(is_kept)
     rows, refine_rows = taken_aligned(state.rows, live), state.refine_rows
     if refine_rows is not None:
         refine_rows = taken_aligned(refine_rows, live)
     state.require_unchanged()
+    labels = state.labels.of_nodes(live, deleted)
+    nodes, sources = copies.NodeTable().assign(
+        rows if refine_rows is None else refine_rows, 0, len(live)
+    )
+    if len(sources) < len(live):
+        labels, rows = labels.grouped(nodes, len(sources)), taken_aligned(rows, sources)
+        refine_rows = None if refine_rows is None else taken_aligned(refine_rows, sources)
     graph = build_graph(
         rows, kept.metric, M=kept.M, ef_construction=kept.ef_construction, seed=kept.seed,
         threads=threads, advance=advance,
@@ -201,7 +223,7 @@ def compacted(state: State, *, threads: int, advance: Callable[[int], object]) -
         version=state.version + 1,
         rows=rows,
         refine_rows=refine_rows,
-        labels=state.labels.of_nodes(live),
+        labels=labels,
         next_label=state.next_label,
     )
 

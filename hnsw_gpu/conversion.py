@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -33,11 +34,11 @@ def from_hnswlib(
 ) -> Index:
     """The Index over the graph of a file that hnswlib saved, whose metric only you know.
 
-    The links are as they were, and the vectors are kept as `dtype` and `refine`: see Index. Elements
-    marked as deleted are deleted, and can be undeleted. Copies of a vector stay nodes of their own.
-    Nodes that layer 0 does not lead to are told to the logger "hnsw_gpu"; `check` and `save` link
-    them. CorruptIndexError where the file is damaged, or none of hnswlib's; ValueError where `dim`
-    (None: any) or a vector is not what it must be.
+    The links are as they were, and the vectors are kept as `dtype` and `refine`: see Index.
+    Elements marked as deleted are deleted, and can be undeleted. Copies of a vector stay nodes of
+    their own. Nodes that layer 0 does not lead to are told to the logger "hnsw_gpu"; `check` and
+    `save` link them. CorruptIndexError where the file is damaged, or none of hnswlib's; ValueError
+    where `dim` (None: any) or a vector is not what it must be.
     """
     return index_of(
         read_hnswlib(path, dim), os.fspath(path), metric, dtype=dtype, refine=refine, device=device
@@ -85,10 +86,13 @@ def from_file(
     device: str,
 ) -> Index:
     """The Index of a file of "hnswlib", "faiss" or "usearch"."""
-    read = {"hnswlib": read_hnswlib, "faiss": read_faiss, "usearch": read_usearch}[form]
-    return index_of(
-        read(path), os.fspath(path), metric, dtype=dtype, refine=refine, device=device
-    )
+    readers: dict[str, Callable[[Any], PeerGraph]] = {
+        "hnswlib": read_hnswlib,
+        "faiss": read_faiss,
+        "usearch": read_usearch,
+    }
+    read = readers[form]
+    return index_of(read(path), os.fspath(path), metric, dtype=dtype, refine=refine, device=device)
 
 
 def to_file(form: str, index: Index, path: str | os.PathLike[str]) -> None:

@@ -4,8 +4,8 @@ Names, defaults and errors are hnswlib's, and so are its files. What differs:
 
 - Vectors that no search can order (NaN, infinite, zero under cosine) raise ValueError.
 - `filter` is called once a call for each label, not for each element that a walk meets.
-- Elements that `add_items` replaces leave nodes behind, as those of `Index.delete`; more than half of
-  all are rebuilt away by an `add_items`, all by `save_index`.
+- Elements that `add_items` replaces leave nodes behind, as those of `Index.delete`; where these are
+  more than half an `add_items` rebuilds without them, and `save_index` always does.
 - `device="cuda"` searches on a GPU.
 """
 
@@ -252,9 +252,7 @@ class Index(_Elements):
             peer = read_hnswlib(path_to_index, self.dim)
         except OSError as error:
             raise RuntimeError(f"Cannot open file: {error}") from None
-        self._graph = index_of(
-            peer, os.fspath(path_to_index), self.space, device=self._device
-        )
+        self._graph = index_of(peer, os.fspath(path_to_index), self.space, device=self._device)
         count = len(peer.labels)
         self._max_elements = max_elements if max_elements >= count > 0 else peer.capacity
         self._can_replace = bool(allow_replace_deleted)

@@ -458,30 +458,26 @@ class Index(StateSearching):
         write_arrays(path, arrays, about, state.require_unchanged)
 
     @staticmethod
-    def load(
-        path: str | os.PathLike[str], *, mmap: bool = False, device: str = "auto"
-    ) -> "Index":
+    def load(path: str | os.PathLike[str], *, mmap: bool = False, device: str = "auto") -> "Index":
         """The Index of a file; see `hnsw_gpu.load`, which opens collections too."""
         return load_index(path, mmap=mmap, device=device)
 
-    def to_hnswlib(
-        self, path: str | os.PathLike[str], *, max_elements: int | None = None
-    ) -> None:
-        """Write the graph and its vectors, as float32, as a file that hnswlib loads.
+    def to_hnswlib(self, path: str | os.PathLike[str], *, max_elements: int | None = None) -> None:
+        """Write the graph as it is, and its vectors as float32, as a file that hnswlib loads.
 
-        hnswlib is told the metric there: "l2", "ip" or "cosine". Copies become elements of their
+        `check` first, after small `add`s: it links what cannot be reached yet. hnswlib is told the metric there: "l2", "ip" or "cosine". Copies become elements of their
         own, and deleted nodes are marked so. max_elements: the capacity of the file, at least what
         it holds.
         """
         capacity = inputs.integer("max_elements", max_elements or 0, 0, inputs.MOST_NODES)
-        write_hnswlib(path, outgoing(self._settled()), capacity)
+        write_hnswlib(path, outgoing(self._state), capacity)
 
     def to_faiss(self) -> Any:
-        """The graph and its vectors as faiss's IndexHNSWFlat, of inner product under cosine.
+        """The graph, as it is, as faiss's IndexHNSWFlat, of inner product under cosine.
 
-        In an IndexIDMap2 where labels are not 0..n-1. ValueError if there are deleted nodes.
+        `check` first, as for `to_hnswlib`. In an IndexIDMap2 where labels are not 0..n-1. ValueError if there are deleted nodes.
         """
-        return faiss_index(outgoing(self._settled()), self._metric)
+        return faiss_index(outgoing(self._state), self._metric)
 
 
 def load_index(

@@ -170,7 +170,9 @@ def test_replacing_must_be_allowed(hnswlib):
 
 def test_filters(hnswlib):
     index = filled(hnswlib, ids=np.arange(COUNT) * 2**40)
-    labels, _ = index.knn_query(ROWS, 2, num_threads=1, filter=lambda label: label // 2**40 % 3 == 0)
+    labels, _ = index.knn_query(
+        ROWS, 2, num_threads=1, filter=lambda label: label // 2**40 % 3 == 0
+    )
     assert (labels // 2**40 % 3 == 0).all()
     index.mark_deleted(3 * 2**40)
     labels, _ = index.knn_query(ROWS[3], 2, num_threads=1, filter=lambda label: label <= 4 * 2**40)

@@ -14,7 +14,6 @@ from hnsw_gpu.engine.row_check import row_problems
 from hnsw_gpu.engine.second_copy import SecondCopy
 from hnsw_gpu.engine.vectors import decode, empty_rows
 
-
 DELETED = ("deleted_labels", "deleted_nodes")  # in a file, where there are some
 
 
@@ -99,7 +98,8 @@ class State(NamedTuple):
     def problems(self, *, unread: Collection[str] = ()) -> list[str]:
         """What is wrong with the graph, the labels or the rows, in sentences.
 
-        Whether every node is reachable is asked where no node is unrepaired. unread: rows, by their name in `arrays`, that are not looked at.
+        Whether every node is reachable is asked where none is unrepaired. unread: rows, by their
+        name in `arrays`, that are not looked at.
         """
         # that of a file is looked at as it is
         graph = self.graph if self.graph is self.room else packed(self.graph)

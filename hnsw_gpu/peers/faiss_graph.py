@@ -95,22 +95,21 @@ def faiss_index(peer: PeerGraph, metric: str) -> Any:
     count, M = len(peer.vectors), peer.M
     ordered = np.sort(peer.labels)
     is_plain = bool((ordered == np.arange(count)).all())
-    if is_plain:
+    if is_plain and count:
         peer = renumbered(peer, peer.labels)
     name = faiss.METRIC_L2 if metric == "l2" else faiss.METRIC_INNER_PRODUCT
     made = faiss.IndexHNSWFlat(peer.dim, M, name)
     made.hnsw.efConstruction = peer.ef_construction
+    result = made if is_plain else faiss.IndexIDMap2(made)  # which wants it empty
     if count:
         made.storage.add(np.ascontiguousarray(peer.vectors))
         _fill(faiss, made.hnsw, peer, M)
     made.ntotal = count
-    if is_plain:
-        return made
-    wrapped = faiss.IndexIDMap2(made)
-    faiss.copy_array_to_vector(peer.labels, wrapped.id_map)
-    wrapped.ntotal = count
-    wrapped.construct_rev_map()
-    return wrapped
+    if not is_plain:
+        faiss.copy_array_to_vector(peer.labels, result.id_map)
+        result.ntotal = count
+        result.construct_rev_map()
+    return result
 
 
 def write_faiss(path: str | os.PathLike[str], index: Any) -> None:

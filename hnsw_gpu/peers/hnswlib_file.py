@@ -27,7 +27,7 @@ class Header(NamedTuple):
 
     offset: int  # of layer 0: 0
     capacity: int
-    count: int
+    elements: int
     record_bytes: int
     label_offset: int
     vector_offset: int
@@ -87,7 +87,7 @@ def _header(given: bytes, size: int) -> Header:
         and 4 <= header.label_offset - header.vector_offset <= 4 * MOST_DIM
         and (header.label_offset - header.vector_offset) % 4 == 0
         and header.record_bytes == header.label_offset + 8
-        and header.count <= min(size // header.record_bytes, 2**31 - 1)
+        and header.elements <= min(size // header.record_bytes, 2**31 - 1)
     )
     if not is_plausible:
         raise CorruptIndexError(
@@ -98,7 +98,7 @@ def _header(given: bytes, size: int) -> Header:
 
 
 def _contents(file, header: Header) -> PeerGraph:  # type: ignore[no-untyped-def]
-    count = header.count
+    count = header.elements
     vectors = np.empty((count, header.dim), np.float32)
     links = np.empty((count, header.maxM0), np.int64)
     labels, is_deleted = np.empty(count, np.int64), np.empty(count, bool)
@@ -159,13 +159,13 @@ def _levels(words: np.ndarray, count: int, maxM: int) -> tuple[np.ndarray, np.nd
 
 
 def write_hnswlib(path: str | os.PathLike[str], peer: PeerGraph, capacity: int) -> None:
-    """Write a file that hnswlib loads, whole or not at all; room for `capacity`, or what is there."""
+    """Write a file that hnswlib loads, whole or not at all, with room for `capacity` or more."""
     count, M = len(peer.vectors), peer.M
     label_offset = 4 + 8 * M + 4 * peer.dim
     header = Header(
         offset=0,
         capacity=max(count, capacity),
-        count=count,
+        elements=count,
         record_bytes=label_offset + 8,
         label_offset=label_offset,
         vector_offset=4 + 8 * M,

@@ -7,7 +7,7 @@ from hnsw_gpu.peers.peer_graph import PeerGraph
 
 
 def outgoing(state: State) -> PeerGraph:
-    """The graph of a state whose nodes are all reachable.
+    """The graph of a state.
 
     The first label of a node is its element's; each other one gets an element that is linked as the
     node is, and with the one before and the one behind. Nodes without a label get one that was

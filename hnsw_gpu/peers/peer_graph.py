@@ -48,7 +48,7 @@ def ids(links: np.ndarray, counts: np.ndarray, count: int) -> np.ndarray:
     ValueError where an id is none of `count` nodes.
     """
     is_link = np.arange(links.shape[1]) < counts[:, None]
-    result = np.where(is_link, links, -1).astype(np.int64)
+    result = np.where(is_link, links.astype(np.int64), -1)
     if (counts > links.shape[1]).any() or (result >= count).any() or (result[is_link] < 0).any():
         raise ValueError("links that lead nowhere")
     return result

@@ -14,11 +14,11 @@ import pytest
 
 import hnsw_gpu
 from hnsw_gpu import CorruptIndexError
-from hnsw_gpu.peers import read_hnswlib, read_usearch, write_hnswlib
+from hnsw_gpu.peers import graph_of, read_hnswlib, read_usearch, write_hnswlib
 
 DATA = Path(__file__).parent / "data"
 HNSWLIB, USEARCH = DATA / "hnswlib-0.8.0.bin", DATA / "usearch-2.26.6.usearch"
-COUNT, DIM, K, EF = 240, 6, 10, 30
+COUNT, DIM, K, EF = 240, 6, 10, 14
 LABELS = 7 * np.arange(COUNT) + 3
 DELETED = LABELS[5:200:20]
 HEADER = "<QQQQQQiIQQQdQ"
@@ -57,20 +57,19 @@ def recall(distances, metric, is_there=slice(None)):
 
 
 def test_a_file_of_hnswlib_answers_as_hnswlib_did():
-    index, (labels, distances) = of_hnswlib(), answers("hnswlib")
-    found = index.search(queries(), K, ef=EF)
-    is_there = ~np.isin(LABELS, DELETED)
-    theirs, ours = (recall(far, "l2", is_there) for far in (distances, found.distances))
-    assert ours >= theirs - 0.002 and theirs > 0.9
-    assert not np.isin(found.labels, DELETED).any()
+    index, (_, distances) = of_hnswlib(), answers("hnswlib")
+    assert not np.isin(index.search(queries(), K, ef=EF).labels, DELETED).any()
     index.undelete(DELETED)
+    found = index.search(queries(), K, ef=EF)
+    theirs, ours = (recall(far, "l2") for far in (distances, found.distances))
+    assert ours >= theirs - 0.002 and 0.9 < theirs < 1
     again = index.search(rows()[5:200:20], 1, ef=EF)
     assert again.distances.max() == 0
     assert (index.M, index.ef_construction, len(index)) == (4, 40, COUNT)
 
 
 def test_a_file_of_usearch_answers_as_usearch_did():
-    index, (labels, distances) = of_usearch(), answers("usearch")
+    index, (_, distances) = of_usearch(), answers("usearch")
     assert index.metric == "cosine"
     found = index.search(queries(), K, ef=EF)
     is_there = ~np.isin(LABELS, DELETED)
@@ -178,11 +177,16 @@ def test_compact_makes_copies_one_node(tmp_path):
     np.testing.assert_array_equal(index.vectors(LABELS), copies.vectors)
 
 
-def test_other_numbers_of_links_fit(tmp_path):
-    """The room on layer 0 is twice M here: the smaller M that holds all is taken."""
+def test_other_numbers_of_links_fit():
+    """The smallest M is taken that has room for all links, twice as many on layer 0."""
     peer = read_usearch(USEARCH)
-    assert [links.shape[1] for links in peer.links[:2]] == [13, 5]  # what it was built with
-    assert of_usearch().M == 7
+    assert [links.shape[1] for links in peer.links[:2]] == [10, 5]
+    wide = np.pad(peer.links[0], ((0, 0), (0, 3)), constant_values=-1)
+    wide[0, :13] = np.arange(1, 14)
+    graph, _ = graph_of(peer._replace(links=[wide, *peer.links[1:]]))
+    assert graph.neighbors0.shape[1] == 14 and graph.neighbors.shape[1] == 7
+    with pytest.raises(ValueError, match="M: nodes have 130 links"):
+        graph_of(peer._replace(links=[np.pad(wide, ((0, 0), (0, 247))), *peer.links[1:]]))
 
 
 def test_nodes_that_layer_0_does_not_lead_to_are_told_and_linked(tmp_path, caplog):
@@ -194,11 +198,12 @@ def test_nodes_that_layer_0_does_not_lead_to_are_told_and_linked(tmp_path, caplo
     index = of_hnswlib(tmp_path / "cut.bin")
     assert f"3 of {COUNT} vectors may never be found" in caplog.text
     assert f"label {LABELS[lost[0]]};" in caplog.text and "cut.bin" in caplog.text
+    index.undelete(DELETED)
     asked = rows()[lost]
     assert not np.isin(index.search(asked, 5, ef=EF).labels, LABELS[lost]).any()
     index.save(tmp_path / "linked.hnsw")
     index = hnsw_gpu.load(tmp_path / "linked.hnsw", device="cpu")
-    assert np.isin(LABELS[lost], index.search(asked, 9, ef=EF).labels).all()
+    assert np.isin(LABELS[lost], index.search(asked, 9, ef=60).labels).all()
 
 
 # ---------------------------------------------------------------- hostile numbers
@@ -232,9 +237,11 @@ FIELDS = [
 
 @pytest.mark.parametrize("field", FIELDS, ids=lambda field: field[0])
 def test_hostile_numbers_of_hnswlib_are_refused(field, tmp_path):
-    name, at, form, values = field
+    _, at, form, values = field
     for value in values:
         path = forged(HNSWLIB, at, "<" + form, value, tmp_path)
+        if path.read_bytes() == HNSWLIB.read_bytes():
+            continue
         with pytest.raises(CorruptIndexError, match="forged: "):
             of_hnswlib(path)
 
@@ -265,7 +272,7 @@ USEARCH_FIELDS = [
 
 @pytest.mark.parametrize("field", USEARCH_FIELDS, ids=lambda field: field[0])
 def test_hostile_numbers_of_usearch_are_refused(field, tmp_path):
-    name, at, form, values = field
+    _, at, form, values = field
     for value in values:
         path = forged(USEARCH, at, "<" + form, value, tmp_path)
         with pytest.raises(CorruptIndexError, match="forged: "):
@@ -326,13 +333,18 @@ def write_data():
     import hnswlib
     import usearch.index
 
-    made = hnswlib.Index("l2", DIM)
-    made.init_index(COUNT + 20, M=4, ef_construction=40, random_seed=1)
-    made.add_items(rows(), LABELS, num_threads=1)
+    for seed in range(1, 100):
+        made = hnswlib.Index("l2", DIM)
+        made.init_index(COUNT + 20, M=4, ef_construction=40, random_seed=seed)
+        made.add_items(rows(), LABELS, num_threads=1)
+        made.set_ef(EF)
+        made.save_index(str(HNSWLIB))
+        if len(read_hnswlib(HNSWLIB).links[-1]) > 1:
+            break
+    labels, distances = made.knn_query(queries(), K)
+    held = {"hnswlib_labels": labels, "hnswlib_distances": distances}
     for label in DELETED:
         made.mark_deleted(label)
-    made.set_ef(EF)
-    held = dict(zip(("hnswlib_labels", "hnswlib_distances"), made.knn_query(queries(), K), strict=True))
     made.save_index(str(HNSWLIB))
     made = usearch.index.Index(
         ndim=DIM, metric="cos", dtype="f16", connectivity=5, expansion_add=40, expansion_search=EF

@@ -2,7 +2,7 @@
 
 from hnsw_gpu.peers.faiss_graph import faiss_index, read_faiss, write_faiss
 from hnsw_gpu.peers.hnswlib_file import read_hnswlib, write_hnswlib
-from hnsw_gpu.peers.outgoing import outgoing
+from hnsw_gpu.peers.outgoing_graph import outgoing
 from hnsw_gpu.peers.peer_graph import PeerGraph, graph_of
 from hnsw_gpu.peers.usearch_file import read_usearch
 

@@ -465,9 +465,9 @@ class Index(StateSearching):
     def to_hnswlib(self, path: str | os.PathLike[str], *, max_elements: int | None = None) -> None:
         """Write the graph as it is, and its vectors as float32, as a file that hnswlib loads.
 
-        `check` first, after small `add`s: it links what cannot be reached yet. hnswlib is told the metric there: "l2", "ip" or "cosine". Copies become elements of their
-        own, and deleted nodes are marked so. max_elements: the capacity of the file, at least what
-        it holds.
+        Loading it, say the metric: "l2", "ip" or "cosine". Copies become elements of their own, and
+        deleted nodes are marked so. max_elements: the capacity of the file, at least what it holds.
+        After small `add`s call `check` first: it links what cannot be reached yet.
         """
         capacity = inputs.integer("max_elements", max_elements or 0, 0, inputs.MOST_NODES)
         write_hnswlib(path, outgoing(self._state), capacity)
@@ -475,7 +475,8 @@ class Index(StateSearching):
     def to_faiss(self) -> Any:
         """The graph, as it is, as faiss's IndexHNSWFlat, of inner product under cosine.
 
-        `check` first, as for `to_hnswlib`. In an IndexIDMap2 where labels are not 0..n-1. ValueError if there are deleted nodes.
+        In an IndexIDMap2 where labels are not 0..n-1. ValueError if there are deleted nodes. `check`
+        first, as for `to_hnswlib`.
         """
         return faiss_index(outgoing(self._state), self._metric)
 

@@ -395,6 +395,13 @@ def test_convert_to_faiss_and_from_there(files, tmp_path):
     assert len(hnsw_gpu.load(back)) == ROWS
 
 
+def test_convert_from_usearch(tmp_path):
+    there = ROOT / "tests" / "peers" / "data" / "usearch-2.26.6.usearch"
+    run("convert", there, "--from", "usearch", "-o", tmp_path / "docs.hnsw")
+    index = hnsw_gpu.load(tmp_path / "docs.hnsw")
+    assert (len(index), index.metric) == (230, "cosine")
+
+
 def test_convert_says_what_is_wrong(files, tmp_path):
     there = tmp_path / "out.hnsw"
     said = run("convert", files / "docs.hnsw", "--from", "hnswlib", "-o", there, code=2)

@@ -319,6 +319,17 @@ def test_errors_name_what_was_expected(tmp_path):
             hnsw_gpu.from_usearch(tmp_path / "other")
 
 
+@pytest.mark.parametrize("dtype", ["fp16", "int8", "int4"])
+def test_what_goes_out_is_float32(dtype, tmp_path):
+    """The finest rows, decoded, each under its label."""
+    index = hnsw_gpu.Index(DIM, "cosine", dtype, M=4)
+    index.add(rows(), LABELS[::-1])
+    index.to_hnswlib(tmp_path / "out.bin")
+    peer = read_hnswlib(tmp_path / "out.bin")
+    np.testing.assert_array_equal(peer.vectors, index.vectors(peer.labels))
+    assert peer.vectors.dtype == np.float32 and sorted(peer.labels) == LABELS.tolist()
+
+
 @pytest.mark.parametrize("count", [0, 1, 2])
 def test_few_vectors_go_out_and_come_back(count, tmp_path):
     index = hnsw_gpu.Index(DIM, "l2", M=4)

@@ -475,8 +475,8 @@ class Index(StateSearching):
     def to_faiss(self) -> Any:
         """The graph, as it is, as faiss's IndexHNSWFlat, of inner product under cosine.
 
-        In an IndexIDMap2 where labels are not 0..n-1. ValueError if there are deleted nodes. `check`
-        first, as for `to_hnswlib`.
+        In an IndexIDMap2 where labels are not 0..n-1. ValueError if there are deleted nodes. After
+        small `add`s call `check` first, as for `to_hnswlib`.
         """
         return faiss_index(outgoing(self._state), self._metric)
 

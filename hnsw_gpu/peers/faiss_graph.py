@@ -69,7 +69,7 @@ def read_faiss(index: Any) -> PeerGraph:
 def _links(
     neighbors: np.ndarray, offsets: np.ndarray, levels: np.ndarray, cuts: np.ndarray, layer: int
 ) -> np.ndarray:
-    """int64 ids (nodes on the layer, width); ValueError where some lead nowhere."""
+    """Ids (nodes on the layer, width); ValueError where some lead nowhere."""
     count = len(levels)
     if layer + 1 >= len(cuts) or not 0 <= cuts[layer + 1] - cuts[layer] <= 2 * MOST_M:
         raise ValueError(f"layer {layer}: its width is missing, or beyond {2 * MOST_M}")
@@ -77,7 +77,7 @@ def _links(
     places = offsets[nodes, None] + np.arange(cuts[layer], cuts[layer + 1])
     if places.size and (places.min() < 0 or places.max() >= len(neighbors)):
         raise ValueError(f"layer {layer}: links beyond the end of their array")
-    links = neighbors[places].astype(np.int64)
+    links = neighbors[places]
     links[~np.logical_and.accumulate(links >= 0, axis=1)] = -1
     if (links >= count).any():
         raise ValueError("links that lead nowhere")

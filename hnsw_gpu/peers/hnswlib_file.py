@@ -100,7 +100,7 @@ def _header(given: bytes, size: int) -> Header:
 def _contents(file, header: Header) -> PeerGraph:  # type: ignore[no-untyped-def]
     count = header.elements
     vectors = np.empty((count, header.dim), np.float32)
-    links = np.empty((count, header.maxM0), np.int64)
+    links = np.empty((count, header.maxM0), np.int32)
     labels, is_deleted = np.empty(count, np.int64), np.empty(count, bool)
     for start in range(0, count, BLOCK):
         part = slice(start, min(start + BLOCK, count))

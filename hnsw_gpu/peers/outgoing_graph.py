@@ -16,12 +16,12 @@ def outgoing(state: State) -> PeerGraph:
     arrays, held = state.arrays(), state.labels
     graph = Graph(*(arrays[name] for name in Graph._fields))
     count = len(graph.neighbors0)
-    levels, links = np.zeros(count, np.int32), [graph.neighbors0.astype(np.int64)]
+    levels, links = np.zeros(count, np.int32), [graph.neighbors0]
     for layer in range(1, graph.top + 1):
         part = slice(*graph.layer_offsets[layer - 1 : layer + 1])
         nodes, neighbors = graph.nodes[part], graph.neighbors[part]
         levels[nodes] = layer
-        links.append(np.where(neighbors < 0, -1, nodes[neighbors]).astype(np.int64))
+        links.append(np.where(neighbors < 0, -1, nodes[neighbors]))
     live = np.repeat(np.arange(count), np.diff(held.offsets))
     gone = np.append(live, held.deleted.nodes)
     bare = np.setdiff1d(np.arange(count), gone)  # neither labels, nor deleted ones

@@ -24,7 +24,7 @@ class PeerGraph(NamedTuple):
     labels: np.ndarray  # (n,) int64; -1 = none, of what is deleted
     is_deleted: np.ndarray  # (n,) bool: walked through, never returned
     levels: np.ndarray  # (n,) the highest layer of each node
-    links: list[np.ndarray]  # of each layer (nodes on it, width) int64 ids, -1 = none, at the end
+    links: list[np.ndarray]  # of each layer (nodes on it, width) ids, -1 = none, at the end
     entry_point: int
 
     @property
@@ -43,15 +43,14 @@ class PeerGraph(NamedTuple):
 
 
 def ids(links: np.ndarray, counts: np.ndarray, count: int) -> np.ndarray:
-    """int64 ids of rows of links, the first of `counts` of each; -1 behind those.
+    """int32 ids of rows of links, the first of `counts` of each; -1 behind those.
 
     ValueError where an id is none of `count` nodes.
     """
     is_link = np.arange(links.shape[1]) < counts[:, None]
-    result = np.where(is_link, links.astype(np.int64), -1)
-    if (counts > links.shape[1]).any() or (result >= count).any() or (result[is_link] < 0).any():
+    if (counts > links.shape[1]).any() or (is_link & (links >= count)).any():
         raise ValueError("links that lead nowhere")
-    return result
+    return np.where(is_link, links.astype(np.int32), -1)
 
 
 def renumbered(peer: PeerGraph, numbers: np.ndarray) -> PeerGraph:
@@ -81,7 +80,7 @@ def graph_of(peer: PeerGraph) -> tuple[Graph, PeerGraph]:
     count = len(peer.vectors)
     if count:
         _check(peer)
-        numbers = np.arange(count)
+        numbers = np.arange(count, dtype=np.int32)
         first = peer.nodes(len(peer.links) - 1)[0]
         numbers[[first, peer.entry_point]] = peer.entry_point, first
         peer = renumbered(peer, numbers)
@@ -90,10 +89,10 @@ def graph_of(peer: PeerGraph) -> tuple[Graph, PeerGraph]:
         raise ValueError(f"M: nodes have {M} links on a layer above, or half of layer 0's, and at "
                          f"most {MOST_M} are possible")  # fmt: skip
     nodes, neighbors, below = [], [], []
-    numbers_below = np.arange(count)
+    numbers_below: np.ndarray = np.arange(count)
     for layer in range(1, len(peer.links)):
         on_layer = peer.nodes(layer)
-        local = np.full(count, -1)
+        local = np.full(count, -1, np.int32)
         local[on_layer] = np.arange(len(on_layer))
         nodes.append(on_layer)
         below.append(numbers_below[on_layer])

@@ -24,6 +24,7 @@ from hnsw_gpu.engine import (
     empty_state,
     from_arrays,
     insert,
+    joined,
     repaired,
     run_to_a_stop,
     with_vectors,
@@ -340,6 +341,40 @@ class Index(StateSearching):
         """float32 (m, dim) of vectors from row `first` on; what `add` raises where they are bad."""
         stored_as = "fp16" if "fp16" in (self.dtype, self.refine) else self.dtype
         return inputs.float_vectors("vectors", part, self._metric, stored_as, first)
+
+    def merge(self, other: "Index", *, threads: int | None = None, progress: bool = False) -> None:
+        """Take in all that another index holds, which keeps vectors as this one does.
+
+        No label may be in both (ValueError), and the other stays as it is. It costs a fraction of
+        building: the nodes of the smaller of the two are inserted into the larger, with the links
+        that they have. What was deleted in either cannot come back. KeyboardInterrupt leaves the
+        index as it was.
+        """
+        kinds = [
+            (index.dim, index.metric, index.dtype, index.refine, index.M) for index in (self, other)
+        ]
+        if kinds[0] != kinds[1]:
+            raise ValueError(
+                f"merge: dim, metric, dtype, refine and M are {kinds[0]} here, {kinds[1]} there"
+            )
+        threads, theirs = inputs.threads(threads), other._settled()
+
+        def work(is_stopped: Callable[[], bool]) -> None:
+            shared = theirs.labels.labels[self.holds(theirs.labels.labels)]
+            if len(shared):
+                raise ValueError(f"merge: label {shared[0]} is in both ({len(shared)} are)")
+            smaller = min(self._state.node_count, theirs.node_count)
+            with bar(progress, smaller, "merge", "vectors") as shown:
+
+                def advance(count: int) -> None:
+                    shown.update(count)
+                    if is_stopped():
+                        raise Stopped
+
+                state = joined(self._state, theirs, threads=threads, advance=advance)
+                self._publish(state, None)
+
+        self._change(work)
 
     def delete(self, labels: ArrayLike) -> None:
         """Remove labels (m,). Their nodes are still walked through, until `compact`.

@@ -15,18 +15,20 @@ from hnsw_gpu.engine.build import (
     Rewritten,
     draw_levels,
     empty_graph,
+    give_links,
     insert_nodes,
     packed,
     with_room,
     without_unfinished,
 )
 from hnsw_gpu.engine.graph import Graph
-from hnsw_gpu.engine.labels import Deleted
+from hnsw_gpu.engine.labels import Deleted, Labels
 from hnsw_gpu.engine.repair import repair
 from hnsw_gpu.engine.rounding import Rounded, count_worn
 from hnsw_gpu.engine.state import State, empty_state
 from hnsw_gpu.engine.vectors import empty_rows, encode
 
+JOIN_SHARE = 0.3  # of the beam of a build, where most links are known
 REPAIR_SHARE = 2048  # new nodes a repair: it then takes about as long as adding them
 
 
@@ -225,6 +227,69 @@ def compacted(
         refine_rows=refine_rows,
         labels=labels,
         next_label=state.next_label,
+    )
+
+
+def joined(state: State, other: State, *, threads: int, advance: Callable[[int], object]) -> State:
+    """A new state of the nodes of two that are kept alike; no label is in both.
+
+    The nodes of the smaller are inserted into the larger, with a beam of JOIN_SHARE of
+    `ef_construction`: the links that they had among each other are offered to them afterwards.
+    """
+    state.require_unchanged()
+    other.require_unchanged()
+    kept = state.parameters
+    large, small = (state, other) if state.node_count >= other.node_count else (other, state)
+    live = np.flatnonzero(small.labels.live_nodes())
+    first, count = large.node_count, len(live)
+    rows = empty_rows(first + count, kept.dim, kept.dtype)
+    rows[:first], rows[first:] = large.rows[:first], small.rows[live]
+    refine_rows = None
+    if large.refine_rows is not None and small.refine_rows is not None:
+        refine_rows = empty_rows(first + count, kept.dim, kept.refine)
+        refine_rows[:first], refine_rows[first:] = (
+            large.refine_rows[:first],
+            small.refine_rows[live],
+        )
+    nodes, sources = copies.NodeTable().assign(
+        rows if refine_rows is None else refine_rows, first, first + count
+    )
+    for encoded in (rows, refine_rows):
+        if encoded is not None:
+            copies.move_together(encoded, sources, first)
+    stop = first + len(sources)
+    rows = rows[:stop]
+    graph = packed(large.graph)
+    levels = draw_levels(kept.seed, first, stop, kept.M)
+    room = with_room(graph, first, levels)
+    neighbors0 = empty_aligned((stop, 2 * kept.M), np.int32)
+    neighbors0[:first] = graph.neighbors0
+    room = room._replace(neighbors0=neighbors0, neighbors=copy_aligned(room.neighbors))
+    insertion = insert_nodes(
+        graph, room, rows, levels, kept.metric,
+        ef_construction=max(kept.M, int(kept.ef_construction * JOIN_SHARE)), threads=threads,
+    )  # fmt: skip
+    for grown in insertion:
+        advance(len(grown.neighbors0) - len(graph.neighbors0))
+        graph = grown
+    node_of = np.full(small.node_count, -1)  # of each node of the smaller
+    node_of[live] = nodes
+    theirs = small.graph.neighbors0[live[sources - first]]
+    links = np.where(theirs < 0, -1, node_of[theirs])
+    give_links(graph, rows, kept.metric, links, first, threads=threads)
+    repair(graph, rows, kept.metric, ef_construction=kept.ef_construction, threads=threads)
+    entries = np.repeat(node_of, np.diff(small.labels.offsets))
+    held = Labels(large.labels.offsets.copy(), large.labels.labels.copy())
+    fresh = empty_state(kept)
+    fresh.table.clear()
+    return fresh._replace(
+        graph=graph,
+        room=room._replace(neighbors0=graph.neighbors0),
+        version=state.version + 1,
+        rows=rows,
+        refine_rows=None if refine_rows is None else refine_rows[:stop],
+        labels=held.with_added(small.labels.labels, entries, stop),
+        next_label=max(state.next_label, other.next_label),
     )
 
 

@@ -278,12 +278,15 @@ def _give_links(growth, targets, sources, threads):
 def give_links(graph, rows, metric, links, first, *, threads):
     """Offer nodes first.. links (m, width) on layer 0, -1 = none, beside those that they have.
 
-    Writes `graph.neighbors0`. Nodes and links are none twice, nor to themselves.
+    Writes `graph.neighbors0`. Links to the node itself, and those that come twice, are left out.
     """
     own = rows_as_queries(rows[first : first + len(links)])
+    nodes = np.arange(first, first + len(links))
+    links = np.sort(np.where(links == nodes[:, None], -1, links), axis=1)
+    links[:, 1:][links[:, 1:] == links[:, :-1]] = -1
+    links = -np.sort(-links, axis=1)
     keys = np.where(links < 0, KEY_NONE, links.astype(np.uint64) << np.uint64(1))
     keys = rerank(keys, rows, own, metric, k=links.shape[1], threads=threads)
-    nodes = np.arange(first, first + len(links))
     targets = np.where(keys == KEY_NONE, -1, nodes[:, None])
     growth = GrowingGraph(graph, engine_view(rows), METRICS[metric])
     _give_links(growth, targets.ravel(), keys.ravel(), threads)

@@ -206,6 +206,19 @@ def test_nodes_that_layer_0_does_not_lead_to_are_told_and_linked(tmp_path, caplo
     assert np.isin(LABELS[lost], index.search(asked, 9, ef=60).labels).all()
 
 
+def test_links_that_lead_nowhere_new_are_left_out(tmp_path):
+    """To the node itself, and the second of two equal ones; all others stay, in order."""
+    peer = read_hnswlib(HNSWLIB)
+    links = peer.links[0].copy()
+    links[7] = [7, 5, 9, 5, 7, 11, -1, -1]
+    write_hnswlib(tmp_path / "odd.bin", peer._replace(links=[links, *peer.links[1:]]), 0)
+    graph, sorted_peer = graph_of(read_hnswlib(tmp_path / "odd.bin"))
+    row = graph.neighbors0[sorted_peer.labels.tolist().index(LABELS[7])]
+    found = sorted_peer.labels[row[row >= 0]]
+    assert found.tolist() == LABELS[[5, 9, 11]].tolist() and (row[3:] == -1).all()
+    of_hnswlib(tmp_path / "odd.bin").check()
+
+
 # ---------------------------------------------------------------- hostile numbers
 
 

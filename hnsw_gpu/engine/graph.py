@@ -58,13 +58,29 @@ def _unlink(before, links, is_gone):
 def check_graph(graph):
     """What is wrong with a graph: a list of sentences, empty when it is sound.
 
+    `check_links`, and every node reachable on layer 0 from the entry point.
+    """
+    problems = check_links(graph)
+    if not problems and len(graph.neighbors0):
+        missing = unreachable(graph)
+        if len(missing):
+            problems.append(
+                f"layer 0: {len(missing)} nodes are not reachable from the entry point, "
+                f"the first is {missing[0]}"
+            )
+    return problems
+
+
+def check_links(graph):
+    """What no search may meet in a graph, in sentences.
+
     Shapes, dtypes, ranges, no self-links, no repeats, rows filled from the left, every node of a
-    layer present on the layer below, every node reachable on layer 0 from the entry point.
+    layer present on the layer below.
     """
     problems = _check_shapes(graph)
     if problems:
         return problems
-    problems = _check_links("layer 0", graph.neighbors0)
+    problems = _check_rows("layer 0", graph.neighbors0)
     numbers_below = np.arange(len(graph.neighbors0), dtype=np.int32)
     for layer in range(1, graph.top + 1):
         part = slice(*graph.layer_offsets[layer - 1 : layer + 1])
@@ -78,15 +94,8 @@ def check_graph(graph):
             problems.append(f"{name}: 'below' leaves the layer below")
         elif (numbers_below[below] != nodes).any():
             problems.append(f"{name}: 'below' names another node")
-        problems += _check_links(name, graph.neighbors[part])
+        problems += _check_rows(name, graph.neighbors[part])
         numbers_below = nodes
-    if not problems and len(graph.neighbors0):
-        missing = unreachable(graph)
-        if len(missing):
-            problems.append(
-                f"layer 0: {len(missing)} nodes are not reachable from the entry point, "
-                f"the first is {missing[0]}"
-            )
     return problems
 
 
@@ -113,7 +122,7 @@ def _check_shapes(graph):
     return problems
 
 
-def _check_links(name, neighbors):
+def _check_rows(name, neighbors):
     """Ranges, self-links, holes and repeats of one layer's rows."""
     defects = {
         1: "links out of range",

@@ -72,12 +72,33 @@ def clusters() -> tuple[np.ndarray, np.ndarray]:
     return split(unit(vectors), 2_000)
 
 
+def passages() -> tuple[np.ndarray, np.ndarray]:
+    """50,000 x 768: three verses in a row, their 256 numbers each side by side."""
+    return split(unit(cached(cache_folder() / "passages.npy", join_verses)), 2_000)
+
+
+def join_verses() -> np.ndarray:
+    """float32 (52000, 768), taken evenly from all runs of three verses of one translation."""
+    verses = load_verses()
+    has_three = verses.translation[:-2] == verses.translation[2:]
+    has_three &= np.lib.stride_tricks.sliding_window_view(verses.vectors.any(axis=1), 3).all(axis=1)
+    first = np.flatnonzero(has_three)
+    first = first[np.linspace(0, len(first) - 1, 52_000).astype(np.int64)]
+    return np.concatenate([verses.vectors[first + i] for i in range(3)], axis=1)
+
+
 def tiny() -> tuple[np.ndarray, np.ndarray]:
     """2,000 x 32 in 20 clusters, for smoke tests."""
     return split(unit(draw_clusters(2_200, 32, 20)), 200)
 
 
-SOURCES = {"glove": glove, "verses": verses, "clusters": clusters, "tiny": tiny}
+SOURCES = {
+    "glove": glove,
+    "verses": verses,
+    "clusters": clusters,
+    "passages": passages,
+    "tiny": tiny,
+}
 
 
 def draw_clusters(n: int, dim: int, count: int, seed: int = 0) -> np.ndarray:

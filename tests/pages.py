@@ -1,0 +1,139 @@
+"""The blocks of a page of the README or the manual, and how they run."""
+
+import ast
+import asyncio
+import contextlib
+import json
+import os
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+
+import hnsw_gpu
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+MANUAL = sorted((ROOT / "docs").rglob("*.md"))
+SERVER = ["starlette", "uvicorn", "prometheus_client", "safetensors"]
+FENCE = re.compile(r"^```(\S*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page: Path) -> list[tuple[str, str]]:
+    return FENCE.findall(page.read_text(encoding="utf-8"))
+
+
+def shell_lines(page: Path) -> list[str]:
+    return [line for kind, text in blocks(page) if kind == "sh" for line in text.splitlines()]
+
+
+def run_page(page: Path) -> None:
+    """Python blocks share their names, all blocks one folder, as for a reader who follows along."""
+    names: dict[str, object] = {}
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    with contextlib.ExitStack() as servers:
+        for number, (kind, text) in enumerate(blocks(page)):
+            text = text.replace("8080", port)
+            if kind == "python" and can_run(text):
+                exec(compile(text, f"{page.name}, block {number}", "exec"), names)
+            for line in text.splitlines() if kind == "sh" else []:
+                if line.startswith("hnsw-gpu serve ") and can_run(line):
+                    servers.enter_context(serving(line, port))
+                elif line.startswith(("hnsw-gpu ", "curl ")) and can_run(line):
+                    run(line)
+        if "app" in names:
+            asks_the_service(names)
+
+
+def can_run(text: str) -> bool:
+    """Not the demo, which takes minutes and has tests of its own; the others where they can be."""
+    needed = {
+        "hnsw-gpu dedup ": ["pyarrow"],
+        ".parquet": ["pyarrow"],
+        **dict.fromkeys(["hnsw-gpu serve", "hnsw_gpu.Client", "curl "], SERVER),
+    }
+    modules = {name for word, of in needed.items() if word in text for name in of}
+    if not text.startswith(("hnsw-gpu ", "curl ", "python3 ")):
+        modules |= imported(text)
+    is_there = all(find_spec(name) for name in modules)
+    return is_there and "hnsw-gpu demo" not in text and ("curl " not in text or has_curl())
+
+
+def has_curl() -> bool:
+    return shutil.which("curl") is not None
+
+
+def imported(code: str) -> set[str]:
+    """The modules that a Python block imports, by the first part of their names."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(str(node.module).partition(".")[0])
+    return found
+
+
+def command(line: str) -> list[str]:
+    words = shlex.split(line, comments=True)
+    return [sys.executable, "-m", "hnsw_gpu", *words[1:]] if words[0] == "hnsw-gpu" else words
+
+
+def run(line: str) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command(line), env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, ""), f"{line}\n{done.stderr}"
+    assert done.stdout or " -o " in line
+
+
+@contextlib.contextmanager
+def serving(line: str, port: str):
+    """The server of a line, ready, and stopped at the end."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    started = subprocess.Popen(command(line), env=environment, stderr=subprocess.DEVNULL)
+    try:
+        client = hnsw_gpu.Client(f"http://127.0.0.1:{port}")
+        for _ in range(600):
+            try:
+                client.index()
+                break
+            except (ConnectionError, hnsw_gpu.ServerError):
+                assert started.poll() is None
+        client.close()
+        yield
+    finally:
+        started.terminate()
+        assert started.wait(60) == 0
+
+
+def asks_the_service(names: dict) -> None:
+    """The application of a page answers as the index does; by FastAPI's own routing."""
+    app, index = names["app"], hnsw_gpu.load("docs.hnsw")
+    vector = np.load("queries.npy")[0].tolist()
+    sent = []
+
+    async def ask() -> None:
+        body = json.dumps(vector).encode()
+        scope = {
+            **{"type": "http", "method": "POST", "path": "/near", "query_string": b"k=3"},
+            **{"headers": [(b"content-type", b"application/json")], "http_version": "1.1"},
+        }
+
+        async def receive() -> dict:
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        async def send(message: dict) -> None:
+            sent.append(message.get("body", b""))
+
+        async with app.router.lifespan_context(app):
+            await app(scope, receive, send)
+
+    asyncio.run(ask())
+    assert json.loads(b"".join(sent)) == index.search(vector, 3).labels[0].tolist()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import click
 
-from benchmarks.plot import LABELS
+from benchmarks.peers import LABELS
 from benchmarks.record import RESULTS
 
 ROOT = Path(__file__).parents[1]
@@ -60,14 +60,9 @@ def name(side: str) -> str:
 
 # ---------------------------------------------------------------- races on the CPU
 
-RACE = "python -m benchmarks.cpu.run --peers {}"
 
-
-def race_command(about: dict, *more: str) -> str:
-    sides = {"faiss-cpu": "faiss", "scalable-vs": "svs"}
-    peers = [sides.get(package, package) for package in about["versions"]]
-    known = [peer for peer in peers if peer not in ("hnsw-gpu", "numpy", "numba")]
-    return " ".join([RACE.format(",".join(known)), *more])
+def race_command(peers: Iterable[str], *more: str) -> str:
+    return " ".join([f"python -m benchmarks.cpu.run --peers {','.join(peers)}", *more])
 
 
 def peers_of(race: dict) -> list[str]:
@@ -111,7 +106,7 @@ def speed() -> str:
             [kind, OURS[side], *(median(ratios, side, peer) for peer in peers)]
             for side in sides_of(race)
         ]
-        notes += source(stem, section["about"], race_command(section["about"]))
+        notes += source(stem, section["about"], race_command(peers_of(race)))
     width = 2 + len(peers)
     rows = [row + [""] * (width - len(row)) for row in rows]
     return table(["processor", "rows kept as", *map(name, peers)], rows) + notes
@@ -143,8 +138,8 @@ def race() -> str:
             )
             text += "\n"
         text = text.rstrip("\n") + "\n"
-        text += source(stem, section["about"], race_command(section["about"], "--only race"))
-        text += "\n"
+        command = race_command(peers_of(found), "--only race")
+        text += source(stem, section["about"], command) + "\n"
     return text.rstrip("\n") + "\n"
 
 
@@ -169,7 +164,8 @@ def build() -> str:
                 for peer in peers_of(first)
             ],
         )
-        text += source(stem, section["about"], race_command(section["about"], "--only race"))
+        command = race_command(peers_of(first), "--only race")
+        text += source(stem, section["about"], command)
     return text
 
 
@@ -192,7 +188,7 @@ def memory() -> str:
     ) + source(
         KINDS["AVX-512"],
         section["about"],
-        race_command(section["about"], "--only memory"),
+        race_command([side for side in found if side not in OURS], "--only memory"),
         f"{first['rows']:,} × {first['dim']}.",
     )
 
@@ -216,10 +212,7 @@ def ef() -> str:
         ["ef", *(f"{of['title']}, {of['dim']}-d" for of in sets)],
         [
             [str(ef)]
-            + [
-                f"{of['recall'][plain][i]:.3f}, {of['distances'][plain][i]:,.0f}"
-                for of in sets
-            ]
+            + [f"{of['recall'][plain][i]:.3f}, {of['distances'][plain][i]:,.0f}" for of in sets]
             for i, ef in enumerate(found["ef"])
         ],
     ) + tuning_source(found)
@@ -232,9 +225,7 @@ def built_with(settings: list[tuple[int, int]], field: str, head: str) -> str:
     rows = []
     for M, ef_construction in settings:
         key = f"M {M}, ef_construction {ef_construction}"
-        recalls = [
-            " / ".join(f"{of['recall'][key][i]:.3f}" for i in places) for of in sets
-        ]
+        recalls = [" / ".join(f"{of['recall'][key][i]:.3f}" for i in places) for of in sets]
         at_64 = [f"{of['distances'][key][places[1]]:,.0f}" for of in sets]
         rows.append([{"M": str(M), "ef_construction": str(ef_construction)}[field], *recalls])
         rows[-1].append(", ".join(at_64))
@@ -344,7 +335,9 @@ def dedup() -> str:
     rows = [
         row(
             "semhash's time over ours; fast",
-            lambda of: "; ".join(f"{of[side]['semhash_seconds_over_own']:.1f}" for side in three[:2]),
+            lambda of: "; ".join(
+                f"{of[side]['semhash_seconds_over_own']:.1f}" for side in three[:2]
+            ),
         ),
         row(
             "missed: ours; fast; semhash",
@@ -383,7 +376,10 @@ def serving() -> str:
 
     many, direct = of["64_callers_of_one_row"], of["256_rows_over_direct"]
     rows = [
-        line("one lone caller of one row: latency over unbatched", of["lone_caller"]["latency_over_unbatched"]),
+        line(
+            "one lone caller of one row: latency over unbatched",
+            of["lone_caller"]["latency_over_unbatched"],
+        ),
         line("64 callers of one row: throughput over unbatched", many["throughput_over_unbatched"]),
         line("rows a call of the engine then", many["rows_a_batch"], 0),
         *(
@@ -394,8 +390,16 @@ def serving() -> str:
     ]
     swaps, soak = of["swaps"], of["soak"]
     rows += [
-        [f"{swaps['swaps']} swaps under load: requests, failed", f"{swaps['requests']:,}, {swaps['failed']}", ""],
-        [f"{soak['seconds'] / 60:.0f} minutes: requests, failed", f"{soak['requests']:,}, {soak['failed']}", ""],
+        [
+            f"{swaps['swaps']} swaps under load: requests, failed",
+            f"{swaps['requests']:,}, {swaps['failed']}",
+            "",
+        ],
+        [
+            f"{soak['seconds'] / 60:.0f} minutes: requests, failed",
+            f"{soak['requests']:,}, {soak['failed']}",
+            "",
+        ],
     ]
     more = f"{about['rows']:,} × {about['dim']}; the callers run on the same cores."
     return table(["", "median", "lowest, highest"], rows) + source(

@@ -42,7 +42,7 @@ EXTRAS = {
 BANNED_FILES = {"utils", "util", "helpers", "common", "base", "types", "config", "manager"}
 SIMILARITY = r"(?<![a-z])similarit"
 # users think in it, of duplicates
-SIMILAR = {"cli", "README", "dedup", "reference", "test_cli"}  # and all of deduplication/
+SIMILAR = {"cli", "README", "dedup", "test_cli"}  # and all of deduplication/
 BANNED_WORDS = {
     r"beam[ _-]?width": "ef, or expand",
     r"prun(e|es|ed|ing)\b": "select",
@@ -146,7 +146,9 @@ def offered(folder: str) -> list[str]:
 
 def test_the_rooms_are_drawn():
     """Every room is there with all the rooms that it imports, and each only from further down."""
-    drawn = {name: set(re.findall(r"`(\w+)`", uses)) for name, uses in DRAWING.findall(CONTRIBUTING)}
+    drawn = {
+        name: set(re.findall(r"`(\w+)`", uses)) for name, uses in DRAWING.findall(CONTRIBUTING)
+    }
     assert arrows(modules()) == drawn
     order = list(drawn)
     upwards = [(a, b) for a in order for b in drawn[a] if order.index(b) <= order.index(a)]

@@ -4,6 +4,7 @@ import ast
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import re
 import shlex
@@ -11,6 +12,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -38,7 +40,7 @@ def run_page(page: Path) -> None:
     names: dict[str, object] = {}
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
-    with contextlib.ExitStack() as servers:
+    with contextlib.ExitStack() as servers, undisturbed():
         for number, (kind, text) in enumerate(blocks(page)):
             text = text.replace("8080", port)
             if kind == "python" and can_run(text):
@@ -50,6 +52,17 @@ def run_page(page: Path) -> None:
                     run(line)
         if "app" in names:
             asks_the_service(names)
+
+
+@contextlib.contextmanager
+def undisturbed():
+    """What other packages warn of is not ours, nor may one that is imported set up logging."""
+    root = logging.getLogger()
+    before = list(root.handlers), root.level
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="umap|pynndescent")
+        yield
+    root.handlers[:], root.level = before
 
 
 def can_run(text: str) -> bool:

@@ -15,7 +15,6 @@ from benchmarks.record import RESULTS
 pytestmark = pytest.mark.slow
 
 DOCS = ROOT / "docs"
-# The benchmarks draw too, which comes with an extra; their tables do not need it.
 BUILD = """
 import socket, sys
 

@@ -51,7 +51,7 @@ def source(stem: str, about: dict, command: str, more: str = "") -> str:
 
 
 def ratio(value: float) -> str:
-    return f"{value:.1f}" if value < 10 else f"{value:.0f}"
+    return f"{value:.1f}" if value < 9.95 else f"{value:.0f}"
 
 
 def name(side: str) -> str:
@@ -99,14 +99,16 @@ def speed() -> str:
             rows.append([kind, NOT_MEASURED])
             continue
         section = results(stem)["race"]
-        race = section["results"]["glove"]
+        key = next((key for key in SETS if key in section["results"]), "")
+        race = section["results"][key]
         peers = peers or peers_of(race)
         ratios = at(race, 0.95, 1)
         rows += [
             [kind, OURS[side], *(median(ratios, side, peer) for peer in peers)]
             for side in sides_of(race)
         ]
-        notes += source(stem, section["about"], race_command(peers_of(race)))
+        data = f"{SETS[key]}, {race['rows']:,} × {race['dim']}, cosine."
+        notes += source(stem, section["about"], race_command(peers_of(race)), data)
     width = 2 + len(peers)
     rows = [row + [""] * (width - len(row)) for row in rows]
     return table(["processor", "rows kept as", *map(name, peers)], rows) + notes
@@ -143,6 +145,11 @@ def race() -> str:
     return text.rstrip("\n") + "\n"
 
 
+def taken(ratios: dict, side: str, peer: str) -> str:
+    pair = ratios.get(f"{side}/{peer}")
+    return f"{pair['median']:.2f}" if pair else "-"
+
+
 def build() -> str:
     """Time of building over the peers', by data set."""
     text = ""
@@ -156,10 +163,7 @@ def build() -> str:
             ["seconds of building, over", *(SETS.get(key, key) for key in sets)],
             [
                 [f"{name(side)} / {name(peer)}"]
-                + [
-                    f"{found['build']['ratios'][f'{side}/{peer}']['median']:.2f}"
-                    for found in sets.values()
-                ]
+                + [taken(found["build"]["ratios"], side, peer) for found in sets.values()]
                 for side in sides_of(first)
                 for peer in peers_of(first)
             ],
@@ -383,7 +387,12 @@ def serving() -> str:
         line("64 callers of one row: throughput over unbatched", many["throughput_over_unbatched"]),
         line("rows a call of the engine then", many["rows_a_batch"], 0),
         *(
-            line(f"256 rows a request, {callers}: rows/s over `Index.search`", value)
+            line(
+                f"256 rows a request, {callers}: rows/s over `Index.search`".replace(
+                    "1 callers:", "1 caller:"
+                ),
+                value,
+            )
             for callers, value in direct.items()
         ),
         line("start of the process until ready, compiled code cached, s", of["cold_start_s"], 1),

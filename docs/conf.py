@@ -19,6 +19,7 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # docstrings say shapes, dtypes and units
 html_theme = "furo"
 html_title = f"hnsw_gpu {release}"
+html_show_copyright = False
 html_copy_source = False  # the sources lie beside their pages, where llms.txt finds them
 html_extra_path = ["llms.txt"]
 

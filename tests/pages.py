@@ -13,10 +13,12 @@ import socket
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 import hnsw_gpu
 
@@ -24,6 +26,7 @@ ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 MANUAL = sorted((ROOT / "docs").rglob("*.md"))
 SERVER = ["starlette", "uvicorn", "prometheus_client", "safetensors"]
+RUN = ("hnsw-gpu ", "curl ")  # not what begins with python3: the demo and the tests
 FENCE = re.compile(r"^```(\S*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -36,20 +39,26 @@ def shell_lines(page: Path) -> list[str]:
 
 
 def run_page(page: Path) -> None:
-    """Python blocks share their names, all blocks one folder, as for a reader who follows along."""
+    """Python blocks share their names, all blocks one folder, as for a reader who follows along.
+
+    Skips the rest of a page whose Python needs what is not installed.
+    """
     names: dict[str, object] = {}
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
     with contextlib.ExitStack() as servers, undisturbed():
         for number, (kind, text) in enumerate(blocks(page)):
             text = text.replace("8080", port)
-            if kind == "python" and can_run(text):
+            if kind == "python":
+                if absent := missing(text, imported(text)):
+                    pytest.skip(f"block {number} and those after it need {', '.join(absent)}")
                 exec(compile(text, f"{page.name}, block {number}", "exec"), names)
             for line in text.splitlines() if kind == "sh" else []:
-                if line.startswith("hnsw-gpu serve ") and can_run(line):
-                    servers.enter_context(serving(line, port))
-                elif line.startswith(("hnsw-gpu ", "curl ")) and can_run(line):
-                    run(line)
+                if line.startswith(RUN) and not missing(line):
+                    if line.startswith("hnsw-gpu serve "):
+                        servers.enter_context(serving(line, port))
+                    else:
+                        run(line)
         if "app" in names:
             asks_the_service(names)
 
@@ -65,22 +74,16 @@ def undisturbed():
     root.handlers[:], root.level = before
 
 
-def can_run(text: str) -> bool:
-    """Not the demo, which takes minutes and has tests of its own; the others where they can be."""
+def missing(text: str, modules: Iterable[str] = ()) -> list[str]:
+    """What a block or a line needs and is not here."""
     needed = {
         "hnsw-gpu dedup ": ["pyarrow"],
         ".parquet": ["pyarrow"],
-        **dict.fromkeys(["hnsw-gpu serve", "hnsw_gpu.Client", "curl "], SERVER),
+        **dict.fromkeys(["hnsw-gpu serve", "hnsw_gpu.Client(", "curl "], SERVER),
     }
-    modules = {name for word, of in needed.items() if word in text for name in of}
-    if not text.startswith(("hnsw-gpu ", "curl ", "python3 ")):
-        modules |= imported(text)
-    is_there = all(find_spec(name) for name in modules)
-    return is_there and "hnsw-gpu demo" not in text and ("curl " not in text or has_curl())
-
-
-def has_curl() -> bool:
-    return shutil.which("curl") is not None
+    found = {*modules, *(name for word, of in needed.items() if word in text for name in of)}
+    absent = sorted(name for name in found if not find_spec(name))
+    return absent + ["curl"] * ("curl " in text and not shutil.which("curl"))
 
 
 def imported(code: str) -> set[str]:

@@ -1,4 +1,4 @@
-"""How Sphinx builds the manual: `python -m sphinx -W docs docs/_build` (extra `docs`)."""
+"""How Sphinx builds the manual: `python -m sphinx -W docs build/manual` (extra `docs`)."""
 
 import re
 import shutil
@@ -12,7 +12,6 @@ FIELD = re.compile(r"(\w+): (.*)")
 project = "hnsw_gpu"
 release = hnsw_gpu.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc"]
-exclude_patterns = ["_build"]
 default_role = "code"  # of `names` in docstrings
 myst_heading_anchors = 3
 autodoc_member_order = "bysource"
@@ -43,7 +42,7 @@ def as_fields(app, what, name, obj, options, lines):
 def copy_sources(app, exception):
     """Put the Markdown of every page beside it."""
     for page in HERE.rglob("*.md"):
-        if app.builder.name == "html" and exception is None and "_build" not in page.parts:
+        if app.builder.name == "html" and exception is None:
             shutil.copy(page, Path(app.outdir) / page.relative_to(HERE))
 
 

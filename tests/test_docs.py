@@ -87,6 +87,16 @@ def test_tables_are_those_of_the_results(page):
     assert text == tables.rendered(text), "run: python -m benchmarks.tables"
 
 
+def test_the_test_of_tables_can_fail():
+    from benchmarks import tables
+
+    text = README.read_text(encoding="utf-8")
+    changed = re.sub(r"(?<=\| )\d\.\d(?= \|)", "99.9", text, count=1)
+    assert changed != text and tables.rendered(changed) == text
+    with pytest.raises(KeyError, match="no-such"):
+        tables.rendered("<!-- table: no-such -->\n<!-- end -->\n")
+
+
 def test_every_table_is_on_a_page_and_names_its_results():
     from benchmarks import tables
 

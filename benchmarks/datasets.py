@@ -60,31 +60,44 @@ def verses() -> tuple[np.ndarray, np.ndarray]:
 
     Copies make every library but ours fail: that has its own test and would blur the speed.
     """
-    vectors = load_verses().vectors
-    _, first = np.unique(vectors, axis=0, return_index=True)
-    vectors = vectors[np.sort(first)]
-    return split(unit(vectors[vectors.any(axis=1)]), 10_000)
+    _, vectors = distinct_verses()
+    return split(unit(vectors), 10_000)
+
+
+def verses768() -> tuple[np.ndarray, np.ndarray]:
+    """The same sentences, 768-d: two independent embeddings of each, one beside the other.
+
+    Of unit length each, so that both count alike: the demo's, 256-d, and 512 factors of the words
+    and pairs of words that the sentences hold (latent semantic analysis, Deerwester et al. 1990).
+    """
+    texts, vectors = distinct_verses()
+    found = cached(cache_folder() / "verses768.npy", lambda: beside_factors(texts, vectors, 512))
+    return split(unit(found), 10_000)
+
+
+def distinct_verses() -> tuple[list[str], np.ndarray]:
+    """Texts, and their 256-d embeddings, without those that are zero or equal to an earlier one."""
+    verses = load_verses()
+    _, first = np.unique(verses.vectors, axis=0, return_index=True)
+    kept = [int(i) for i in np.sort(first) if verses.vectors[i].any()]
+    return [verses.texts[i] for i in kept], verses.vectors[kept]
+
+
+def beside_factors(texts: list[str], vectors: np.ndarray, count: int) -> np.ndarray:
+    """float32 (n, dim + count): `vectors` and `count` factors of the texts, each of unit length."""
+    from sklearn.decomposition import TruncatedSVD
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    words = TfidfVectorizer(ngram_range=(1, 2), min_df=3, sublinear_tf=True, dtype=np.float32)
+    factors = TruncatedSVD(count, random_state=0).fit_transform(words.fit_transform(texts))
+    factors[~factors.any(axis=1), 0] = 1  # of rare words only
+    return np.hstack([unit(vectors), unit(factors)])
 
 
 def clusters() -> tuple[np.ndarray, np.ndarray]:
     """200,000 x 128 in 500 Gaussian clusters of uneven size, each of a different spread."""
     vectors = cached(cache_folder() / "clusters.npy", lambda: draw_clusters(202_000, 128, 500))
     return split(unit(vectors), 2_000)
-
-
-def passages() -> tuple[np.ndarray, np.ndarray]:
-    """50,000 x 768: three verses in a row, their 256 numbers each side by side."""
-    return split(unit(cached(cache_folder() / "passages.npy", join_verses)), 2_000)
-
-
-def join_verses() -> np.ndarray:
-    """float32 (52000, 768), taken evenly from all runs of three verses of one translation."""
-    verses = load_verses()
-    has_three = verses.translation[:-2] == verses.translation[2:]
-    has_three &= np.lib.stride_tricks.sliding_window_view(verses.vectors.any(axis=1), 3).all(axis=1)
-    first = np.flatnonzero(has_three)
-    first = first[np.linspace(0, len(first) - 1, 52_000).astype(np.int64)]
-    return np.concatenate([verses.vectors[first + i] for i in range(3)], axis=1)
 
 
 def tiny() -> tuple[np.ndarray, np.ndarray]:
@@ -95,8 +108,8 @@ def tiny() -> tuple[np.ndarray, np.ndarray]:
 SOURCES = {
     "glove": glove,
     "verses": verses,
+    "verses768": verses768,
     "clusters": clusters,
-    "passages": passages,
     "tiny": tiny,
 }
 

@@ -1,7 +1,8 @@
 """The beam (rule R4): one sorted array of the smallest keys seen, empty slots (KEY_NONE) last.
 
 A key enters by one pass over the array, eight keys at a time and without a branch: with `beam` as
-it was and -1 below the first slot, slot i becomes min(beam[i], max(beam[i - 1], key)).
+it was and -1 below the first slot, slot i becomes min(beam[i], max(beam[i - 1], key)). Keys that
+enter in one pass do so one after the other at each eight.
 """
 
 import numpy as np
@@ -14,9 +15,11 @@ from hnsw_gpu.engine.compiled import jit
 from hnsw_gpu.engine.keys import KEY_NONE
 
 LANES = 8  # keys that are moved at once
+TOGETHER = 4  # keys that enter in one pass
 STRIDE = 128  # smaller keys that are skipped at once; of fewer, a branch costs more than a pass
 I64 = ir.IntType(64)
 KEYS = ir.VectorType(I64, LANES)
+SHIFTED = ir.Constant(ir.VectorType(ir.IntType(32), LANES), list(range(LANES - 1, 2 * LANES - 1)))
 
 
 def _row(context, builder, array_type, array, row):
@@ -37,35 +40,44 @@ def _between(builder, before, key, value):
 
 
 @intrinsic
-def _push(typingctx, beam, row, start, capacity, key):
-    """Push `key` into the sorted `beam[row, start:capacity]`; the largest falls out."""
+def _push(typingctx, beam, row, start, capacity, keys):
+    """Push a tuple of keys into the sorted `beam[row, start:capacity]`; the largest fall out."""
 
     def codegen(context, builder, signature, arguments):
-        array, row, start, capacity, key = arguments
+        array, row, start, capacity, keys = arguments
         pointer, _ = _row(context, builder, beam, array, row)
-        keys = ir.Constant(KEYS, ir.Undefined)
-        for lane in range(LANES):
-            keys = builder.insert_element(keys, key, ir.IntType(32)(lane))
-        shifted = ir.Constant(
-            ir.VectorType(ir.IntType(32), LANES), list(range(LANES - 1, 2 * LANES - 1))
-        )
-        before = cgutils.alloca_once_value(builder, ir.Constant(KEYS, [I64(0)] * LANES))
+        entering = cgutils.unpack_tuple(builder, keys)
+        zero = ir.Constant(KEYS, [I64(0)] * LANES)
+        everywhere = [_in_all_lanes(builder, key) for key in entering]
+        befores = [cgutils.alloca_once_value(builder, zero) for _ in entering]
         whole = builder.and_(capacity, I64(-LANES))
         with cgutils.for_range_slice(builder, start, whole, I64(LANES), I64) as (i, _):
             value = builder.load(_vector(builder, pointer, i), align=8)
-            below = builder.shuffle_vector(builder.load(before), value, shifted)
-            builder.store(_between(builder, below, keys, value), _vector(builder, pointer, i), 8)
-            builder.store(value, before)
-        last = builder.extract_element(builder.load(before), ir.IntType(32)(LANES - 1))
-        below = cgutils.alloca_once_value(builder, last)
+            for key, before in zip(everywhere, befores, strict=True):
+                below = builder.shuffle_vector(builder.load(before), value, SHIFTED)
+                builder.store(value, before)
+                value = _between(builder, below, key, value)
+            builder.store(value, _vector(builder, pointer, i), 8)
+        ends = [builder.extract_element(builder.load(one), I64(LANES - 1)) for one in befores]
+        belows = [cgutils.alloca_once_value(builder, end) for end in ends]
         with cgutils.for_range_slice(builder, whole, capacity, I64(1), I64) as (i, _):
             slot = builder.gep(pointer, [i])
             value = builder.load(slot)
-            builder.store(_between(builder, builder.load(below), key, value), slot)
-            builder.store(value, below)
+            for key, below in zip(entering, belows, strict=True):
+                before = builder.load(below)
+                builder.store(value, below)
+                value = _between(builder, before, key, value)
+            builder.store(value, slot)
         return context.get_dummy_value()
 
-    return types.void(beam, types.int64, types.int64, types.int64, types.uint64), codegen
+    return types.void(beam, types.int64, types.int64, types.int64, keys), codegen
+
+
+def _in_all_lanes(builder, key):
+    keys = ir.Constant(KEYS, ir.Undefined)
+    for lane in range(LANES):
+        keys = builder.insert_element(keys, key, I64(lane))
+    return keys
 
 
 @intrinsic
@@ -95,10 +107,31 @@ def _lowest_bit(typingctx, bits):
 @jit(is_inlined=True)
 def insert(beam, row, capacity, key):
     """Insert `key` into the sorted `beam[row, :capacity]`; the largest falls out of a full one."""
+    _push(beam, row, _skipped(beam, row, capacity, key), capacity, (key,))
+
+
+@jit(is_inlined=True)
+def insert_some(beam, row, capacity, keys, count):
+    """Insert keys[:count], in no order; behind them are TOGETHER places that may be written."""
+    for i in range(count, count + TOGETHER):
+        keys[i] = KEY_NONE  # which changes nothing
+    i = 0
+    while count - i > 1:
+        some = keys[i], keys[i + 1], keys[i + 2], keys[i + 3]
+        start = _skipped(beam, row, capacity, min(min(some[0], some[1]), min(some[2], some[3])))
+        _push(beam, row, start, capacity, some)
+        i += TOGETHER
+    if i < count:
+        insert(beam, row, capacity, keys[i])
+
+
+@jit(is_inlined=True)
+def _skipped(beam, row, capacity, key):
+    """How many slots hold smaller keys for sure: STRIDE, two of them, ..."""
     start = 0
     while start + STRIDE < capacity and beam[row, start + STRIDE - 1] < key:
         start += STRIDE
-    _push(beam, row, start, capacity, key)
+    return start
 
 
 @jit(is_inlined=True)

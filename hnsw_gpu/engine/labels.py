@@ -77,18 +77,17 @@ class Labels:
     def with_added(self, labels, nodes, count):
         """Labels after giving `labels` (m,) to `nodes` (m,), of `count` nodes in all.
 
-        Where all of the nodes are new that takes time in proportion to them.
+        Where all of the nodes are new that takes time in proportion to them; else all is copied.
         """
         known = len(self.offsets) - 1
         order = np.lexsort((labels, nodes))
         labels, nodes = labels[order], nodes[order]
         split = np.searchsorted(nodes, known)
         if split:  # copies of vectors that are already here
-            mine = np.repeat(np.arange(known), np.diff(self.offsets))
-            merged = np.concatenate([self.labels, labels[:split]])
-            merged = merged[np.lexsort((merged, np.concatenate([mine, nodes[:split]])))]
-            counts = np.diff(self.offsets) + np.bincount(nodes[:split], minlength=known)
-            here = Labels(np.concatenate([[0], np.cumsum(counts)]).astype(np.int64), merged)
+            places = np.empty(split, np.int64)
+            _place(self.offsets, self.labels, nodes[:split], labels[:split], places)
+            more = np.concatenate([[0], np.cumsum(np.bincount(nodes[:split], minlength=known))])
+            here = Labels(self.offsets + more, np.insert(self.labels, places, labels[:split]))
             return here.with_added(labels[split:], nodes[split:], count)
         counts = np.bincount(nodes - known, minlength=count - known)
         ends = len(self.labels) + np.cumsum(counts)
@@ -112,7 +111,9 @@ class Labels:
         kept = np.ones(len(self.labels), bool)
         kept[entries] = False
         before = np.concatenate([[0], np.cumsum(kept)]).astype(np.int64)
-        return Labels(before[self.offsets], self.labels[kept])
+        left = Labels(before[self.offsets], self.labels[kept])
+        left._ascends = self._ascends or None  # what is left of ascending ones ascends
+        return left
 
     def of_nodes(self, nodes):
         """Labels of some nodes (m,) that between them carry all labels, renumbered 0..m-1."""
@@ -182,6 +183,20 @@ class Labels:
         skipped = np.empty(0, np.int64) if skipped is None else skipped
         _keys_to_labels(keys, self.offsets, self.labels, allowed, skipped, labels, distances)
         return labels, distances
+
+
+@jit
+def _place(offsets, labels, nodes, added, places):
+    """Entries before which labels `added` (m,) belong, among those of nodes (m,)."""
+    for i in range(len(added)):
+        low, high = offsets[nodes[i]], offsets[nodes[i] + 1]
+        while low < high:
+            middle = (low + high) // 2
+            if labels[middle] < added[i]:
+                low = middle + 1
+            else:
+                high = middle
+        places[i] = low
 
 
 @jit

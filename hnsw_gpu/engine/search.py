@@ -35,7 +35,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hnsw_gpu.engine.beam import LANES, first_unexpanded, insert
+from hnsw_gpu.engine.beam import LANES, TOGETHER, first_unexpanded, insert, insert_some
 from hnsw_gpu.engine.block import EIGHT, write_keys
 from hnsw_gpu.engine.compiled import jit
 from hnsw_gpu.engine.distance import distance, prefetch_row
@@ -47,8 +47,9 @@ SLOTS = 4  # queries that one thread walks in turn
 CHUNK = 256  # queries that a thread takes at a time
 LEAST_CHUNK = 8  # fewer are not worth another thread
 REMEMBERED = 1 << 15  # visits a query by which its visited set is cleared; beyond, all of it is
-# int64 fields of a slot
-QUERY, LAYER, PHASE, CAPACITY, PICKED, PENDING, VISITS, HAS_FORGOTTEN, HOPS, READ = range(10)
+# int64 fields of a slot; all keys before PICKED_AT, where the last was picked, are expanded
+QUERY, LAYER, PHASE, CAPACITY, PICKED, PENDING = range(6)
+VISITS, HAS_FORGOTTEN, HOPS, READ, PICKED_AT = range(6, 11)
 IDLE, FREE, GATHER, COMPUTE = range(4)
 
 
@@ -77,7 +78,7 @@ class Scratch(NamedTuple):
     visits: np.ndarray  # (SLOTS, REMEMBERED, expand * M0 and EIGHT) int32, the last are pending
     picked: np.ndarray  # (SLOTS, expand) int32
     keys: np.ndarray  # (expand * M0 and EIGHT more,) uint64 of the pending nodes
-    entering: np.ndarray  # (expand * M0,) uint64, those of them that enter
+    entering: np.ndarray  # (expand * M0 and TOGETHER more,) uint64, those of them that enter
 
 
 class Result(NamedTuple):
@@ -157,14 +158,14 @@ def _new_scratch(graph, task, expand, chunk):
     slots = min(SLOTS, chunk)
     count, width = graph.neighbors0.shape
     return Scratch(
-        slots=np.zeros((slots, 10), np.int64),
+        slots=np.zeros((slots, 11), np.int64),
         beam=np.empty((slots, _whole_lanes(max(task.ef, task.ef_upper))), np.uint64),
         allowed_keys=np.empty((slots, task.keys.shape[1]), np.uint64),
         visited=np.zeros((slots, (count + 31) >> 5), np.uint32),
         visits=np.zeros((slots, REMEMBERED + expand * width + EIGHT), np.int32),
         picked=np.empty((slots, expand), np.int32),
         keys=np.empty(expand * width + EIGHT, np.uint64),
-        entering=np.empty(expand * width, np.uint64),
+        entering=np.empty(expand * width + TOGETHER, np.uint64),
     )
 
 
@@ -262,8 +263,11 @@ def _offer(task, scratch, s, count):
     for j in range(count):  # few enter, at random: counted, not branched on
         entering[enter] = keys[j]
         enter += keys[j] < worst
+    last_picked = scratch.beam[s, scratch.slots[s, PICKED_AT]]
     for j in range(enter):
-        insert(scratch.beam, s, _whole_lanes(capacity), entering[j])
+        if entering[j] < last_picked:
+            scratch.slots[s, PICKED_AT] = 0
+    insert_some(scratch.beam, s, _whole_lanes(capacity), entering, enter)
     if scratch.slots[s, LAYER] == 0 and _has_allowed_keys(task):
         for j in range(count):
             _offer_allowed(task, scratch, s, keys[j])
@@ -285,6 +289,7 @@ def _enter_layer(task, scratch, s, layer):
     slots[s, LAYER] = layer
     slots[s, PICKED] = 0
     slots[s, PENDING] = 0
+    slots[s, PICKED_AT] = 0
     is_wanted = layer <= task.levels[slots[s, QUERY]]
     slots[s, CAPACITY] = task.ef if is_wanted else task.ef_upper
 
@@ -379,7 +384,7 @@ def _compute(graph, rows, task, scratch, s):
 def _pick(scratch, s):
     """Mark the `expand` smallest unexpanded keys (R5); False if there is none (R6)."""
     slots = scratch.slots
-    capacity, position, picked = slots[s, CAPACITY], 0, 0
+    capacity, position, picked = slots[s, CAPACITY], slots[s, PICKED_AT], 0
     while picked < scratch.picked.shape[1]:
         position = first_unexpanded(scratch.beam, s, position & -LANES, capacity)
         if position >= capacity:
@@ -387,6 +392,7 @@ def _pick(scratch, s):
         key = scratch.beam[s, position]
         scratch.beam[s, position] = key | EXPANDED
         scratch.picked[s, picked] = key_node(key)
+        slots[s, PICKED_AT] = position
         picked += 1
     slots[s, PICKED] = picked
     slots[s, HOPS] += picked

@@ -52,6 +52,9 @@ def document(limits: dict[str, int], has_token: bool) -> dict[str, Any]:
         "paths": paths,
         "components": {"schemas": SCHEMAS},
     }
+    for methods in paths.values():
+        for operation in methods.values():
+            operation["responses"]["421"] = _problem(421)
     if has_token:
         found["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
         for path, methods in paths.items():

@@ -102,6 +102,30 @@ def test_beam_holds_the_smallest_keys(capacity: int, keys: list[int]) -> None:
 
 
 @seeded
+@given(
+    st.sampled_from([0, 1, 7, 8, 20, 127, 136, 300]),
+    st.lists(st.lists(KEYS, max_size=9), max_size=40),
+)
+def test_keys_that_enter_together_enter_as_one_by_one(capacity: int, hops: list[list[int]]) -> None:
+    marker = 12345
+    slots = np.full((3, capacity + 2), marker, dtype=np.uint64)
+    slots[1, :capacity] = reference.KEY_NONE
+    seen: list[int] = []
+    for entering in hops:
+        given_keys = np.full(len(entering) + beam.TOGETHER + 1, marker, np.uint64)
+        given_keys[: len(entering)] = entering
+        beam.insert_some(slots, 1, capacity, given_keys, len(entering))
+        assert given_keys[: len(entering)].tolist() == entering
+        assert given_keys[-1] == marker
+        seen += entering
+        wanted = sorted(seen)[:capacity]
+        empty = [reference.KEY_NONE] * (capacity - len(wanted))
+        assert slots[1, :capacity].tolist() == wanted + empty
+    assert (slots[1, capacity:] == marker).all()
+    assert (slots[[0, 2]] == marker).all()
+
+
+@seeded
 @given(st.integers(1, 40), st.integers(0, 40), st.lists(st.booleans(), max_size=40))
 def test_the_first_unexpanded_key_is_found(
     capacity: int, start: int, is_expanded: list[bool]

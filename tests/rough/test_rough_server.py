@@ -517,6 +517,8 @@ def test_hosts(folder):
             assert fresh.caller()("GET", "/v1/index", Host=host).status == 200
         absolute = b"GET http://evil.example/ HTTP/1.1\r\n" + HOST + END
         assert answers(fresh.port, absolute)[0][0] == 421
+        paths = fresh.caller()("GET", "/openapi.json").json["paths"]
+        assert all("421" in one["responses"] for each in paths.values() for one in each.values())
 
 
 @pytest.mark.parametrize(

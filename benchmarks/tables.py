@@ -65,6 +65,10 @@ def race_command(peers: Iterable[str], *more: str) -> str:
     return " ".join([f"python -m benchmarks.cpu.run --peers {','.join(peers)}", *more])
 
 
+def sets_option(found: Iterable[str]) -> str:
+    return f"--datasets {','.join(found)}"
+
+
 def peers_of(race: dict) -> list[str]:
     pairs = [pair.split("/") for pair in race["build"]["ratios"]]
     return list(dict.fromkeys(peer for _, peer in pairs))
@@ -108,7 +112,12 @@ def speed() -> str:
             for side in sides_of(race)
         ]
         data = f"{SETS[key]}, {race['rows']:,} × {race['dim']}, cosine."
-        notes += source(stem, section["about"], race_command(peers_of(race)), data)
+        notes += source(
+            stem,
+            section["about"],
+            race_command(peers_of(race), "--only race", f"--datasets {key}"),
+            data,
+        )
     width = 2 + len(peers)
     rows = [row + [""] * (width - len(row)) for row in rows]
     return table(["processor", "rows kept as", *map(name, peers)], rows) + notes
@@ -140,7 +149,7 @@ def race() -> str:
             )
             text += "\n"
         text = text.rstrip("\n") + "\n"
-        command = race_command(peers_of(found), "--only race")
+        command = race_command(peers_of(found), "--only race", sets_option(section["results"]))
         text += source(stem, section["about"], command) + "\n"
     return text.rstrip("\n") + "\n"
 
@@ -168,7 +177,7 @@ def build() -> str:
                 for peer in peers_of(first)
             ],
         )
-        command = race_command(peers_of(first), "--only race")
+        command = race_command(peers_of(first), "--only race", sets_option(sets))
         text += source(stem, section["about"], command)
     return text
 

@@ -20,7 +20,12 @@ ROOT = Path(__file__).parents[1]
 MARKED = re.compile(r"(?<=<!-- table: )([\w-]+)( -->\n).*?(?=^<!-- end -->$)", re.M | re.S)
 OURS = {"ours-fp32": "fp32", "ours-int8": "int8 + refine", "ours-int4": "int4 + refine"}
 KINDS = {"AVX-512": "cpu-avx512-vnni", "AVX2": "cpu-avx2"}  # of processors, and their results
-SETS = {"glove": "GloVe words", "verses": "Sentences", "clusters": "Drawn clusters"}
+SETS = {
+    "glove": "GloVe words",
+    "verses": "Sentences",
+    "verses768": "Sentences, 768-d",
+    "clusters": "Drawn clusters",
+}
 NOT_MEASURED = "not measured yet on such a processor"
 
 

@@ -213,17 +213,17 @@ def memory() -> str:
 
 # ---------------------------------------------------------------- what is counted
 
-TUNING = "python -m benchmarks.cpu.tuning"
+KNOBS = "python -m benchmarks.cpu.knobs"
 
 
-def tuning_source(found: dict) -> str:
+def knobs_source(found: dict) -> str:
     sets = [f"{of['title']}: {of['rows']:,} × {of['dim']}" for of in found["sets"].values()]
-    return source("tuning", found, TUNING, f"{'; '.join(sets)}. Counted: no clock is in it.")
+    return source("knobs", found, KNOBS, f"{'; '.join(sets)}. Counted: no clock is in it.")
 
 
 def ef() -> str:
     """Recall, and distances computed, by ef."""
-    found = results("tuning")
+    found = results("knobs")
     sets = found["sets"].values()
     plain = f"M {found['M']}, ef_construction {found['ef_construction']}"
     return table(
@@ -233,11 +233,11 @@ def ef() -> str:
             + [f"{of['recall'][plain][i]:.3f}, {of['distances'][plain][i]:,.0f}" for of in sets]
             for i, ef in enumerate(found["ef"])
         ],
-    ) + tuning_source(found)
+    ) + knobs_source(found)
 
 
 def built_with(settings: list[tuple[int, int]], field: str, head: str) -> str:
-    found = results("tuning")
+    found = results("knobs")
     sets = found["sets"].values()
     places = [found["ef"].index(ef) for ef in (32, 64, 256)]
     rows = []
@@ -251,7 +251,7 @@ def built_with(settings: list[tuple[int, int]], field: str, head: str) -> str:
             rows[-1].append(", ".join(f"{of['bytes_a_row'][key]:.0f}" for of in sets))
     last = ["bytes a row"] if field == "M" else []
     heads = [f"{of['title']}, {of['dim']}-d" for of in sets]
-    return table([head, *heads, "distances at ef 64", *last], rows) + tuning_source(found)
+    return table([head, *heads, "distances at ef 64", *last], rows) + knobs_source(found)
 
 
 def links() -> str:

@@ -10,7 +10,7 @@ pytest.importorskip("matplotlib", reason="the benchmarks draw, which comes with 
 
 import hnsw_gpu
 from benchmarks import datasets, race
-from benchmarks.cpu import anatomy, tuning
+from benchmarks.cpu import anatomy, knobs
 from benchmarks.cpu.run import OURS, main
 from benchmarks.peers import PEERS, Maker
 from benchmarks.record import SETTING, kind
@@ -50,10 +50,10 @@ def test_quick_run_reports_the_recall_of_the_same_index(tmp_path):
     assert reported["recall_at_ef"]["ours-fp32"] == pytest.approx(recalls, abs=1e-9)
 
 
-def test_tuning_reports_the_recall_and_bytes_of_the_same_index(tmp_path):
-    out = tmp_path / "tuning.json"
+def test_knobs_report_the_recall_and_bytes_of_the_same_index(tmp_path):
+    out = tmp_path / "knobs.json"
     options = ["--datasets", "tiny", "--rows", "800", "--queries", "100", "--out", str(out)]
-    done = CliRunner().invoke(tuning.main, options)
+    done = CliRunner().invoke(knobs.main, options)
     assert done.exit_code == 0, done.output
     reported = json.loads(out.read_text())["sets"]["tiny"]
     data = datasets.load("tiny", 800, 100)

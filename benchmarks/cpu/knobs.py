@@ -1,8 +1,8 @@
 """Recall, distances and bytes by ef, M and ef_construction, on rows of 100, 256 and 768 numbers.
 
-python -m benchmarks.cpu.tuning
+python -m benchmarks.cpu.knobs
 
-writes `results/tuning.json`; data sets that are there and not asked for stay as they are. All of it
+writes `results/knobs.json`; data sets that are there and not asked for stay as they are. All of it
 is counted, none of it timed, so it does not depend on the machine: a search takes about as long as
 it computes distances.
 """
@@ -48,7 +48,7 @@ def counts(data: datasets.Dataset) -> dict:
 )
 @click.option("--queries", default=2000, show_default=True, help="Of each data set.")
 @click.option("--datasets", "names", default=",".join(SETS), show_default=True)
-@click.option("--out", type=Path, default=RESULTS / "tuning.json", show_default=True)
+@click.option("--out", type=Path, default=RESULTS / "knobs.json", show_default=True)
 def main(rows: int | None, queries: int, names: str, out: Path) -> None:
     """What ef, M and ef_construction buy."""
     sets = json.loads(out.read_text())["sets"] if out.exists() else {}

@@ -326,6 +326,37 @@ def recall(
         click.echo(f"{point['ef']:>6}  {point['recall']:>10.4f}  {point['queries_per_s']:>10,.0f}")
 
 
+@main.command()
+@click.argument("index", type=FILE)
+@click.argument("queries", type=VECTORS, required=False)
+@click.option("--recall", "target", default=0.95, show_default=True, help="To reach, at k.")
+@click.option("-k", default=10, show_default=True, help="Results per query.")
+@threads_option
+def tune(index: Path, queries: Path | None, target: float, k: int, threads: int | None) -> None:
+    """Find the smallest ef that reaches a recall, and keep it in INDEX.
+
+    From then on `search(..., recall=0.95)` uses it. QUERIES are some hundred of those that will
+    come; without them, stored vectors are asked for.
+
+    \b
+    Example:
+      hnsw-gpu tune docs.hnsw --recall 0.95 -k 10
+    """
+    from hnsw_gpu.files import read_vectors
+    from hnsw_gpu.index import load_index
+
+    with doing(f"loading {index}"):
+        opened = load_index(index, device="cpu")
+    rows = None if queries is None else read_vectors(queries)
+    with doing(f"tuning {index}"):
+        found = opened.tune(target, k, rows, threads=threads, progress=is_watched())
+        opened.save(index)
+    click.echo(
+        f"ef={found.ef}: recall@{k} {found.recall:.4f} over {found.queries:,} queries "
+        f"(95 %: {found.low:.4f} to {found.high:.4f})"
+    )
+
+
 FOLDER = click.Path(file_okay=False, path_type=Path)
 ANY = click.Path(exists=True, path_type=Path)
 SIZE = {"K": 10, "M": 20, "G": 30, "T": 40}  # powers of two

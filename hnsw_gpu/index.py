@@ -86,6 +86,7 @@ class Index(StateSearching):
         self.seed = inputs.integer("seed", seed, 0, 2**64 - 1)
         self.refine = inputs.refine(refine, dtype)  # "", "fp32" or "fp16"
         self._metric = inputs.METRICS[self.metric]
+        self._tuned = {}
         self._changing = ChangeLock()
         self._gpu: GpuEngine | None = None
         self._mapped: State | None = None  # as it was loaded
@@ -322,7 +323,7 @@ class Index(StateSearching):
         """As a saved index; one that is mapped, and as it was loaded, as its path and checksum."""
         device, source = "cpu" if self._gpu is None else "auto", self._state.source
         if source is not None and self._state is self._mapped:
-            return _load_again, (source.path, source.checksum, device)
+            return _load_again, (source.path, source.checksum, device, self._tuned)
         _, about, arrays = self._contents()
         return _unpickled, (about, arrays, device)
 
@@ -353,8 +354,11 @@ class Index(StateSearching):
     def _contents(self) -> tuple[State, dict[str, Any], dict[str, np.ndarray]]:
         """The state, and what a file of it holds: values by name, and arrays."""
         state = self._settled()
-        about = {name: getattr(self, name) for name in PARAMETERS}
-        return state, about | {"next_label": state.next_label}, state.arrays()
+        about: dict[str, Any] = {name: getattr(self, name) for name in PARAMETERS}
+        about["next_label"] = state.next_label
+        if self._tuned:
+            about["tuned"] = [[*asked, ef] for asked, ef in sorted(self._tuned.items())]
+        return state, about, state.arrays()
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one .safetensors file. The old file stays whole until the new one is complete.
@@ -402,9 +406,13 @@ def load_index(
     return index.to(device)
 
 
-def _load_again(path: str, checksum: str, device: str) -> Index:
+def _load_again(
+    path: str, checksum: str, device: str, tuned: dict[tuple[float, int], int]
+) -> Index:
     """The mapped Index of a file that must be the one it was."""
-    return load_index(path, mmap=True, device=device, checksum=checksum)
+    index = load_index(path, mmap=True, device=device, checksum=checksum)
+    index._tuned = tuned
+    return index
 
 
 def _unpickled(about: dict[str, Any], arrays: dict[str, np.ndarray], device: str) -> Index:
@@ -421,6 +429,9 @@ def _restored(
     """
     index = Index(**{name: about[name] for name in PARAMETERS})
     next_label = inputs.integer("next_label", about["next_label"], 0, inputs.LARGEST_LABEL + 1)
+    for recall, k, ef in about.get("tuned", ()):
+        asked = inputs.share("recall", recall), inputs.integer("k", k, 1, inputs.MOST_NODES)
+        index._tuned[asked] = inputs.integer("ef", ef, 1, inputs.MOST_NODES)
     kept = index._state.parameters
     index._state = from_arrays(kept, arrays, next_label, unread=unread)
     return index

@@ -81,6 +81,14 @@ def number(name: str, value: Any) -> float:
     return result
 
 
+def share(name: str, value: Any) -> float:
+    """A number above 0 and at most 1."""
+    given = number(name, value)
+    if not 0 < given <= 1:
+        raise ValueError(f"{name}: {given}, expected above 0 and at most 1")
+    return given
+
+
 def integer(name: str, value: Any, least: int, most: int | None = None) -> int:
     """`value` as int, if it is one within bounds."""
     try:

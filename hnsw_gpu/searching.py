@@ -19,12 +19,15 @@ from hnsw_gpu.engine import (
     key_nodes,
     nearest,
     pack_bits,
+    unlinked,
     within,
 )
 from hnsw_gpu.gpu import GpuEngine
 from hnsw_gpu.progress import bar
 from hnsw_gpu.results import RadiusResult, SearchResult, into, reported
+from hnsw_gpu.tuning import SAMPLE, SAMPLE_SHARE, Tuned, required, tuned
 
+DEFAULT_EF = 64
 SELF_ROWS = 16384  # nodes of a neighbour graph searched at a time
 Found = TypeVar("Found")
 IsNear = Callable[[np.ndarray], np.ndarray]  # of engines' distances float32 (...), bool (...)
@@ -45,6 +48,7 @@ class Searching:
     ef_construction: int
     seed: int
     _metric: str  # the engines'
+    _tuned: dict[tuple[float, int], int]  # ef that reaches a recall at a k
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -100,6 +104,10 @@ class Searching:
         """Of each checked query, labels and engines' distances (1, hits) that `is_near`."""
         raise NotImplementedError
 
+    def _left_out(self, labels: np.ndarray) -> tuple[np.ndarray, "Searching", "Searching"]:
+        """Which of these labels can be left out, what to walk without them, what to compare."""
+        raise NotImplementedError
+
     def _on_gpu(
         self,
         queries: ArrayLike,
@@ -117,6 +125,7 @@ class Searching:
         k: int = 10,
         *,
         ef: int = 64,
+        recall: float | None = None,
         allow: ArrayLike | None = None,
         expand: int | None = None,
         ef_upper: int = 1,
@@ -128,6 +137,7 @@ class Searching:
         """The k nearest labels of each query (q, dim), or of one query (dim,): a SearchResult.
 
         ef: beam capacity, raised recall for time; a beam holds max(ef, k).
+        recall: in place of ef, the one that `tune` found for this recall and k.
         allow: what may be returned: bool (n,) or (q, n) indexed by label; the same packed, uint8
             (`np.packbits(mask, axis=-1, bitorder="little")`); or int labels (m,).
         expand: nodes expanded in one step, 1 to 32. None: 1 on the CPU; on a GPU 4, below ef 48 it
@@ -148,6 +158,10 @@ class Searching:
         is a filter or something was deleted. They are not checked: one with NaN finds nothing, as
         does any that would be refused.
         """
+        if recall is not None:
+            if ef != DEFAULT_EF:
+                raise ValueError(f"ef={ef}, recall={recall}: expected one of the two")
+            ef = required(self._tuned, recall, k)
         expand = self._expand(ef) if expand is None else expand
         walk = inputs.walk(k, ef, threads, expand, ef_upper, rerank, self.dtype)
         answer = self._on_gpu(queries, walk, allow, stream, out)
@@ -187,6 +201,47 @@ class Searching:
         """The answer to checked queries."""
         labels, distances = self._nearest(queries, walk, allow)
         return SearchResult(labels, reported(distances, self.metric))
+
+    def tune(
+        self,
+        recall: float = 0.95,
+        k: int = 10,
+        queries: ArrayLike | None = None,
+        *,
+        threads: int | None = None,
+        progress: bool = False,
+    ) -> Tuned:
+        """Find the smallest ef whose recall@k is `recall` on queries (q, dim), and keep it.
+
+        `search(..., k, recall=recall)` uses it from then on; an index saves it. Truth is
+        `exact_search`, so vectors as they are kept. queries: some hundred of those that will come.
+        None: up to a thousand stored vectors, in the index without them, on the CPU; queries that
+        lie elsewhere than the vectors need more. Tune again when the index has grown.
+
+        Returns a Tuned, with the recall of the sample and its interval. ValueError where not even a
+        beam that holds everything reaches the recall.
+        """
+        target = inputs.share("recall", recall)
+        k = inputs.integer("k", k, 1, inputs.MOST_NODES)
+        walked: Searching = self
+        compared: Searching = self
+        if queries is None:
+            count = min(SAMPLE, len(self) // SAMPLE_SHARE)
+            some = np.random.default_rng(self.seed).permutation(len(self))[:count]
+            own, walked, compared = self._left_out(self.labels[np.sort(some)])
+            if not len(own):
+                raise ValueError(f"queries: {len(self)} vectors are too few to take some from them")
+            queries = self.vectors(own)
+        given = self.checked_queries(queries)
+        if not len(given) or not len(self):
+            raise ValueError(f"{len(given)} queries, {len(self)} vectors: expected some of both")
+        found = tuned(
+            lambda ef: walked.search(given, k, ef=ef, threads=threads),
+            compared.exact_search(given, k, threads=threads),
+            target, self.metric, most=len(self), progress=progress,
+        )  # fmt: skip
+        self._tuned = {**self._tuned, (target, k): found.ef}
+        return found
 
     def exact_search(
         self, queries: ArrayLike, k: int = 10, *, threads: int | None = None
@@ -274,6 +329,18 @@ class StateSearching(Searching):
 
         return self._searched(find)
 
+    def _left_out(self, labels: np.ndarray) -> tuple[np.ndarray, Searching, Searching]:
+        state, held = self._state, self._state.labels
+        entries = held.entries_of(labels)
+        is_kept = held.nodes(entries) == state.graph.entry_point  # of every walk
+        labels, entries = labels[~is_kept], entries[~is_kept]
+        left = held.without(entries)
+        is_gone = held.live_nodes() & ~left.live_nodes()
+        walked = state._replace(graph=unlinked(state.graph, is_gone), labels=left)
+        if held.are_all_live:  # nodes that nobody meets need no filter
+            walked = walked._replace(labels=held.without(entries[~is_gone[held.nodes(entries)]]))
+        return labels, _View(self, walked), _View(self, state._replace(labels=left))
+
     def _searched(self, find: Callable[[State, CpuEngine | GpuEngine], Found]) -> Found:
         """find(state, engine), over a state and the engine that holds it."""
         while True:
@@ -344,6 +411,18 @@ class StateSearching(Searching):
 
         labels, distances = self._searched(find)
         return SearchResult(labels, reported(distances, self.metric))
+
+
+class _View(StateSearching):
+    """Another state, searched on the CPU as an index would be."""
+
+    def __init__(self, index: StateSearching, state: State) -> None:
+        self.dim, self.metric, self.dtype = index.dim, index.metric, index.dtype
+        self._metric, self._state, self._gpu = index._metric, state, None
+
+    @property
+    def device(self) -> str:
+        return "cpu"
 
 
 def _filter(

@@ -33,12 +33,13 @@ class Collection(Searching):
     Nothing in a collection changes; any method may be called from many threads.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, shards: Sequence[Index]) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, shards: Sequence[Any]) -> None:
         self.path, self.manifest = folder, manifest
         self._shards = tuple(shards)
         for name in PARAMETERS:
             setattr(self, name, getattr(manifest, name))
         self._metric = inputs.METRICS[self.metric]
+        self._tuned = {}
 
     def __len__(self) -> int:
         return self.manifest.rows
@@ -135,6 +136,15 @@ class Collection(Searching):
 
     def _compared(self, queries: np.ndarray, k: int, threads: int) -> Answers:
         return _merged([shard._compared(queries, k, threads) for shard in self._shards], k)
+
+    def _left_out(self, labels: np.ndarray) -> tuple[np.ndarray, Searching, Searching]:
+        parts = [shard._left_out(labels[shard.holds(labels)]) for shard in self._shards]
+        own = np.sort(np.concatenate([mine for mine, _, _ in parts]))
+        walked, compared = (
+            Collection(self.path, self.manifest, shards)
+            for shards in ([part[1] for part in parts], [part[2] for part in parts])
+        )
+        return own, walked, compared
 
     def _near(
         self, queries: np.ndarray, is_near: IsNear, walk: Walk, allow: ArrayLike | None

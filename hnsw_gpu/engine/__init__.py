@@ -6,7 +6,7 @@ from hnsw_gpu.engine.copies import NodeTable, move_together
 from hnsw_gpu.engine.cpu_engine import CpuEngine
 from hnsw_gpu.engine.exact import block_rows, exact_block, rerank
 from hnsw_gpu.engine.filtered_search import nearest, within
-from hnsw_gpu.engine.graph import Graph
+from hnsw_gpu.engine.graph import Graph, unlinked
 from hnsw_gpu.engine.growth import build_graph, compacted, insert, repaired, with_vectors
 from hnsw_gpu.engine.keys import KEY_NONE, key_distances, key_nodes
 from hnsw_gpu.engine.labels import Labels
@@ -82,6 +82,7 @@ __all__ = [
     "search_graph",
     "squared_lengths",
     "thread_count",
+    "unlinked",
     "with_vectors",
     "within",
 ]

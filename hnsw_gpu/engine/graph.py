@@ -31,6 +31,50 @@ class Graph(NamedTuple):
         return int(self.nodes[self.layer_offsets[-2]]) if self.top else 0
 
 
+def unlinked(graph, is_gone):
+    """The graph without links to nodes (bool (n,)): no walk meets them, but as the entry point.
+
+    Who had such a link has one of that node's instead, as if it had never been there: about so.
+    """
+    neighbors0, neighbors = np.empty_like(graph.neighbors0), np.empty_like(graph.neighbors)
+    _unlink(graph.neighbors0, neighbors0, is_gone)
+    for layer in range(1, graph.top + 1):
+        part = slice(*graph.layer_offsets[layer - 1 : layer + 1])
+        _unlink(graph.neighbors[part], neighbors[part], is_gone[graph.nodes[part]])
+    return graph._replace(neighbors0=neighbors0, neighbors=neighbors)
+
+
+@jit
+def _unlink(before, links, is_gone):
+    """Write the lists `before` (n, width) with a link of a gone node's in place of each to it."""
+    for row in range(len(links)):
+        kept = 0
+        for j in range(links.shape[1]):
+            link = before[row, j]
+            if link >= 0 and is_gone[link]:
+                link = _another(before, row, link, links, kept, is_gone)
+            if link >= 0:
+                links[row, kept] = link
+                kept += 1
+        for j in range(kept, links.shape[1]):
+            links[row, j] = -1
+
+
+@jit
+def _another(before, row, gone, links, kept, is_gone):
+    """The first link of a gone node that the row does not have; -1 if there is none."""
+    for j in range(before.shape[1]):
+        link = before[gone, j]
+        if link < 0:
+            break
+        is_new = link != row and not is_gone[link]
+        for i in range(before.shape[1]):
+            is_new = is_new and link != before[row, i] and (i >= kept or link != links[row, i])
+        if is_new:
+            return link
+    return np.int32(-1)
+
+
 def check_graph(graph):
     """What is wrong with a graph: a list of sentences, empty when it is sound.
 

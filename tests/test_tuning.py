@@ -1,0 +1,135 @@
+"""`tune`: the smallest ef that reaches a recall, which other queries then get."""
+
+import pickle
+
+import click.testing
+import numpy as np
+import pytest
+
+import hnsw_gpu
+from hnsw_gpu.cli import main
+
+DIM = 24
+
+
+def clusters(count: int, seed: int) -> np.ndarray:
+    rng = np.random.default_rng(0)
+    centers = rng.normal(size=(40, DIM))
+    rng = np.random.default_rng(seed)
+    return (centers[rng.integers(0, 40, count)] + 0.7 * rng.normal(size=(count, DIM))).astype("f4")
+
+
+def elsewhere(count: int) -> np.ndarray:
+    return np.random.default_rng(9).normal(size=(count, DIM)).astype(np.float32) * 2
+
+
+@pytest.fixture(scope="module")
+def index() -> hnsw_gpu.Index:
+    made = hnsw_gpu.Index(DIM, "l2", M=6, ef_construction=40)
+    made.add(clusters(8_000, 1))
+    return made
+
+
+def recall(index: hnsw_gpu.Index, queries: np.ndarray, k: int = 10, **how) -> float:
+    found, truth = index.search(queries, k, **how), index.exact_search(queries, k)
+    return float(np.mean(found.distances <= truth.distances[:, -1:]))
+
+
+@pytest.mark.parametrize("target", [0.95, 0.99])
+@pytest.mark.parametrize("where", ["stored", "elsewhere"])
+def test_the_recall_is_delivered_to_other_queries(index, target, where):
+    if where == "stored":
+        found, held_out = index.tune(target), clusters(1_500, 2)
+    else:
+        found, held_out = index.tune(target, queries=elsewhere(3_000)[::2]), elsewhere(3_000)[1::2]
+    assert found.low <= found.recall <= found.high and found.recall >= target
+    assert abs(recall(index, held_out, ef=found.ef) - target) <= 0.01
+    same = index.search(held_out, recall=target)
+    np.testing.assert_array_equal(same.labels, index.search(held_out, ef=found.ef).labels)
+
+
+def test_it_is_the_smallest(index):
+    queries = clusters(700, 3)
+    found = index.tune(0.9, k=5, queries=queries)
+    assert found.recall == pytest.approx(recall(index, queries, 5, ef=found.ef))
+    assert recall(index, queries, 5, ef=found.ef - 1) < 0.9 <= found.recall
+    assert found.queries == 700 and found.low < found.recall < found.high
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+def test_own_vectors_are_left_out(copies):
+    """The sample is searched for in what is left, copies of it too; nothing else is missing."""
+    index = hnsw_gpu.Index(DIM, "l2", M=6, ef_construction=40)
+    index.add(np.repeat(clusters(2_000, 4), copies, axis=0))
+    asked = index.labels[::40]
+    own, walked, compared = index._left_out(asked)
+    assert set(asked) - set(own) <= {0}  # the entry point may be kept
+    rows = index.vectors(own)
+    found, truth = walked.search(rows, 5, ef=400), compared.exact_search(rows, 5)
+    assert not np.isin(found.labels, own).any() and not np.isin(truth.labels, own).any()
+    assert np.mean(found.labels == truth.labels) > 0.99
+    expected = hnsw_gpu.Index(DIM, "l2")
+    left = np.setdiff1d(index.labels, own)
+    expected.add(index.vectors(left), left)
+    np.testing.assert_array_equal(truth.labels, expected.exact_search(rows, 5).labels)
+    if copies == 2:
+        assert (truth.distances[:, 0] == 0).all()
+    everything = index.search(rows, 5, ef=400)
+    assert (everything.distances[:, 0] == 0).all()  # the index itself is as it was
+
+
+def test_it_is_kept(index, tmp_path):
+    index.tune(0.93, k=7)
+    index.save(tmp_path / "docs.hnsw")
+    queries = clusters(5, 5)
+    expected = index.search(queries, 7, recall=0.93).labels
+    mapped = hnsw_gpu.load(tmp_path / "docs.hnsw", mmap=True)
+    mapped.tune(0.5, k=3)
+    for other in (
+        hnsw_gpu.load(tmp_path / "docs.hnsw"),
+        mapped,
+        pickle.loads(pickle.dumps(mapped)),
+    ):
+        np.testing.assert_array_equal(other.search(queries, 7, recall=0.93).labels, expected)
+    pickle.loads(pickle.dumps(mapped)).search(queries, 3, recall=0.5)
+
+
+def test_what_is_wrong_is_said(index):
+    with pytest.raises(
+        ValueError, match=r"recall=0.123, k=10: call tune\(recall=0.123, k=10\) first"
+    ):
+        index.search(clusters(2, 0), recall=0.123)
+    index.tune(0.5)
+    with pytest.raises(ValueError, match=r"ef=32, recall=0\.5: expected one of the two"):
+        index.search(clusters(2, 0), ef=32, recall=0.5)
+    for bad, words in ((0, "above 0"), (1.5, "at most 1"), (float("nan"), "NaN")):
+        with pytest.raises(ValueError, match=words):
+            index.tune(bad)
+    with pytest.raises(ValueError, match="0 queries, 8000 vectors: expected some of both"):
+        index.tune(queries=np.empty((0, DIM), np.float32))
+    with pytest.raises(ValueError, match="2 queries, 0 vectors"):
+        hnsw_gpu.Index(DIM).tune(queries=clusters(2, 0))
+    with pytest.raises(ValueError, match="queries: 0 vectors are too few"):
+        hnsw_gpu.Index(DIM).tune()
+
+
+def test_a_recall_out_of_reach(monkeypatch):
+    """Where codes without finer rows hide what tells vectors apart nothing helps but other rows."""
+    index = hnsw_gpu.Index(DIM, "l2", M=2, ef_construction=4)
+    index.add(clusters(300, 6))
+    lost = index.search
+    monkeypatch.setattr(index, "search", lambda *a, **b: lost(*a, **b, allow=np.arange(150)))
+    with pytest.raises(ValueError, match=r"recall 0.99: a beam that holds everything \(ef 300\)"):
+        index.tune(0.99)
+
+
+def test_the_command(tmp_path):
+    index = hnsw_gpu.Index(DIM)
+    index.add(clusters(500, 7))
+    index.save(tmp_path / "docs.hnsw")
+    np.save(tmp_path / "q.npy", clusters(50, 8))
+    run = click.testing.CliRunner().invoke
+    for asked in ([], [str(tmp_path / "q.npy")]):
+        done = run(main, ["tune", str(tmp_path / "docs.hnsw"), *asked, "--recall", "0.9"])
+        assert done.exit_code == 0 and "recall@10" in done.output, done.output
+    assert hnsw_gpu.load(tmp_path / "docs.hnsw").search(clusters(3, 0), recall=0.9).labels.shape

@@ -18,11 +18,7 @@ from benchmarks.peers import K, Ours, Setting
 from benchmarks.race import Side
 from benchmarks.record import RESULTS, SETTING, about, rounded
 
-SETS = {
-    "glove": ("words", 100_000),
-    "verses": ("sentences", 100_000),
-    "verses768": ("sentences", 50_000),
-}
+SETS = {"glove": "words", "verses": "sentences", "verses768": "sentences"}
 EFS = (16, 32, 64, 128, 256)
 SETTINGS = [(16, 200), (8, 200), (32, 200), (16, 50), (16, 100), (16, 400)]  # M, ef_construction
 
@@ -43,20 +39,23 @@ def counts(data: datasets.Dataset) -> dict:
 
 
 @click.command()
-@click.option(
-    "--rows", type=int, help="Of each data set.  [default: 50,000 of 768-d, else 100,000]"
-)
+@click.option("--rows", default=50_000, show_default=True, help="Of each data set.")
 @click.option("--queries", default=2000, show_default=True, help="Of each data set.")
 @click.option("--datasets", "names", default=",".join(SETS), show_default=True)
 @click.option("--out", type=Path, default=RESULTS / "knobs.json", show_default=True)
-def main(rows: int | None, queries: int, names: str, out: Path) -> None:
+def main(rows: int, queries: int, names: str, out: Path) -> None:
     """What ef, M and ef_construction buy."""
     sets = json.loads(out.read_text())["sets"] if out.exists() else {}
     for name in names.split(","):
-        title, most = SETS.get(name, (name, None))
-        data = datasets.load(name, rows or most, queries)
+        data = datasets.load(name, rows, queries)
         n, dim = data.base.shape
-        sets[name] = {"title": title, "rows": n, "dim": dim, "queries": queries, **counts(data)}
+        sets[name] = {
+            "title": SETS.get(name, name),
+            "rows": n,
+            "dim": dim,
+            "queries": queries,
+            **counts(data),
+        }
     results = {**about([]), "ef": EFS, "k": K, "sets": sets}
     out.write_text(json.dumps(rounded(results), indent=1) + "\n")
 

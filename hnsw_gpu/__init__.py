@@ -13,6 +13,7 @@ from hnsw_gpu.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from hnsw_gpu.collection import Collection, load
+    from hnsw_gpu.conversion import from_faiss, from_hnswlib, from_usearch
     from hnsw_gpu.deduplication import DedupResult, dedup
     from hnsw_gpu.exhaustive import exact_search
     from hnsw_gpu.files import CorruptIndexError
@@ -38,6 +39,9 @@ __all__ = [
     "__version__",
     "dedup",
     "exact_search",
+    "from_faiss",
+    "from_hnswlib",
+    "from_usearch",
     "load",
 ]
 
@@ -56,6 +60,9 @@ _HOME = {
     "ServerError": "serve",
     "dedup": "deduplication",
     "exact_search": "exhaustive",
+    "from_faiss": "conversion",
+    "from_hnswlib": "conversion",
+    "from_usearch": "conversion",
     "load": "collection",
 }
 

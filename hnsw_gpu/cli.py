@@ -179,6 +179,66 @@ def _build_index(
 
 
 @main.command()
+@click.argument("source", metavar="INDEX", type=FILE)
+@click.option("-o", "--output", type=OUTPUT, required=True, help="The file to write.")
+@click.option(
+    "--from",
+    "source_form",
+    type=click.Choice(["hnsw-gpu", "hnswlib", "faiss", "usearch"]),
+    default="hnsw-gpu",
+    show_default=True,
+    help="What wrote INDEX.",
+)
+@click.option(
+    "--to",
+    "output_form",
+    type=click.Choice(["hnsw-gpu", "hnswlib", "faiss"]),
+    default="hnsw-gpu",
+    show_default=True,
+    help="What shall read the output.",
+)
+@click.option("--metric", help="l2, ip or cosine; hnswlib's files do not say.")
+@click.option("--dtype", help="How vectors are kept: fp32, fp16, int8 or int4.  [default: fp32]")
+@click.option("--refine", type=click.Choice(["fp32", "fp16"]), help="Finer rows beside them.")
+def convert(
+    source: Path,
+    output: Path,
+    source_form: str,
+    output_form: str,
+    metric: str | None,
+    dtype: str | None,
+    refine: str | None,
+) -> None:
+    """Bring INDEX from one library to another, with its graph as it is.
+
+    Nothing is built again: links, layers and labels stay. Copies of a vector stay nodes of their
+    own; where nodes cannot be reached, a warning says how many, and they are linked.
+
+    
+    Example:
+      hnsw-gpu convert docs.bin --from hnswlib --metric cosine -o docs.hnsw
+      hnsw-gpu convert docs.hnsw --to faiss -o docs.faiss
+    """
+    from hnsw_gpu import conversion
+
+    check_output(output, source)
+    if source_form == "hnsw-gpu":
+        if (metric, dtype, refine) != (None, None, None):
+            raise click.UsageError("--metric, --dtype and --refine are for other libraries' files")
+        opened = _open(source, "cpu")
+        if not isinstance(opened, hnsw_gpu.Index):
+            raise click.UsageError(f"{source} is a collection: convert its shards")
+    else:
+        if source_form == "hnswlib" and metric is None:
+            raise click.UsageError("--from hnswlib needs --metric: the file does not say")
+        opened = conversion.from_file(
+            source_form, source, metric, dtype=dtype or "fp32", refine=refine, device="cpu"
+        )
+    conversion.to_file(output_form, opened, output)
+    click.echo(f"{output}: {len(opened):,} vectors of {opened.dim}, {opened.metric}")
+
+
+@main.command()
 @click.argument("index", type=SAVED)
 @click.argument("queries", type=VECTORS)
 @click.option("-o", "--output", type=OUTPUT, required=True, help="The .npz to write.")

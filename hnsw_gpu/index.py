@@ -14,6 +14,7 @@ from hnsw_gpu.engine import (
     LOST_SHARE,
     STORAGE,
     ChangeLock,
+    Labels,
     Parameters,
     Rounded,
     State,
@@ -23,12 +24,14 @@ from hnsw_gpu.engine import (
     empty_state,
     from_arrays,
     insert,
+    joined,
     repaired,
     run_to_a_stop,
     with_vectors,
 )
 from hnsw_gpu.files import CorruptIndexError, open_arrays, write_arrays
 from hnsw_gpu.gpu import GpuEngine, bytes_a_query, index_bytes, on_gpu
+from hnsw_gpu.peers import faiss_index, outgoing, write_hnswlib
 from hnsw_gpu.progress import bar
 from hnsw_gpu.searching import StateSearching
 
@@ -117,6 +120,20 @@ class Index(StateSearching):
     def holds(self, labels: np.ndarray) -> np.ndarray:
         """bool (m,): which of int64 labels (m,) are in the index."""
         return self._state.labels.find(labels) >= 0
+
+    def __iter__(self) -> Iterator[int]:
+        """The labels, ascending, as they are now."""
+        return iter(self.labels.tolist())
+
+    def items(self) -> Iterator[tuple[int, np.ndarray]]:
+        """Each label with its vector (dim,), see `vectors`; as they are now, a block at a time."""
+        state = self._state
+        ordered = state.labels.sorted
+        for start in range(0, len(ordered), ENCODE_ROWS):
+            part = ordered[start : start + ENCODE_ROWS]
+            rows = state.vectors(state.labels.nodes(state.labels.find(part)))
+            state.require_unchanged()
+            yield from zip(part.tolist(), rows, strict=True)
 
     def __repr__(self) -> str:
         refine = f", refine={self.refine!r}" if self.refine else ""
@@ -208,24 +225,65 @@ class Index(StateSearching):
         vectors: ArrayLike,
         labels: ArrayLike | None = None,
         *,
+        replace: bool = False,
+        keep_deleted: bool = False,
         threads: int | None = None,
         progress: bool = False,
     ) -> np.ndarray:
         """Add vectors (m, dim), any array-like of real numbers; returns their int64 labels (m,).
 
         labels: integers >= 0, each once and not in the index; None continues after the largest
-        label ever given. Bad input raises ValueError or TypeError and adds nothing. After
-        KeyboardInterrupt the vectors of the batches that were finished are in, in order.
+        label ever given. replace: labels that are in the index get these vectors instead of theirs,
+        in one change. keep_deleted: see `compact`. Bad input raises ValueError or TypeError and
+        adds nothing. After KeyboardInterrupt the vectors of the batches that were finished are in,
+        in order.
         """
+
+        def choose(state: State, count: int) -> np.ndarray:
+            return inputs.new_labels(labels, count, state, replace)
+
+        return self._add(vectors, choose, keep_deleted, threads, progress)
+
+    def update(
+        self,
+        labels: ArrayLike,
+        vectors: ArrayLike,
+        *,
+        threads: int | None = None,
+        progress: bool = False,
+    ) -> None:
+        """Give labels (m,) that are in the index other vectors (m, dim), in one change.
+
+        KeyError names the first label that is not; nothing changes then. See `add`, which with
+        `replace` takes new labels too.
+        """
+
+        def choose(state: State, count: int) -> np.ndarray:
+            given = inputs.new_labels(labels, count, state, may_be_known=True)
+            state.labels.entries_of(given)
+            return given
+
+        self._add(vectors, choose, False, threads, progress)
+
+    def _add(
+        self,
+        vectors: ArrayLike,
+        choose: Callable[[State, int], np.ndarray],
+        keep_deleted: bool,
+        threads: int | None,
+        progress: bool,
+    ) -> np.ndarray:
+        """Add vectors (m, dim) under the labels choose(state, m), which it returns."""
         given = inputs.vectors("vectors", vectors, self.dim)
         threads = inputs.threads(threads)
         result = []
 
         def work(is_stopped: Callable[[], bool]) -> None:
-            new_labels = inputs.new_labels(labels, len(given), self._state)
-            live = self._state.labels.live_count
+            new_labels = choose(self._state, len(given))
+            held = self._state.labels
+            live = held.kept_count if keep_deleted else held.live_count
             if self._state.node_count - live > live + len(given):
-                self._compact(threads, progress, is_stopped)
+                self._compact(threads, progress, is_stopped, keep_deleted)
             state, nodes, rounded = with_vectors(
                 self._state, len(given), self._checked_parts(given)
             )
@@ -285,29 +343,96 @@ class Index(StateSearching):
         stored_as = "fp16" if "fp16" in (self.dtype, self.refine) else self.dtype
         return inputs.float_vectors("vectors", part, self._metric, stored_as, first)
 
-    def delete(self, labels: ArrayLike) -> None:
-        """Remove labels (m,). Their nodes are still walked through, until `compact`.
+    def merge(self, other: "Index", *, threads: int | None = None, progress: bool = False) -> None:
+        """Take in all that another index holds, which keeps vectors as this one does.
 
-        KeyError names the first label that is not in the index; nothing is removed then.
+        No label may be in both (ValueError), and the other stays as it is. It costs a fraction of
+        building: the nodes of the smaller of the two are inserted into the larger, with the links
+        that they have. What was deleted in either cannot come back. KeyboardInterrupt leaves the
+        index as it was.
         """
-        given = inputs.unique_labels("labels", labels)
+        kinds = [
+            (index.dim, index.metric, index.dtype, index.refine, index.M) for index in (self, other)
+        ]
+        if kinds[0] != kinds[1]:
+            raise ValueError(
+                f"merge: dim, metric, dtype, refine and M are {kinds[0]} here, {kinds[1]} there"
+            )
+        threads, theirs = inputs.threads(threads), other._settled()
 
-        def work(_: Callable[[], bool]) -> None:
-            held = self._state.labels
-            labels_left = held.without(held.entries_of(given))
-            self._publish(self._state._replace(labels=labels_left), None)
+        def work(is_stopped: Callable[[], bool]) -> None:
+            shared = theirs.labels.labels[self.holds(theirs.labels.labels)]
+            if len(shared):
+                raise ValueError(f"merge: label {shared[0]} is in both ({len(shared)} are)")
+            smaller = min(self._state.node_count, theirs.node_count)
+            with bar(progress, smaller, "merge", "vectors") as shown:
+
+                def advance(count: int) -> None:
+                    shown.update(count)
+                    if is_stopped():
+                        raise Stopped
+
+                state = joined(self._state, theirs, threads=threads, advance=advance)
+                self._publish(state, None)
 
         self._change(work)
 
-    def compact(self, *, threads: int | None = None, progress: bool = False) -> None:
+    def delete(self, labels: ArrayLike) -> None:
+        """Remove labels (m,). Their nodes are still walked through, until `compact`.
+
+        Until then `undelete` brings them back. KeyError names the first label that is not in the
+        index; nothing is removed then.
+        """
+        given = inputs.unique_labels("labels", labels)
+        self._relabel(lambda held: held.without(held.entries_of(given)))
+
+    def _relabel(self, change: Callable[[Labels], Labels]) -> None:
+        """Give the nodes other labels."""
+
+        def work(_: Callable[[], bool]) -> None:
+            self._publish(self._state._replace(labels=change(self._state.labels)), None)
+
+        self._change(work)
+
+    def undelete(self, labels: ArrayLike) -> None:
+        """Bring labels (m,) back, with their vectors, that were deleted since the last `compact`.
+
+        KeyError names the first that cannot come back; nothing changes then.
+        """
+        given = inputs.unique_labels("labels", labels)
+        self._relabel(lambda held: held.undeleted(given))
+
+    def forget(self, labels: ArrayLike) -> None:
+        """Let deleted labels (m,) not come back: see `deleted`. KeyError names the first unknown.
+
+        Their vectors are gone with the next `compact`.
+        """
+        given = inputs.unique_labels("labels", labels)
+        self._relabel(lambda held: held.forgetting(given))
+
+    @property
+    def deleted(self) -> np.ndarray:
+        """int64 (m,): the labels that `undelete` would bring back, ascending."""
+        return np.sort(self._state.labels.deleted.labels)
+
+    def compact(
+        self,
+        *,
+        keep_deleted: bool = False,
+        threads: int | None = None,
+        progress: bool = False,
+    ) -> None:
         """Rebuild without deleted nodes. KeyboardInterrupt leaves the index as it was.
 
-        `add` does so itself where more than half of the nodes would be deleted ones.
+        `add` does so itself where more than half of the nodes would be deleted ones. keep_deleted:
+        but for those that `undelete` can bring back.
         """
         threads = inputs.threads(threads)
-        self._change(lambda is_stopped: self._compact(threads, progress, is_stopped))
+        self._change(lambda is_stopped: self._compact(threads, progress, is_stopped, keep_deleted))
 
-    def _compact(self, threads: int, progress: bool, is_stopped: Callable[[], bool]) -> None:
+    def _compact(
+        self, threads: int, progress: bool, is_stopped: Callable[[], bool], keep_deleted: bool
+    ) -> None:
         with bar(progress, self._state.labels.live_count, "compact", "vectors") as shown:
 
             def advance(count: int) -> None:
@@ -315,7 +440,10 @@ class Index(StateSearching):
                 if is_stopped():
                     raise Stopped
 
-            self._publish(compacted(self._state, threads=threads, advance=advance), None)
+            state = compacted(
+                self._state, threads=threads, advance=advance, keep_deleted=keep_deleted
+            )
+            self._publish(state, None)
 
     # ---------------------------------------------------------------- keeping it
 
@@ -366,8 +494,31 @@ class Index(StateSearching):
         ValueError, before anything is written, if `load` would refuse what it would hold.
         """
         state, about, arrays = self._contents()
-        _restored(about, arrays, unread=ROWS)  # what `load` would refuse is not written
+        restored(about, arrays, unread=ROWS)  # what `load` would refuse is not written
         write_arrays(path, arrays, about, state.require_unchanged)
+
+    @staticmethod
+    def load(path: str | os.PathLike[str], *, mmap: bool = False, device: str = "auto") -> "Index":
+        """The Index of a file; see `hnsw_gpu.load`, which opens collections too."""
+        return load_index(path, mmap=mmap, device=device)
+
+    def to_hnswlib(self, path: str | os.PathLike[str], *, max_elements: int | None = None) -> None:
+        """Write the graph as it is, and its vectors as float32, as a file that hnswlib loads.
+
+        Loading it, say the metric: "l2", "ip" or "cosine". Copies become elements of their own, and
+        deleted nodes are marked so. max_elements: the capacity of the file, at least what it holds.
+        After small `add`s call `check` first: it links what cannot be reached yet.
+        """
+        capacity = inputs.integer("max_elements", max_elements or 0, 0, inputs.MOST_NODES)
+        write_hnswlib(path, outgoing(self._state), capacity)
+
+    def to_faiss(self) -> Any:
+        """The graph, as it is, as faiss's IndexHNSWFlat, of inner product under cosine.
+
+        In an IndexIDMap2 where labels are not 0..n-1. ValueError if there are deleted nodes. After
+        small `add`s call `check` first, as for `to_hnswlib`.
+        """
+        return faiss_index(outgoing(self._state), self._metric)
 
 
 def load_index(
@@ -396,7 +547,7 @@ def load_index(
             f"expected {checksum}"
         )
     try:
-        index = _restored(about, arrays, unread=mapped)
+        index = restored(about, arrays, unread=mapped)
     except KeyError as error:
         raise CorruptIndexError(f"{path}: {error} is missing") from None
     except (TypeError, ValueError) as error:
@@ -417,15 +568,20 @@ def _load_again(
 
 def _unpickled(about: dict[str, Any], arrays: dict[str, np.ndarray], device: str) -> Index:
     arrays = {name: copy_aligned(array) for name, array in arrays.items()}
-    return _restored(about, arrays, unread=ROWS).to(device)
+    return restored(about, arrays, unread=ROWS).to(device)
 
 
-def _restored(
-    about: dict[str, Any], arrays: dict[str, np.ndarray], *, unread: Collection[str]
+def restored(
+    about: dict[str, Any],
+    arrays: dict[str, np.ndarray],
+    *,
+    unread: Collection[str],
+    unrepaired: int = 0,
 ) -> Index:
     """The Index of what is in a file; KeyError, TypeError, ValueError say what is wrong.
 
-    unread: the names of rows that are not looked at.
+    unread: the names of rows that are not looked at. unrepaired: how many nodes may not be
+    reachable.
     """
     index = Index(**{name: about[name] for name in PARAMETERS})
     next_label = inputs.integer("next_label", about["next_label"], 0, inputs.LARGEST_LABEL + 1)
@@ -433,5 +589,5 @@ def _restored(
         asked = inputs.share("recall", recall), inputs.integer("k", k, 1, inputs.MOST_NODES)
         index._tuned[asked] = inputs.integer("ef", ef, 1, inputs.MOST_NODES)
     kept = index._state.parameters
-    index._state = from_arrays(kept, arrays, next_label, unread=unread)
+    index._state = from_arrays(kept, arrays, next_label, unread=unread, unrepaired=unrepaired)
     return index

@@ -309,7 +309,9 @@ def unique_labels(name: str, value: ArrayLike) -> np.ndarray:
     return result
 
 
-def new_labels(value: ArrayLike | None, count: int, state: State) -> np.ndarray:
+def new_labels(
+    value: ArrayLike | None, count: int, state: State, may_be_known: bool = False
+) -> np.ndarray:
     """int64 labels (count,) for new vectors, none in use; None goes on after the largest."""
     if state.node_count + count > MOST_NODES:
         raise ValueError(
@@ -326,6 +328,8 @@ def new_labels(value: ArrayLike | None, count: int, state: State) -> np.ndarray:
     given = unique_labels("labels", value)
     if len(given) != count:
         raise ValueError(f"labels: {len(given)} for {count} vectors")
+    if may_be_known:
+        return given
     known = state.labels.find(given) >= 0
     if known.any():
         raise ValueError(

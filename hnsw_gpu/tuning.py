@@ -10,7 +10,7 @@ from hnsw_gpu.progress import bar
 from hnsw_gpu.results import SearchResult
 
 SAMPLE = 1000  # stored vectors that are asked for, where no queries are given: at most,
-SAMPLE_SHARE = 20  # and one in so many, or the others would miss their links
+SAMPLE_SHARE = 50  # and one in so many, or the others would miss their links
 DEVIATIONS = 1.96  # of a mean: 95 % of samples lie within
 EPSILON = 1e-6  # of a distance, or of 1: what rounding may take on another device
 

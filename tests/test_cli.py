@@ -368,3 +368,47 @@ def test_reader_that_leaves_is_no_error(files):
     os.close(write_end)
     _, said = process.communicate()
     assert (process.returncode, said) == (1, b"")
+
+
+# ---------------------------------------------------------------- other libraries' graphs
+
+
+def test_convert_keeps_the_graph(files, tmp_path):
+    """Out to hnswlib's format and back: the same file but for what hnswlib's does not hold."""
+    there, back = tmp_path / "docs.bin", tmp_path / "back.hnsw"
+    said = run("convert", files / "docs.hnsw", "--to", "hnswlib", "-o", there)
+    assert said == f"{there}: 600 vectors of 12, l2\n"
+    run("convert", there, "--from", "hnswlib", "--metric", "l2", "-o", back)
+    queries = np.load(files / "queries.npy")
+    one, other = (hnsw_gpu.load(path) for path in (files / "docs.hnsw", back))
+    oracle.assert_same(one.search(queries, 5), other.search(queries, 5))
+    small = tmp_path / "small.hnsw"
+    run("convert", there, "--from", "hnswlib", "--metric", "l2", "--dtype", "int8", "-o", small)
+    assert hnsw_gpu.load(small).dtype == "int8"
+
+
+def test_convert_to_faiss_and_from_there(files, tmp_path):
+    pytest.importorskip("faiss", reason="faiss-cpu comes with the extra `test`")
+    there, back = tmp_path / "docs.faiss", tmp_path / "back.hnsw"
+    run("convert", files / "docs.hnsw", "--to", "faiss", "-o", there)
+    run("convert", there, "--from", "faiss", "-o", back)
+    assert len(hnsw_gpu.load(back)) == ROWS
+
+
+def test_convert_from_usearch(tmp_path):
+    there = ROOT / "tests" / "peers" / "data" / "usearch-2.26.6.usearch"
+    run("convert", there, "--from", "usearch", "-o", tmp_path / "docs.hnsw")
+    index = hnsw_gpu.load(tmp_path / "docs.hnsw")
+    assert (len(index), index.metric) == (230, "cosine")
+
+
+def test_convert_says_what_is_wrong(files, tmp_path):
+    there = tmp_path / "out.hnsw"
+    said = run("convert", files / "docs.hnsw", "--from", "hnswlib", "-o", there, code=2)
+    assert "needs --metric" in said
+    said = run("convert", files / "docs.hnsw", "--metric", "ip", "-o", there, code=2)
+    assert "--metric, --dtype and --refine are for other libraries' files" in said
+    said = run(
+        "convert", files / "docs.hnsw", "--from", "hnswlib", "--metric", "l2", "-o", there, code=1
+    )
+    assert "is no index of hnswlib, or damaged" in said and not there.exists()

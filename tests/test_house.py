@@ -20,15 +20,10 @@ CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 # A room is a folder of the package, or these modules beside the folders.
 ON_THE_GROUND = {
     "cli": {"__main__", "cli", "terminal", "doctor"},
+    "hnswlib": {"hnswlib"},
     "index": {
-        "index",
-        "searching",
-        "inputs",
-        "results",
-        "exhaustive",
-        "recall",
-        "progress",
-        "tuning",
+        *("index", "searching", "inputs", "results", "exhaustive", "recall", "progress"),
+        *("conversion", "tuning"),
     },
 }
 EVERYWHERE = {"__init__", "lazy_names"}  # the package itself: its public names, version and this

@@ -59,7 +59,7 @@ def test_it_is_the_smallest(index):
 @pytest.mark.parametrize("copies", [1, 2])
 def test_own_vectors_are_left_out(copies):
     """The sample is searched for in what is left, copies of it too; nothing else is missing."""
-    index = hnsw_gpu.Index(DIM, "l2", M=6, ef_construction=40)
+    index = hnsw_gpu.Index(DIM, "l2")
     index.add(np.repeat(clusters(2_000, 4), copies, axis=0))
     asked = index.labels[::40]
     own, walked, compared = index._left_out(asked)
@@ -120,7 +120,7 @@ def test_a_recall_out_of_reach(monkeypatch):
     lost = index.search
     monkeypatch.setattr(index, "search", lambda *a, **b: lost(*a, **b, allow=np.arange(150)))
     with pytest.raises(ValueError, match=r"recall 0.99: a beam that holds everything \(ef 300\)"):
-        index.tune(0.99)
+        index.tune(0.99, queries=clusters(50, 8))
 
 
 def test_the_command(tmp_path):

@@ -6,8 +6,8 @@ from hnsw_gpu.engine.copies import NodeTable, move_together
 from hnsw_gpu.engine.cpu_engine import CpuEngine
 from hnsw_gpu.engine.exact import block_rows, exact_block, rerank
 from hnsw_gpu.engine.filtered_search import nearest, within
-from hnsw_gpu.engine.graph import Graph, unlinked
-from hnsw_gpu.engine.growth import build_graph, compacted, insert, repaired, with_vectors
+from hnsw_gpu.engine.graph import Graph, unlinked, unreachable
+from hnsw_gpu.engine.growth import build_graph, compacted, insert, joined, repaired, with_vectors
 from hnsw_gpu.engine.keys import KEY_NONE, key_distances, key_nodes
 from hnsw_gpu.engine.labels import Labels
 from hnsw_gpu.engine.machine import memory_free, memory_limit
@@ -66,6 +66,7 @@ __all__ = [
     "from_arrays",
     "insert",
     "jit",
+    "joined",
     "key_distances",
     "key_nodes",
     "memory_free",
@@ -83,6 +84,7 @@ __all__ = [
     "squared_lengths",
     "thread_count",
     "unlinked",
+    "unreachable",
     "with_vectors",
     "within",
 ]

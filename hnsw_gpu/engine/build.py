@@ -32,6 +32,7 @@ from hnsw_gpu.engine.alignment import empty_aligned, taken_aligned
 from hnsw_gpu.engine.beam import insert, size
 from hnsw_gpu.engine.compiled import jit
 from hnsw_gpu.engine.distance import IP, as_query, distance
+from hnsw_gpu.engine.exact import rerank
 from hnsw_gpu.engine.graph import Graph
 from hnsw_gpu.engine.keys import KEY_NONE, key_node, make_key
 from hnsw_gpu.engine.search import Task, walk
@@ -258,7 +259,12 @@ def _insert_batch(graph, growth, levels, ef_construction, threads):
         _link_points(growth, task, selection, first, start, stop, targets, sources)
 
     run_chunks(link, count, LINK_CHUNK, threads)
-    targets, sources, group_start = _group(targets.ravel(), sources.ravel())
+    return _give_links(growth, targets.ravel(), sources.ravel(), threads)
+
+
+def _give_links(growth, targets, sources, threads):
+    """Step 3 for pairs of a target (-1: none) and a source's key; returns the targets."""
+    targets, sources, group_start = _group(targets, sources)
     most = np.diff(group_start).max(initial=0)
 
     def relink(start, stop):
@@ -267,6 +273,23 @@ def _insert_batch(graph, growth, levels, ef_construction, threads):
 
     run_chunks(relink, len(group_start) - 1, LINK_CHUNK, threads)
     return targets[group_start[:-1]]
+
+
+def give_links(graph, rows, metric, links, first, *, threads):
+    """Offer nodes first.. links (m, width) on layer 0, -1 = none, beside those that they have.
+
+    Writes `graph.neighbors0`. Links to the node itself, and those that come twice, are left out.
+    """
+    own = rows_as_queries(rows[first : first + len(links)])
+    nodes = np.arange(first, first + len(links))
+    links = np.sort(np.where(links == nodes[:, None], -1, links), axis=1)
+    links[:, 1:][links[:, 1:] == links[:, :-1]] = -1
+    links = -np.sort(-links, axis=1)
+    keys = np.where(links < 0, KEY_NONE, links.astype(np.uint64) << np.uint64(1))
+    keys = rerank(keys, rows, own, metric, k=links.shape[1], threads=threads)
+    targets = np.where(keys == KEY_NONE, -1, nodes[:, None])
+    growth = GrowingGraph(graph, engine_view(rows), METRICS[metric])
+    _give_links(growth, targets.ravel(), keys.ravel(), threads)
 
 
 def _new_selection(growth, most_sources):

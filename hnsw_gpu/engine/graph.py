@@ -32,10 +32,7 @@ class Graph(NamedTuple):
 
 
 def unlinked(graph, is_gone):
-    """The graph without links to nodes (bool (n,)): no walk meets them, but as the entry point.
-
-    Who had such a link has one of that node's instead, as if it had never been there: about so.
-    """
+    """The graph without links to nodes (bool (n,)): no walk meets them, but as the entry point."""
     neighbors0, neighbors = np.empty_like(graph.neighbors0), np.empty_like(graph.neighbors)
     _unlink(graph.neighbors0, neighbors0, is_gone)
     for layer in range(1, graph.top + 1):
@@ -46,45 +43,44 @@ def unlinked(graph, is_gone):
 
 @jit
 def _unlink(before, links, is_gone):
-    """Write the lists `before` (n, width) with a link of a gone node's in place of each to it."""
+    """Write the lists `before` (n, width), filled from the left, without links to gone nodes."""
     for row in range(len(links)):
         kept = 0
         for j in range(links.shape[1]):
             link = before[row, j]
-            if link >= 0 and is_gone[link]:
-                link = _another(before, row, link, links, kept, is_gone)
-            if link >= 0:
+            if link >= 0 and not is_gone[link]:
                 links[row, kept] = link
                 kept += 1
         for j in range(kept, links.shape[1]):
             links[row, j] = -1
 
 
-@jit
-def _another(before, row, gone, links, kept, is_gone):
-    """The first link of a gone node that the row does not have; -1 if there is none."""
-    for j in range(before.shape[1]):
-        link = before[gone, j]
-        if link < 0:
-            break
-        is_new = link != row and not is_gone[link]
-        for i in range(before.shape[1]):
-            is_new = is_new and link != before[row, i] and (i >= kept or link != links[row, i])
-        if is_new:
-            return link
-    return np.int32(-1)
-
-
 def check_graph(graph):
     """What is wrong with a graph: a list of sentences, empty when it is sound.
 
+    `check_links`, and every node reachable on layer 0 from the entry point.
+    """
+    problems = check_links(graph)
+    if not problems and len(graph.neighbors0):
+        missing = unreachable(graph)
+        if len(missing):
+            problems.append(
+                f"layer 0: {len(missing)} nodes are not reachable from the entry point, "
+                f"the first is {missing[0]}"
+            )
+    return problems
+
+
+def check_links(graph):
+    """What no search may meet in a graph, in sentences.
+
     Shapes, dtypes, ranges, no self-links, no repeats, rows filled from the left, every node of a
-    layer present on the layer below, every node reachable on layer 0 from the entry point.
+    layer present on the layer below.
     """
     problems = _check_shapes(graph)
     if problems:
         return problems
-    problems = _check_links("layer 0", graph.neighbors0)
+    problems = _check_rows("layer 0", graph.neighbors0)
     numbers_below = np.arange(len(graph.neighbors0), dtype=np.int32)
     for layer in range(1, graph.top + 1):
         part = slice(*graph.layer_offsets[layer - 1 : layer + 1])
@@ -98,15 +94,8 @@ def check_graph(graph):
             problems.append(f"{name}: 'below' leaves the layer below")
         elif (numbers_below[below] != nodes).any():
             problems.append(f"{name}: 'below' names another node")
-        problems += _check_links(name, graph.neighbors[part])
+        problems += _check_rows(name, graph.neighbors[part])
         numbers_below = nodes
-    if not problems and len(graph.neighbors0):
-        missing = unreachable(graph)
-        if len(missing):
-            problems.append(
-                f"layer 0: {len(missing)} nodes are not reachable from the entry point, "
-                f"the first is {missing[0]}"
-            )
     return problems
 
 
@@ -133,7 +122,7 @@ def _check_shapes(graph):
     return problems
 
 
-def _check_links(name, neighbors):
+def _check_rows(name, neighbors):
     """Ranges, self-links, holes and repeats of one layer's rows."""
     defects = {
         1: "links out of range",

@@ -1,11 +1,37 @@
 """The caller's labels and the nodes that carry them."""
 
+from typing import NamedTuple
+
 import numpy as np
 
 from hnsw_gpu.engine.appending import appended
 from hnsw_gpu.engine.compiled import jit
 from hnsw_gpu.engine.keys import KEY_NONE, key_distance, key_node
 from hnsw_gpu.engine.label_table import LabelTable
+
+
+class Deleted(NamedTuple):
+    """What was removed and can come back: labels, none twice nor in use, and their nodes."""
+
+    labels: np.ndarray = np.empty(0, np.int64)
+    nodes: np.ndarray = np.empty(0, np.int64)
+
+    def without(self, labels):
+        """What is left but for labels that are in use, or forgotten."""
+        if not len(self.labels):
+            return self
+        is_left = ~np.isin(self.labels, labels)
+        return Deleted(self.labels[is_left], self.nodes[is_left])
+
+    def places(self, labels):
+        """int64 places of labels (m,); KeyError names the first that is not here."""
+        order = np.argsort(self.labels)
+        place = np.searchsorted(self.labels, labels, sorter=order)
+        known = place < len(order)
+        known[known] = self.labels[order[place[known]]] == labels[known]
+        if not known.all():
+            raise KeyError(f"label {labels[~known][0]}: was not deleted, or is gone for good")
+        return order[place]
 
 
 class Labels:
@@ -15,9 +41,10 @@ class Labels:
     in `labels`. While every node carries one, `offsets` is 0..n and entries are nodes.
     """
 
-    def __init__(self, offsets=None, labels=None):
+    def __init__(self, offsets=None, labels=None, deleted=None):
         self.offsets = np.zeros(1, np.int64) if offsets is None else offsets
         self.labels = np.empty(0, np.int64) if labels is None else labels
+        self.deleted = Deleted() if deleted is None else deleted
         self._room = self.offsets, self.labels  # each followed by what may be written
         self._order = None  # entries by label, made when first asked for, as is the next
         self._table = None  # of labels that do not ascend
@@ -32,6 +59,7 @@ class Labels:
         """Bytes held."""
         order = 0 if self._order is None else self._order.nbytes
         order += 0 if self._table is None else self._table.nbytes
+        order += sum(array.nbytes for array in self.deleted)
         return self.offsets.nbytes + self.labels.nbytes + order
 
     @property
@@ -79,7 +107,7 @@ class Labels:
 
         Where all of the nodes are new that takes time in proportion to them; else all is copied.
         """
-        known = len(self.offsets) - 1
+        known, deleted = len(self.offsets) - 1, self.deleted.without(labels)
         order = np.lexsort((labels, nodes))
         labels, nodes = labels[order], nodes[order]
         split = np.searchsorted(nodes, known)
@@ -87,11 +115,12 @@ class Labels:
             places = np.empty(split, np.int64)
             _place(self.offsets, self.labels, nodes[:split], labels[:split], places)
             more = np.concatenate([[0], np.cumsum(np.bincount(nodes[:split], minlength=known))])
-            here = Labels(self.offsets + more, np.insert(self.labels, places, labels[:split]))
+            merged = np.insert(self.labels, places, labels[:split])
+            here = Labels(self.offsets + more, merged, deleted)
             return here.with_added(labels[split:], nodes[split:], count)
         counts = np.bincount(nodes - known, minlength=count - known)
         ends = len(self.labels) + np.cumsum(counts)
-        added = Labels()
+        added = Labels(deleted=deleted)
         added._room = (
             appended(self._room[0], known + 1, ends),
             appended(self._room[1], len(self.labels), labels),
@@ -107,18 +136,41 @@ class Labels:
         return added
 
     def without(self, entries):
-        """Labels after removing entries; the nodes stay."""
+        """Labels after removing entries, which `undeleted` brings back; the nodes stay."""
         kept = np.ones(len(self.labels), bool)
         kept[entries] = False
         before = np.concatenate([[0], np.cumsum(kept)]).astype(np.int64)
-        left = Labels(before[self.offsets], self.labels[kept])
+        gone = self.labels[entries], self.nodes(entries)
+        joint = [np.concatenate(pair) for pair in zip(self.deleted, gone, strict=True)]
+        left = Labels(before[self.offsets], self.labels[kept], Deleted(*joint))
         left._ascends = self._ascends or None  # what is left of ascending ones ascends
         return left
 
-    def of_nodes(self, nodes):
-        """Labels of some nodes (m,) that between them carry all labels, renumbered 0..m-1."""
+    def undeleted(self, labels):
+        """Labels after `without` was taken back; KeyError names the first that is not deleted."""
+        nodes = self.deleted.nodes[self.deleted.places(labels)]
+        return self.with_added(labels, nodes, len(self.offsets) - 1)
+
+    def forgetting(self, labels):
+        """The same labels; deleted ones (m,) cannot come back. KeyError as `undeleted`."""
+        self.deleted.places(labels)
+        return Labels(self.offsets, self.labels, self.deleted.without(labels))
+
+    def of_nodes(self, nodes, deleted):
+        """Labels of some nodes (m,) that between them carry all labels, renumbered 0..m-1.
+
+        deleted: what can still come back, of these nodes.
+        """
         counts = np.diff(self.offsets)[nodes]
-        return Labels(np.concatenate([[0], np.cumsum(counts)]).astype(np.int64), self.labels)
+        offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        deleted = Deleted(deleted.labels, np.searchsorted(nodes, deleted.nodes))
+        return Labels(offsets, self.labels, deleted)
+
+    def grouped(self, nodes, count):
+        """The labels where node i has become nodes[i], of `count`: equal ones have become one."""
+        mine = np.repeat(nodes, np.diff(self.offsets))
+        deleted = Deleted(self.deleted.labels, nodes[self.deleted.nodes])
+        return Labels(deleted=deleted).with_added(self.labels, mine, count)
 
     def problems(self, count, next_label):
         """What is wrong, in sentences, as the labels of `count` nodes, all below `next_label`."""
@@ -138,6 +190,22 @@ class Labels:
             found.append("labels are negative or repeated")
         if len(labels) and ordered[-1] >= next_label:
             found.append(f"the next label is {next_label}, and {ordered[-1]} is there")
+        return found + self._deleted_problems(ordered, count)
+
+    def _deleted_problems(self, in_use, count):
+        """What is wrong, in sentences, with what can come back to `count` nodes."""
+        labels, nodes = self.deleted
+        if len(labels) != len(nodes):
+            return ["deleted labels and their nodes differ in number"]
+        if not len(labels):
+            return []
+        found = []
+        if nodes.min() < 0 or nodes.max() >= count:
+            found.append("deleted labels name nodes that are not there")
+        ordered = np.sort(labels)
+        is_used = np.isin(ordered, in_use).any()
+        if ordered[0] < 0 or (np.diff(ordered) == 0).any() or is_used:
+            found.append("deleted labels are negative, repeated or in use")
         return found
 
     def count(self, nodes):
@@ -154,6 +222,13 @@ class Labels:
         if self._live_count is None:
             self._live_count = int(self.live_nodes().sum())
         return self._live_count
+
+    @property
+    def kept_count(self):
+        """How many nodes carry a label, or can carry one again."""
+        is_kept = self.live_nodes()
+        is_kept[self.deleted.nodes] = True
+        return int(is_kept.sum())
 
     @property
     def are_all_live(self):

@@ -8,11 +8,13 @@ import numpy as np
 from hnsw_gpu.engine.build import empty_graph, packed
 from hnsw_gpu.engine.copies import NodeTable
 from hnsw_gpu.engine.cpu_engine import CpuEngine
-from hnsw_gpu.engine.graph import Graph, check_graph
-from hnsw_gpu.engine.labels import Labels
+from hnsw_gpu.engine.graph import Graph, check_graph, check_links
+from hnsw_gpu.engine.labels import Deleted, Labels
 from hnsw_gpu.engine.row_check import row_problems
 from hnsw_gpu.engine.second_copy import SecondCopy
 from hnsw_gpu.engine.vectors import decode, empty_rows
+
+DELETED = ("deleted_labels", "deleted_nodes")  # in a file, where there are some
 
 
 class Parameters(NamedTuple):
@@ -96,11 +98,12 @@ class State(NamedTuple):
     def problems(self, *, unread: Collection[str] = ()) -> list[str]:
         """What is wrong with the graph, the labels or the rows, in sentences.
 
-        unread: rows, by their name in `arrays`, that are not looked at.
+        Whether every node is reachable is asked where none is unrepaired. unread: rows, by their
+        name in `arrays`, that are not looked at.
         """
         # that of a file is looked at as it is
         graph = self.graph if self.graph is self.room else packed(self.graph)
-        found: list[str] = check_graph(graph)
+        found: list[str] = check_links(graph) if self.unrepaired else check_graph(graph)
         found += self.labels.problems(self.node_count, self.next_label)
         cpu, kept = self.cpu, self.parameters
         for name, rows, dtype in (
@@ -117,7 +120,10 @@ class State(NamedTuple):
         found = {"vectors": cpu.rows, **packed(self.graph)._asdict()}
         if cpu.refine_rows is not None:
             found["refine_vectors"] = cpu.refine_rows
-        return found | {"label_offsets": self.labels.offsets, "labels": self.labels.labels}
+        found |= {"label_offsets": self.labels.offsets, "labels": self.labels.labels}
+        if len(self.labels.deleted.labels):
+            found |= dict(zip(DELETED, self.labels.deleted, strict=True))
+        return found
 
 
 def empty_state(parameters: Parameters) -> State:
@@ -141,9 +147,17 @@ def empty_state(parameters: Parameters) -> State:
 
 
 def from_arrays(
-    parameters: Parameters, arrays: dict[str, Any], next_label: int, *, unread: Collection[str]
+    parameters: Parameters,
+    arrays: dict[str, Any],
+    next_label: int,
+    *,
+    unread: Collection[str],
+    unrepaired: int = 0,
 ) -> State:
-    """The state that gave `arrays`. KeyError names what is missing, ValueError what is wrong."""
+    """The state that gave `arrays`. KeyError names what is missing, ValueError what is wrong.
+
+    unrepaired: how many nodes may not be reachable.
+    """
     empty = empty_state(parameters)
     graph = Graph(*(arrays[name] for name in Graph._fields))
     count = len(graph.neighbors0)
@@ -154,12 +168,16 @@ def from_arrays(
     _expect("neighbors", graph.neighbors, empty.graph.neighbors, len(graph.nodes))
     _expect("label_offsets", arrays["label_offsets"], empty.labels.offsets, count + 1)
     _expect("labels", arrays["labels"], empty.labels.labels, len(arrays["labels"]))
+    deleted = [arrays.get(name, like) for name, like in zip(DELETED, Deleted(), strict=True)]
+    for name, array in zip(DELETED, deleted, strict=True):
+        _expect(name, array, empty.labels.labels, len(array))
     state = empty._replace(
+        unrepaired=unrepaired,
         graph=graph,
         room=graph,
         rows=arrays["vectors"],
         refine_rows=None if empty.refine_rows is None else arrays["refine_vectors"],
-        labels=Labels(arrays["label_offsets"], arrays["labels"]),
+        labels=Labels(arrays["label_offsets"], arrays["labels"], Deleted(*deleted)),
         next_label=next_label,
     )
     state.table.clear()

@@ -10,6 +10,7 @@ import itertools
 import logging
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import oracle
@@ -68,6 +69,22 @@ def test_searches(device, form):
     assert_alike(cpu, gpu, exact, allow=masks)
     cpu.delete(np.arange(40)), gpu.delete(np.arange(40))
     assert_alike(cpu, gpu, exact)
+
+
+def test_a_graph_of_hnswlib(device, tmp_path):
+    """It came from a file of hnswlib, link for link; its entry point is where it was."""
+    path = Path(__file__).parents[1] / "peers" / "data" / "hnswlib-0.8.0.bin"
+    rows = np.random.default_rng(3).integers(-20, 21, (40, 6)).astype(np.float32)
+    cpu, gpu = (hnsw_gpu.from_hnswlib(path, 6, "l2", device=one) for one in ("cpu", "cuda"))
+    assert gpu.device == "cuda" and gpu._state.graph.top >= 2
+    for how in ({}, {"ef": 30, "ef_upper": 2}, {"allow": cpu.labels[::2]}):
+        one, other = (index.search(rows, 7, expand=2, **how) for index in (cpu, gpu))
+        oracle.assert_same(one, other)
+    deleted = cpu.deleted
+    cpu.undelete(deleted), gpu.undelete(deleted)
+    oracle.assert_same(*(index.search(rows, 7, expand=2) for index in (cpu, gpu)))
+    cpu.add(rows + 1), gpu.add(rows + 1)
+    oracle.assert_same(*(index.search(rows, 7, expand=2) for index in (cpu, gpu)))
 
 
 def test_adding_and_deleting(device):

@@ -241,6 +241,15 @@ PEERS: dict[str, Maker] = {
     "usearch": Maker(Usearch, "usearch", "usearch"),
 }
 
+LABELS = {
+    "ours-int4": "hnsw_gpu int4 + refine",
+    "ours-int8": "hnsw_gpu int8 + refine",
+    "ours-fp32": "hnsw_gpu fp32",
+    "svs": "SVS Vamana fp32",
+    "faiss": "faiss HNSW",
+    "faiss-ivf": "faiss IVF, 4 bits + refine",
+}
+
 
 def reason_to_skip(name: str) -> str:
     """Why the peer cannot be imported here; empty if it can."""

@@ -8,6 +8,8 @@ from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from benchmarks.peers import LABELS
+
 COLORS = {
     "ours-int4": "#7b1fa2",
     "ours-int8": "#b3261e",
@@ -17,14 +19,6 @@ COLORS = {
     "faiss": "#4a7f3c",
     "faiss-ivf": "#9bc53d",
     "usearch": "#77767b",
-}
-LABELS = {
-    "ours-int4": "hnsw_gpu int4 + refine",
-    "ours-int8": "hnsw_gpu int8 + refine",
-    "ours-fp32": "hnsw_gpu fp32",
-    "svs": "SVS Vamana fp32",
-    "faiss": "faiss HNSW",
-    "faiss-ivf": "faiss IVF, 4 bits + refine",
 }
 PARTS = {
     "links": "#c8c6c4",

@@ -461,7 +461,8 @@ class Index(StateSearching):
     def check(self) -> None:
         """Raise ValueError naming what is wrong with the graph, the labels or the vectors.
 
-        First links the nodes of the last small `add`s that are not reachable yet, as `save` does.
+        First links the nodes of the last small calls of `add` that are not reachable yet, as
+        `save` does.
         """
         problems = self._settled().problems()
         if problems:

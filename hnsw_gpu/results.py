@@ -6,18 +6,27 @@ import numpy as np
 
 
 class SearchResult(NamedTuple):
-    """Nearest first. Too few: label -1, distance +inf."""
+    """Nearest first. Too few: label -1, distance +inf.
 
-    labels: np.ndarray  # (q, k) int64
-    distances: np.ndarray  # (q, k) float32
+    labels: int64 (q, k).
+    distances: float32 (q, k).
+    """
+
+    labels: np.ndarray
+    distances: np.ndarray
 
 
 class RadiusResult(NamedTuple):
-    """All within a radius, nearest first: query i has results offsets[i]:offsets[i + 1]."""
+    """All within a radius, nearest first: query i has results offsets[i]:offsets[i + 1].
 
-    offsets: np.ndarray  # (q + 1,) int64
-    labels: np.ndarray  # (results,) int64
-    distances: np.ndarray  # (results,) float32
+    offsets: int64 (q + 1,).
+    labels: int64 (results,).
+    distances: float32 (results,).
+    """
+
+    offsets: np.ndarray
+    labels: np.ndarray
+    distances: np.ndarray
 
 
 def reported(distances: np.ndarray, metric: str) -> np.ndarray:

@@ -15,6 +15,7 @@ import hnsw_gpu
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "hnsw_gpu"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
 # A room is a folder of the package, or these modules beside the folders.
 ON_THE_GROUND = {
@@ -82,7 +83,8 @@ def texts() -> list[Path]:
     found = [*PACKAGE.rglob("*.py"), *ROOT.glob("tests/**/*.py"), *ROOT.glob("benchmarks/**/*.py")]
     found += [*ROOT.glob("kernels/*"), *ROOT.glob("tests/gpu/emulator/*.[hc]*")]
     found += [*ROOT.glob("tests/ptx/executor/*")]
-    found += [*ROOT.glob("*.md"), ROOT / "pyproject.toml", ROOT / ".ci" / "run"]
+    found += [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("docs/*.py")]
+    found += [ROOT / "docs" / "llms.txt", ROOT / "pyproject.toml", ROOT / ".ci" / "run"]
     return sorted(path for path in found if path != Path(__file__))
 
 
@@ -146,9 +148,11 @@ def offered(folder: str) -> list[str]:
     raise AssertionError(f"{folder}: no __all__")
 
 
-def test_the_rooms_are_the_drawing_of_the_readme():
+def test_the_rooms_are_drawn():
     """Every room is there with all the rooms that it imports, and each only from further down."""
-    drawn = {name: set(re.findall(r"`(\w+)`", uses)) for name, uses in DRAWING.findall(README)}
+    drawn = {
+        name: set(re.findall(r"`(\w+)`", uses)) for name, uses in DRAWING.findall(CONTRIBUTING)
+    }
     assert arrows(modules()) == drawn
     order = list(drawn)
     upwards = [(a, b) for a in order for b in drawn[a] if order.index(b) <= order.index(a)]
@@ -330,12 +334,11 @@ def test_linters_are_said_once():
     """CI, pre-commit and CONTRIBUTING.md name the same ones; the first two run them."""
     ci = re.findall(r"^\.venv-test/bin/(.+)$", (ROOT / ".ci" / "run").read_text(), re.M)
     hooks = re.findall(r"entry: ([^,]+),", (ROOT / ".pre-commit-config.yaml").read_text())
-    said = (ROOT / "CONTRIBUTING.md").read_text()
     assert ci == hooks == ["ruff check", "ruff format --check", "mypy"]
-    assert all(f"`{command}`" in said for command in ci)
+    assert all(f"`{command}`" in CONTRIBUTING for command in ci)
 
 
 def test_the_test_command_is_said_once():
     command = re.search(r"^python3 -m venv \.venv-test .+$", README, re.M)
     assert command is not None
-    assert command[0] in (ROOT / "CONTRIBUTING.md").read_text()
+    assert command[0] in CONTRIBUTING

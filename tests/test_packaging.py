@@ -102,9 +102,10 @@ def test_the_sdist_holds_what_is_needed_to_test_it(packages):
     with tarfile.open(only(packages.glob("*.tar.gz"))) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     loose = {*LOOSE, ".ci/run"}
-    assert loose | sources("hnsw_gpu") | sources("kernels") | sources("tests") <= names
+    folders = ("hnsw_gpu", "kernels", "tests", "docs", "benchmarks")
+    assert loose.union(*map(sources, folders)) <= names
     assert {name.partition("/")[0] for name in names} <= {
-        *("hnsw_gpu", "kernels", "tests", "benchmarks", ".ci", ".gitignore", "PKG-INFO"),
+        *("hnsw_gpu", "kernels", "tests", "benchmarks", "docs", ".ci", ".gitignore", "PKG-INFO"),
         *LOOSE,
     }
 
@@ -129,7 +130,7 @@ def test_metadata(packages):
     core = {package for package, condition in needs if "extra ==" not in condition}
     assert core == {"click", "numba", "numpy", "tqdm"}
     assert set(re.findall("^Provides-Extra: (.*)$", text, re.M)) == {
-        *("bench", "cuda12", "cuda13", "demo", "io", "peers", "serve", "test", "toolkit")
+        *("bench", "cuda12", "cuda13", "demo", "docs", "io", "peers", "serve", "test", "toolkit")
     }
     assert f"## {version[1]}" in (ROOT / "CHANGELOG.md").read_text()
 

@@ -21,12 +21,14 @@ if TYPE_CHECKING:
 class DedupResult:
     """Rows kept and dropped, the pairs that decided it, and a report.
 
-    keep: bool (n,), input order. duplicate_of: int64 (n,), row of the representative, -1 where
-    there is none. similarity: float32 (n,) to it (cosine, ip), NaN where there is none;
-    distance: likewise, of every metric. group: int64 (n,), the representative's row, which a kept
-    row is itself. against: int64 (n,), of rows that the other set has: its label, or row; else -1.
-    ids: the caller's, or the row numbers. report: counts, histogram of best similarity, sampled
-    recall, seconds, parameters.
+    keep: bool (n,), input order.
+    duplicate_of: int64 (n,), row of the representative, -1 where there is none.
+    similarity: float32 (n,) to it (cosine, ip), NaN where there is none.
+    distance: likewise, of every metric.
+    group: int64 (n,), the representative's row, which a kept row is itself.
+    against: int64 (n,), of rows that the other set has: its label, or row; else -1.
+    ids: the caller's, or the row numbers.
+    report: counts, histogram of best similarity, sampled recall, seconds, parameters.
     """
 
     def __init__(

@@ -110,8 +110,8 @@ class Client:
     ) -> SearchResult:
         """The k nearest labels of each query (q, dim), as `Index.search` gives them.
 
-        allow: the name of a filter on the server. timeout_s: the server gives up a request that it
-        cannot answer in time (ServerError 504).
+        allow: the name of a filter on the server.
+        timeout_s: the server gives up a request that it cannot answer in time (ServerError 504).
         """
         deadline = self._deadline()
         given = inputs.array("queries", queries)

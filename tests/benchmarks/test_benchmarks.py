@@ -10,7 +10,7 @@ pytest.importorskip("matplotlib", reason="the benchmarks draw, which comes with 
 
 import hnsw_gpu
 from benchmarks import datasets, race
-from benchmarks.cpu import anatomy
+from benchmarks.cpu import anatomy, knobs
 from benchmarks.cpu.run import OURS, main
 from benchmarks.peers import PEERS, Maker
 from benchmarks.record import SETTING, kind
@@ -48,6 +48,24 @@ def test_quick_run_reports_the_recall_of_the_same_index(tmp_path):
     }
     assert recalls["16"] < recalls["256"]  # the sweep tells ef apart
     assert reported["recall_at_ef"]["ours-fp32"] == pytest.approx(recalls, abs=1e-9)
+
+
+def test_knobs_report_the_recall_and_bytes_of_the_same_index(tmp_path):
+    out = tmp_path / "knobs.json"
+    options = ["--datasets", "tiny", "--rows", "800", "--queries", "100", "--out", str(out)]
+    done = CliRunner().invoke(knobs.main, options)
+    assert done.exit_code == 0, done.output
+    reported = json.loads(out.read_text())["sets"]["tiny"]
+    data = datasets.load("tiny", 800, 100)
+    index = hnsw_gpu.Index(32, "cosine", M=8, ef_construction=200)
+    index.add(data.base)
+    found = index.search(data.queries, 10, ef=16).labels
+    own = plain_recall(data.base, data.queries, found, 10)
+    key = "M 8, ef_construction 200"
+    assert reported["recall"][key][0] == pytest.approx(own, abs=1e-6)
+    assert reported["bytes_a_row"][key] == pytest.approx(index.nbytes / 800, rel=1e-5)
+    distances = reported["distances"][key]
+    assert distances == sorted(distances) and 16 < distances[0] < distances[-1] <= 800 + 200
 
 
 def test_recall_of_ties_repeats_and_gaps():

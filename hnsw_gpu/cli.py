@@ -508,6 +508,8 @@ def dedup_preview(
 )
 @device_option
 @click.option("--mmap", is_flag=True, help="Map the vectors instead of loading them.")
+@click.option("--ray", "address", help="Search a collection's shards on the Ray cluster there.")
+@click.option("--replicas", type=POSITIVE, help="Actors a shard, on Ray.  [default: 1]")
 @click.option("--batch-rows", type=POSITIVE, help="Most rows per batch.  [default: 128 per thread]")
 @click.option("--queue-rows", type=POSITIVE, default=16384, show_default=True, help="Most queued.")
 @click.option("--max-body", callback=_bytes, default="64M", show_default=True, help="Largest body.")
@@ -551,6 +553,8 @@ def serve(
     max_body: int,
     allowed_hosts: tuple[str, ...],
     log_format: str,
+    address: str | None,
+    replicas: int | None,
     **settings: Any,
 ) -> None:
     """Serve searches of INDEX, or of a collection, over HTTP.
@@ -560,9 +564,13 @@ def serve(
     busy form the next batch. On SIGTERM or SIGHUP, running requests finish. Needs the extra
     `serve`: pip install "hnsw-gpu[serve]"
 
+    With --ray HOST:PORT, ray://HOST:PORT or `local` the shards of a collection are searched by
+    actors there; /health/ready is true while each shard has a live one. Needs the extra `ray`.
+
     \b
     Example:
       hnsw-gpu serve docs.hnsw --port 8080
+      hnsw-gpu serve docs.collection --ray 10.0.0.1:6379 --replicas 2
     """
     started = time.perf_counter()
 
@@ -573,7 +581,7 @@ def serve(
             click.echo(text, err=True)
 
     try:
-        from hnsw_gpu.serve import ServerSettings, listen, log_to_stderr, serve
+        from hnsw_gpu.serve import OnRay, ServerSettings, listen, log_to_stderr, serve
     except ImportError as error:
         raise ImportError(f'{error}: pip install "hnsw-gpu[serve]"') from None
 
@@ -582,6 +590,8 @@ def serve(
     folder = (root or index.parent).resolve()
     if not path.is_relative_to(folder):
         raise click.UsageError(f"{index} is not within --root {root}")
+    if replicas is not None and address is None:
+        raise click.UsageError("--replicas are actors on a Ray cluster: --ray says on which")
     listening = listen(host, port)
     log_to_stderr(log_format)
     at = f"[{host}]" if ":" in host else host
@@ -601,6 +611,7 @@ def serve(
     is_any = "*" in names or not (names or is_local)
     settings |= {
         "token": token,
+        "on_ray": None if address is None else OnRay(address, replicas or 1),
         "most_body": max_body,
         "allowed_hosts": None if is_any else frozenset({*names, "localhost", host.lower()}),
     }

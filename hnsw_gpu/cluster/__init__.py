@@ -1,14 +1,15 @@
-"""Collections on the machines of a Ray cluster. Needs the extra `ray`."""
+"""A collection on the machines of a Ray cluster. Needs the extra `ray`, once it is used."""
 
 from typing import TYPE_CHECKING
 
 from hnsw_gpu.lazy_names import lazy_names
 
 if TYPE_CHECKING:
-    from hnsw_gpu.cluster.ray_connection import ray_connection
+    from hnsw_gpu.cluster.cluster import Cluster
+    from hnsw_gpu.cluster.shard_calls import ShardLostError
 
-__all__ = ["ray_connection"]
+__all__ = ["Cluster", "ShardLostError"]
 
-_HOME = {"ray_connection": "ray_connection"}
+_HOME = {"Cluster": "cluster", "ShardLostError": "shard_calls"}
 
 __getattr__ = lazy_names(__name__, _HOME)

@@ -18,7 +18,7 @@ CONNECT_S = 10.0  # to reach an address
 CLIENT = "ray://"  # of an address: Ray's client, from outside the cluster
 LOCAL = "local"  # as an address: a Ray of our own
 
-_changing = threading.Lock()  # guards the next
+_changing = threading.RLock()  # guards the next; a collected Cluster may come in between
 _users: list["RayConnection"] = []  # of the connection that we made
 
 

@@ -15,6 +15,7 @@ from hnsw_gpu.files.storage import (
     verify_arrays,
     write_arrays,
 )
+from hnsw_gpu.files.table_files import rows_of_column
 from hnsw_gpu.files.vector_files import read_vectors, write_result
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "read_arrays",
     "read_page",
     "read_vectors",
+    "rows_of_column",
     "taken",
     "texts",
     "verify_arrays",

@@ -4,11 +4,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 
+class OnRay(NamedTuple):
+    """Where a collection's shards are searched, if not in this process."""
+
+    address: str  # of the Ray cluster; "local": one of our own
+    replicas: int = 1  # of each shard
+
+
 class ServerSettings(NamedTuple):
     """How to serve."""
 
     path: Path  # of the saved index
     root: Path  # swaps are confined to this folder
+    on_ray: OnRay | None = None
     device: str = "auto"
     mmap: bool = False
     threads: int | None = None

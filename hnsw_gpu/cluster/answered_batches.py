@@ -1,8 +1,7 @@
-"""Many queries on a cluster, a batch at a time: Ray Data reads, limits what is under way, writes."""
+"""Many queries on a cluster, in batches: Ray Data reads, limits what is under way, and writes."""
 
 import functools
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,13 +37,14 @@ def answered(
         )
     paths = [queries] if isinstance(queries, (str, os.PathLike)) else queries
     files = tuple(list_files([Path(path).absolute() for path in paths]))
-    sources = _opened(files, column)
+    sources = open_sources(files, column=column)
     if sources.dim != index.dim:
         raise ValueError(f"{files[0]}: vectors of {sources.dim} numbers, expected {index.dim}")
     starts = [{"start": start} for start in range(0, len(sources), batch_rows)]
     return from_items(starts).map_batches(
         functools.partial(
-            _of_files, index=index, how=how, files=files, column=column, rows=batch_rows
+            _of_files, index=index, how=how, rows=batch_rows, run=os.urandom(8), files=files,
+            column=column,
         ),
         batch_size=1,
         batch_format="numpy",
@@ -65,13 +65,14 @@ def _of_files(
     *,
     index: Searching,
     how: dict[str, Any],
+    rows: int,
+    run: bytes,
     files: tuple[Path, ...],
     column: str,
-    rows: int,
 ) -> "pyarrow.Table":
     import pyarrow
 
-    sources = _opened(files, column)
+    sources = _opened(run, files, column)
     start = int(batch["start"][0])
     stop = min(start + rows, len(sources))
     found = index.search(np.concatenate(list(sources.vectors(start, stop))), **how)
@@ -80,8 +81,8 @@ def _of_files(
 
 
 @functools.lru_cache(2)
-def _opened(files: Sequence[Path], column: str) -> Sources:
-    """The rows of files, opened once a process."""
+def _opened(run: bytes, files: tuple[Path, ...], column: str) -> Sources:
+    """The rows of files, opened once a process and run."""
     return open_sources(files, column=column)
 
 

@@ -276,7 +276,7 @@ def _actors(
     ray: Any, folder: Path, manifest: Manifest, replicas: int, cpus: int, gpus: float
 ) -> Iterator[list[list[Any]]]:
     """Handles of the actors of each shard, which end with the block."""
-    made = ray.remote(ShardActor).options(
+    made = ray.remote(
         num_cpus=0,
         num_gpus=gpus,
         max_restarts=-1,
@@ -284,7 +284,7 @@ def _actors(
         max_concurrency=cpus,
         concurrency_groups={LOOK: 1},
         scheduling_strategy="SPREAD",  # replicas of a shard one after the other: on several nodes
-    )
+    )(ShardActor)
     device = "cuda" if gpus else "cpu"
     handles: list[list[Any]] = []
     try:

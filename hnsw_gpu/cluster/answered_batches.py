@@ -43,7 +43,12 @@ def answered(
     starts = [{"start": start} for start in range(0, len(sources), batch_rows)]
     return from_items(starts).map_batches(
         functools.partial(
-            _of_files, index=index, how=how, rows=batch_rows, run=os.urandom(8), files=files,
+            _of_files,
+            index=index,
+            how=how,
+            rows=batch_rows,
+            run=os.urandom(8),
+            files=files,
             column=column,
         ),
         batch_size=1,

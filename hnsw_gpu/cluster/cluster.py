@@ -48,6 +48,8 @@ class Cluster(Sharded):
         replica is there, by a PartialResult that names them.
     """
 
+    _end: Any  # ends the actors, when nobody holds the cluster; None: it is another's
+
     def __init__(
         self,
         path: str | os.PathLike[str],
@@ -80,7 +82,7 @@ class Cluster(Sharded):
             facts = _opened(connection, calls, start_timeout_s, gpus)
             self._attach(folder, manifest, calls, facts, cpus, on_shard_error)
             self.require_labels_once()
-            self._close = weakref.finalize(self, opening.pop_all().close)
+            self._end = weakref.finalize(self, opening.pop_all().close)
 
     def _attach(
         self,
@@ -94,7 +96,7 @@ class Cluster(Sharded):
         Sharded.__init__(self, path, manifest)
         self._calls, self._facts, self._cpus = calls, facts, cpus
         self._on_shard_error = on_shard_error
-        self._close: Any = None  # of a pickle: it closes nothing
+        self._end = None
 
     def __reduce__(self) -> tuple:
         self._require_open()
@@ -103,8 +105,8 @@ class Cluster(Sharded):
 
     def close(self) -> None:
         """End the actors, and Ray where we started it. Calls that run are lost."""
-        if self._close is not None:
-            self._close()
+        if self._end is not None:
+            self._end()
 
     def __enter__(self) -> "Cluster":
         return self
@@ -113,7 +115,7 @@ class Cluster(Sharded):
         self.close()
 
     def _require_open(self) -> None:
-        if self._close is not None and not self._close.alive:
+        if self._end is not None and not self._end.alive:
             raise RuntimeError("the cluster is closed")
 
     # ---------------------------------------------------------------- what it is

@@ -5,7 +5,6 @@ import sys
 
 import pytest
 
-import hnsw_gpu
 from hnsw_gpu.cluster import ray_connection as room
 
 

@@ -1,7 +1,10 @@
 """Whose Ray it is: what we started ends with us, what others started stays; clear errors."""
 
+import signal
 import socket
+import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -40,15 +43,27 @@ def test_nobody_listens():
             pass
 
 
-@pytest.mark.slow  # Ray takes its time
-def test_somebody_else_listens():
-    with socket.create_server(("127.0.0.1", 0)) as other:
-        address = f"127.0.0.1:{other.getsockname()[1]}"
-        with (
-            pytest.raises(ConnectionError, match=rf"no Ray at {address}"),
-            room.ray_connection(address),
-        ):
-            pass
+def answer(listener, says):
+    with listener.accept()[0] as caller:
+        caller.sendall(says)
+        caller.recv(1000)
+        caller.recv(1)  # until it leaves
+
+
+def test_somebody_else_listens(monkeypatch):
+    """One that says nothing, and one that speaks HTTP/1.1."""
+    monkeypatch.setattr(room, "CONNECT_S", 0.2)
+    for says in (b"", b"HTTP/1.1 400 Bad Request\r\n\r\n"):
+        with socket.create_server(("127.0.0.1", 0)) as other:
+            answering = threading.Thread(target=answer, args=(other, says))
+            answering.start()
+            address = f"127.0.0.1:{other.getsockname()[1]}"
+            with (
+                pytest.raises(ConnectionError, match=rf"no Ray at {address}: somebody else"),
+                room.ray_connection(address),
+            ):
+                pass
+            answering.join()
 
 
 @pytest.mark.parametrize("address", ["", "somewhere", "host:", "host:x", ":6379", "h:70000", 6379])
@@ -74,13 +89,37 @@ def test_ours_ends_with_its_last_user(monkeypatch):
     assert not ray.is_initialized()
 
 
-def test_the_programs_own_stays():
-    ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False)
-    address = ray.get_runtime_context().gcs_address
-    for given in (None, address, "auto"):
-        with room.ray_connection(given) as found:
-            assert (found.is_ours, found.is_started) == (False, False)
-        assert ray.is_initialized()
-    with pytest.raises(ValueError, match="connected to another"), room.ray_connection("local"):
-        pass
-    ray.shutdown()
+def test_a_cluster_of_others_stays():
+    """A head that another process started: we connect, leave, and it goes on."""
+    code = "import ray; print(ray.init('local', num_cpus=1, include_dashboard=False)"
+    code += ".address_info['gcs_address'], flush=True); input()"
+    head = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        address = head.stdout.readline().split()[-1]
+        before = signal.signal(signal.SIGTERM, lambda *_: None)
+        for _ in range(2):
+            with room.ray_connection(address) as found:
+                assert (found.is_ours, found.is_started) == (True, False)
+                assert ray.cluster_resources()["CPU"] == 1
+                assert signal.getsignal(signal.SIGTERM).__name__ == "<lambda>"
+            assert not ray.is_initialized() and head.poll() is None
+
+        ray.init(address, log_to_driver=False)  # the program's own connection stays
+        for given in (None, address, "auto"):
+            with room.ray_connection(given) as found:
+                assert (found.is_ours, found.is_started) == (False, False)
+            assert ray.is_initialized()
+        for other in ("local", "10.0.0.1:6379", "ray://10.0.0.1:10001"):
+            with (
+                pytest.raises(ValueError, match="connected to another"),
+                room.ray_connection(other),
+            ):
+                pass
+        ray.shutdown()
+        signal.signal(signal.SIGTERM, before)
+    finally:
+        head.communicate("\n")
+    assert head.returncode == 0

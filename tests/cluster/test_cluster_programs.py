@@ -1,0 +1,147 @@
+"""Programs of their own around a cluster: what they leave behind, and what they hold."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytestmark = pytest.mark.slow
+
+pytest.importorskip("ray", reason="needs the extra `ray`")
+
+from collections_of import make
+
+import hnsw_gpu
+from hnsw_gpu.collection.manifest import entry_of, write_manifest
+
+ROOT = Path(__file__).parents[2]
+ROWS = np.random.default_rng(3).normal(size=(600, 8)).astype(np.float32)
+FOREVER = """
+import sys, time
+import hnsw_gpu
+try:
+    with hnsw_gpu.Cluster(sys.argv[1], replicas=2, address="local") as cluster:
+        pids = [r["pid"] for shard in cluster.status()["shards"] for r in shard["replicas"]]
+        print(*pids, flush=True)
+        while True:
+            cluster.search([[1.0] * 8])
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+PEAK = """
+import sys, tracemalloc
+import numpy as np, ray
+import hnsw_gpu
+ray.init("local", num_cpus=2, include_dashboard=False)
+queries = np.random.default_rng(0).normal(size=(2000, 4)).astype(np.float32)
+tracemalloc.start()
+with hnsw_gpu.Cluster(sys.argv[1], replicas=1) as cluster:
+    for _ in range(3):
+        found = cluster.search(queries, 10)
+    assert len(cluster) == int(sys.argv[2]) and cluster.is_ready()
+    print(tracemalloc.get_traced_memory()[1])
+ray.shutdown()
+"""
+
+
+def started(code, *arguments, **how):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, **how)
+
+
+def is_alive(pid):
+    with contextlib.suppress(OSError):
+        return " Z " not in Path(f"/proc/{pid}/stat").read_text()
+    return False
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_program_that_ends_leaves_nothing(tmp_path, sign):
+    """Neither actors nor the Ray that it started."""
+    make(tmp_path / "c", ROWS, shards=2)
+    program = started(FOREVER, tmp_path / "c", stderr=subprocess.DEVNULL)
+    pids = list(map(int, program.stdout.readline().split()))
+    assert len(pids) == 4 and all(map(is_alive, pids))
+    own = {
+        int(place.name)
+        for place in Path("/proc").iterdir()
+        if place.name.isdecimal() and f") S {program.pid} " in stat_of(place)
+    }
+    assert own  # Ray's own processes
+    program.send_signal(sign)
+    program.communicate(timeout=60)
+    if sign == signal.SIGINT:
+        assert program.returncode == 130
+    until = time.monotonic() + 60
+    while any(map(is_alive, [*pids, *own])):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def stat_of(place):
+    with contextlib.suppress(OSError):
+        return (place / "stat").read_text()
+    return ""
+
+
+def test_the_driver_holds_nothing_of_the_size_of_the_data(tmp_path):
+    """100,000 and 1,000,000 rows: the same files, under other labels."""
+    rows = np.random.default_rng(1).normal(size=(100_000, 4)).astype(np.float32)
+    peaks = []
+    for shards in (1, 10):
+        folder = tmp_path / str(shards)
+        folder.mkdir()
+        for s in range(shards):
+            index = hnsw_gpu.Index(4, M=4, ef_construction=8)
+            index.add(rows, np.arange(len(rows)) + s * len(rows))
+            index.save(folder / f"shard-{s:04}.hnsw")
+        entries = [entry_of(folder / f"shard-{s:04}.hnsw") for s in range(shards)]
+        from collections_of import manifest_of
+
+        write_manifest(folder, manifest_of(index, entries))
+        program = started(PEAK, folder, shards * len(rows))
+        told, _ = program.communicate(timeout=300)
+        assert program.returncode == 0
+        peaks.append(int(told.split()[-1]))
+    print(f"peak bytes of the driver: {peaks}")
+    assert peaks[1] < peaks[0] + 10 * 2000 * 10 * 12 * 3  # the answers of ten shards
+
+
+def test_the_command(tmp_path):
+    """`hnsw-gpu serve --ray local`: searches, and ends with all that it started."""
+    for extra in ("starlette", "uvicorn", "prometheus_client"):
+        pytest.importorskip(extra, reason="needs the extra `serve`")
+    make(tmp_path / "docs", ROWS, shards=2)
+    code = "from hnsw_gpu.cli import main; main()"
+    refused = started(code, "serve", tmp_path / "docs", "--replicas", 2, stderr=subprocess.PIPE)
+    assert "--ray says on which" in refused.communicate()[1]
+    refused = started(
+        code, "serve", tmp_path / "docs", "--port", 0, "--ray", "127.0.0.1:1",
+        stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert "no Ray at 127.0.0.1:1: nobody listens there" in refused.communicate()[1]
+    assert refused.returncode == 1
+    program = started(
+        code, "serve", tmp_path / "docs", "--port", 0, "--ray", "local", stderr=subprocess.PIPE
+    )
+    said = ""
+    while "ready after" not in said:
+        line = program.stderr.readline()
+        assert line, said
+        said += line
+    url = next(word for word in said.split() if word.startswith("http://"))
+    with hnsw_gpu.Client(url) as client:
+        found = client.search(ROWS[:9], 5)
+    expected = hnsw_gpu.load(tmp_path / "docs").search(ROWS[:9], 5)
+    assert (found.labels == expected.labels).all()
+    assert (found.distances == expected.distances).all()
+    program.send_signal(signal.SIGTERM)
+    program.communicate(timeout=60)
+    assert program.returncode == 0

@@ -208,13 +208,15 @@ class Index(StateSearching):
         labels: ArrayLike | None = None,
         *,
         threads: int | None = None,
-        progress: bool = False,
+        progress: bool | Callable[[int], object] = False,
     ) -> np.ndarray:
         """Add vectors (m, dim), any array-like of real numbers; returns their int64 labels (m,).
 
         labels: integers >= 0, each once and not in the index; None continues after the largest
         label ever given. Bad input raises ValueError or TypeError and adds nothing. After
         KeyboardInterrupt the vectors of the batches that were finished are in, in order.
+
+        progress: draw a bar; or what is told how many nodes more are in, each time.
         """
         given = inputs.vectors("vectors", vectors, self.dim)
         threads = inputs.threads(threads)
@@ -224,16 +226,16 @@ class Index(StateSearching):
             new_labels = inputs.new_labels(labels, len(given), self._state)
             live = self._state.labels.live_count
             if self._state.node_count - live > live + len(given):
-                self._compact(threads, progress, is_stopped)
+                self._compact(threads, progress is True, is_stopped)
             state, nodes, rounded = with_vectors(
                 self._state, len(given), self._checked_parts(given)
             )
             self._tell(rounded, len(given))
             new = max(int(nodes.max(initial=-1)) + 1, state.node_count) - state.node_count
-            with bar(progress, new, "build", "vectors") as shown:
+            with bar(progress is True, new, "build", "vectors") as shown:
                 insert(
-                    state, nodes, new_labels, self._publish,
-                    threads=threads, is_stopped=is_stopped, advance=shown.update,
+                    state, nodes, new_labels, self._publish, threads=threads,
+                    is_stopped=is_stopped, advance=progress if callable(progress) else shown.update,
                 )  # fmt: skip
             result.append(new_labels)
 

@@ -1,7 +1,12 @@
 """Collections: a folder of shards and a manifest, searched as one index."""
 
 from hnsw_gpu.collection.building import build_collection, interrupted_state
-from hnsw_gpu.collection.collection import Collection, open_shard, saved_checksum
+from hnsw_gpu.collection.collection import (
+    Collection,
+    open_shard,
+    saved_checksum,
+    shard_path,
+)
 from hnsw_gpu.collection.manifest import Manifest, ShardEntry, is_collection, read_manifest
 from hnsw_gpu.collection.opening import load
 from hnsw_gpu.collection.sharded import Sharded, merged_answers
@@ -19,4 +24,5 @@ __all__ = [
     "open_shard",
     "read_manifest",
     "saved_checksum",
+    "shard_path",
 ]

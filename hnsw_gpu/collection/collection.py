@@ -15,7 +15,16 @@ from hnsw_gpu.collection.manifest import (
     read_manifest,
 )
 from hnsw_gpu.collection.sharded import Sharded
-from hnsw_gpu.files import CorruptIndexError, verify_arrays
+from hnsw_gpu.files import (
+    CorruptIndexError,
+    Folder,
+    LocalFolder,
+    Place,
+    folder_at,
+    read_some,
+    verify_arrays,
+    verify_open,
+)
 from hnsw_gpu.index import Index, load_index
 
 
@@ -27,11 +36,13 @@ class Collection(Sharded):
     Nothing in a collection changes; any method may be called from many threads.
     """
 
-    path: Path
+    path: Path | str  # a URL, where it lies at one
 
-    def __init__(self, folder: Path, manifest: Manifest, shards: Sequence[Index]) -> None:
-        super().__init__(folder, manifest)
-        self._shards = tuple(shards)
+    def __init__(self, folder: Folder, manifest: Manifest, shards: Sequence[Index]) -> None:
+        if isinstance(folder, LocalFolder):
+            folder = LocalFolder(folder.path.absolute())
+        super().__init__(folder.path if isinstance(folder, LocalFolder) else str(folder), manifest)
+        self._shards, self._folder = tuple(shards), folder
 
     def _of_each(self, ask: Callable[..., Any], *what: Any) -> list[Any]:
         return [ask(shard, *what) for shard in self._shards]
@@ -65,21 +76,47 @@ class Collection(Sharded):
     def check(self) -> None:
         """Raise ValueError naming the first shard with something wrong: any byte, link or label."""
         for entry, shard in zip(self.manifest.shards, self._shards, strict=True):
-            path = self.path / entry.file
-            verify_arrays(path)
+            place = self._folder.place(entry.file)
+            with self._folder.open(entry.file) as file:
+                verify_open(file, place)
             try:
                 shard.check()
             except ValueError as error:
-                raise ValueError(f"{path}: {error}") from None
+                raise ValueError(f"{place}: {error}") from None
 
 
-def load_collection(path: Path, *, mmap: bool = True, device: str = "auto") -> Collection:
+def load_collection(place: Place, *, mmap: bool = True, device: str = "auto") -> Collection:
     """The collection in a folder. CorruptIndexError names the file that is not what it must be."""
-    manifest = read_manifest(path)
-    shards = [open_shard(path / entry.file, entry, manifest, mmap) for entry in manifest.shards]
-    opened = Collection(path.absolute(), manifest, shards)
+    folder = folder_at(place)
+    manifest = read_manifest(folder)
+    shards = [
+        open_shard(shard_path(folder, entry), entry, manifest, mmap) for entry in manifest.shards
+    ]
+    opened = Collection(folder, manifest, shards)
     opened.require_labels_once()
     return opened.to(device)
+
+
+def shard_path(place: Place, entry: ShardEntry) -> Path:
+    """Where a shard lies on this machine: one at a URL is copied, unless a copy is there.
+
+    CorruptIndexError where it is not, or no longer, what its entry says: that is asked each time.
+    """
+    folder = folder_at(place)
+    if isinstance(folder, LocalFolder):
+        return folder.path / entry.file
+    told = folder.place(entry.file)
+    try:
+        with folder.open(entry.file) as file:
+            _require_same(told, entry, file.seek(0, os.SEEK_END))
+            _, checksum = read_some(file, told, ())
+    except FileNotFoundError:
+        raise _missing(told) from None
+    if checksum != entry.checksum:
+        raise CorruptIndexError(
+            f"{told}: checksum {checksum}, and {MANIFEST} says {entry.checksum}"
+        )
+    return folder.copy(entry.file, f"{entry.checksum} {entry.bytes}", verify_arrays)
 
 
 def saved_checksum(path: Path) -> str:
@@ -90,12 +127,10 @@ def saved_checksum(path: Path) -> str:
 def open_shard(path: Path, entry: ShardEntry, manifest: Manifest, mmap: bool) -> Index:
     """A shard that is what its entry says."""
     try:
-        size = os.stat(path).st_size
-        if size != entry.bytes:
-            raise CorruptIndexError(f"{path}: {size:,} bytes, and {MANIFEST} says {entry.bytes:,}")
+        _require_same(str(path), entry, os.stat(path).st_size)
         index = load_index(path, mmap=mmap, device="cpu", checksum=entry.checksum)
     except FileNotFoundError:
-        raise CorruptIndexError(f"{path}: is missing, and {MANIFEST} names it") from None
+        raise _missing(str(path)) from None
     except IsADirectoryError:
         raise CorruptIndexError(
             f"{path}: is a folder, and {MANIFEST} names it as a shard"
@@ -108,6 +143,15 @@ def open_shard(path: Path, entry: ShardEntry, manifest: Manifest, mmap: bool) ->
         if value != said[name]:
             raise CorruptIndexError(f"{path}: {name} {value}, and {MANIFEST} says {said[name]}")
     return index
+
+
+def _require_same(place: str, entry: ShardEntry, size: int) -> None:
+    if size != entry.bytes:
+        raise CorruptIndexError(f"{place}: {size:,} bytes, and {MANIFEST} says {entry.bytes:,}")
+
+
+def _missing(place: str) -> CorruptIndexError:
+    return CorruptIndexError(f"{place}: is missing, and {MANIFEST} names it")
 
 
 def _ends(labels: np.ndarray) -> tuple[int, int] | None:

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 
 pytest.importorskip("ray", reason="needs the extra `ray`")
 
-from collections_of import make
+from collections_of import make, manifest_of
 
 import hnsw_gpu
 from hnsw_gpu.collection.manifest import entry_of, write_manifest
@@ -102,9 +102,7 @@ def test_the_driver_holds_nothing_of_the_size_of_the_data(tmp_path):
             index = hnsw_gpu.Index(4, M=4, ef_construction=8)
             index.add(rows, np.arange(len(rows)) + s * len(rows))
             index.save(folder / f"shard-{s:04}.hnsw")
-        entries = [entry_of(folder / f"shard-{s:04}.hnsw") for s in range(shards)]
-        from collections_of import manifest_of
-
+        entries = [entry_of(folder, f"shard-{s:04}.hnsw") for s in range(shards)]
         write_manifest(folder, manifest_of(index, entries))
         program = started(PEAK, folder, shards * len(rows))
         told, _ = program.communicate(timeout=300)

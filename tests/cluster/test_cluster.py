@@ -338,7 +338,6 @@ def test_an_open_cluster_that_is_forgotten_ends(folder):
     wait(lambda: actors() <= before)
 
 
-@pytest.mark.filterwarnings("default")  # of Ray Data
 def test_map_batches(folder, pair, tmp_path):
     pyarrow = pytest.importorskip("pyarrow", reason="needs the extra `io`")
     parquet = pytest.importorskip("pyarrow.parquet", reason="needs the extra `io`")

@@ -1,8 +1,11 @@
 """Programs of their own around a cluster: what they leave behind, and what they hold."""
 
 import contextlib
+import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -33,6 +36,21 @@ try:
             cluster.search([[1.0] * 8])
 except KeyboardInterrupt:
     sys.exit(130)
+"""
+DEPLOYED = """
+import json, urllib.request
+import ray
+from ray import serve
+import hnsw_gpu
+ray.init("local", num_cpus=2, include_dashboard=False)
+serve.start(http_options={{"port": {port}}})
+{block}
+rows = [[float(i == j) for j in range(8)] for i in range(8)]
+asked = urllib.request.Request("http://127.0.0.1:{port}/", json.dumps(rows).encode())
+answer = urllib.request.urlopen(asked, timeout=60).read().decode()
+serve.shutdown()
+ray.shutdown()
+print(answer)
 """
 PEAKS = """
 import sys, tracemalloc
@@ -95,8 +113,8 @@ def stat_of(place):
 
 def test_the_driver_holds_nothing_of_the_size_of_the_data(tmp_path):
     """Ten times as many rows of other labels: the same memory, but for the shards' answers."""
-    rows = np.random.default_rng(1).normal(size=(20_000, 4)).astype(np.float32)
-    for shards in (1, 10):
+    for shards, count in ((1, 10_000), (2, 50_000)):
+        rows = np.random.default_rng(1).normal(size=(count, 4)).astype(np.float32)
         folder = tmp_path / str(shards)
         folder.mkdir()
         for s in range(shards):
@@ -106,14 +124,14 @@ def test_the_driver_holds_nothing_of_the_size_of_the_data(tmp_path):
         entries = [entry_of(folder, f"shard-{s:04}.hnsw") for s in range(shards)]
         write_manifest(folder, manifest_of(index, entries))
     program = started(
-        PEAKS, *(tmp_path / name for name in ("1", "1", "10"))
+        PEAKS, *(tmp_path / name for name in ("1", "1", "2"))
     )  # code is loaded, first
     told, _ = program.communicate(timeout=300)
     assert program.returncode == 0
     (few, less), (many, more) = (map(int, line.split()) for line in told.splitlines()[-2:])
-    assert (few, many) == (20_000, 200_000)
+    assert (few, many) == (10_000, 100_000)
     answers = 2000 * 10 * (8 + 4)  # bytes of a shard's
-    assert more < less + 2.5 * 10 * answers
+    assert more < less + 2.5 * 2 * answers
 
 
 def test_the_command(tmp_path):
@@ -178,3 +196,19 @@ def test_a_node_that_is_lost(tmp_path):
                 assert time.monotonic() < until, states
     finally:
         nodes.shutdown()
+
+
+def test_the_deployment_of_the_readme(tmp_path):
+    """Fifteen lines, asked over HTTP, in a program of their own."""
+    pytest.importorskip("ray.serve", reason="needs ray[serve]")
+    make(tmp_path / "docs.collection", ROWS, shards=2)
+    text = (ROOT / "README.md").read_text()
+    [block] = [part for part in re.findall(r"```python\n(.*?)```", text, re.S) if "bind(" in part]
+    assert len([line for line in block.splitlines() if line]) <= 15
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    code = DEPLOYED.format(port=port, block=block)
+    program = started(code, cwd=tmp_path)
+    told, _ = program.communicate(timeout=120)
+    expected = hnsw_gpu.load(tmp_path / "docs.collection").search(np.eye(8), 3)
+    assert (json.loads(told.splitlines()[-1]), program.returncode) == (expected.labels.tolist(), 0)

@@ -217,9 +217,10 @@ class RemoteFolder:
         place = self.place(name) if name else self._url
         try:
             from fsspec.core import url_to_fs
+
+            system, path = url_to_fs(place, **self._options)
         except ImportError as error:
             raise ImportError(f'{place}: {error}: pip install "hnsw-gpu[remote]"') from None
-        system, path = url_to_fs(place, **self._options)
         system.invalidate_cache()  # of listings: others write there too
         return system, path
 
@@ -311,15 +312,15 @@ Place: TypeAlias = str | os.PathLike[str] | Folder
 
 
 def is_url(place: object) -> bool:
-    """Is it a URL, rather than a path of this machine?"""
-    return isinstance(place, str) and URL.match(place) is not None and not OURS.match(place)
+    """Is it a URL, rather than a path?"""
+    return isinstance(place, str) and URL.match(place) is not None
 
 
 def folder_at(place: Place, storage_options: Mapping[str, Any] | None = None) -> Folder:
     """The folder of a path or a URL; a Folder itself. Nothing is looked at yet."""
     if isinstance(place, (LocalFolder, RemoteFolder)):
         return place
-    if isinstance(place, str) and is_url(place):
+    if isinstance(place, str) and is_url(place) and not OURS.match(place):
         return RemoteFolder(place, storage_options)
     if storage_options:
         raise ValueError(f"storage_options are of a URL, such as s3://..., not of {place}")

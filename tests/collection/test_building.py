@@ -293,7 +293,7 @@ def test_what_is_not_ours_is_left(tmp_path, paths):
     assert files_of(tmp_path / "out") == before
     told = run(*paths, "-o", tmp_path / "file", "--shard-rows", 300, "--column", "vec", code=1)
     assert str(tmp_path / "file") in told and (tmp_path / "file").read_text() == "mine"
-    with storage_held(tmp_path / "out"):
+    with storage_held(folders.LocalFolder(tmp_path / "out")):
         assert "another job writes into this folder" in run(*command, code=1)
 
 

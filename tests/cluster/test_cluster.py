@@ -20,6 +20,7 @@ from collections_of import make
 
 import hnsw_gpu
 from hnsw_gpu import CorruptIndexError, PartialResult, SearchResult, ShardLostError
+from hnsw_gpu.files import folders
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self").exists(), reason="reads /proc")
 
@@ -31,10 +32,12 @@ LABELS = RNG.permutation(5000)[: len(ROWS)]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def two_cpus():
+def two_cpus(tmp_path_factory):
     """One Ray for all, of the program's own: no test may shut it down."""
-    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv(folders.CACHE, str(tmp_path_factory.mktemp("copies")))  # of actors, too
+        ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+        yield
     assert ray.is_initialized()
     ray.shutdown()
 
@@ -368,6 +371,46 @@ def test_map_batches(folder, pair, tmp_path):
     ):
         with pytest.raises(ValueError, match=words):
             pair.map_batches(given, **how)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of moto and botocore
+def test_shards_at_a_url(folder, monkeypatch):
+    """S3, as moto serves it; credentials by storage_options."""
+    s3fs = pytest.importorskip("s3fs", reason="needs the extra `remote`")
+    moto_server = pytest.importorskip("moto.server", reason="needs moto[server]")
+    before = actors()
+    server = moto_server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    url = f"http://127.0.0.1:{server.get_host_and_port()[1]}"
+    once = {"retries": {"total_max_attempts": 1}, "connect_timeout": 2}  # what asks again is ours
+    options = {"key": "user", "secret": "open sesame", "endpoint_url": url, "config_kwargs": once}
+    try:
+        bucket = s3fs.S3FileSystem(**options)
+        bucket.mkdir("bucket")
+        bucket.put(str(folder / "2"), "bucket/docs.collection", recursive=True)
+        place = "s3://bucket/docs.collection"
+        with hnsw_gpu.Cluster(place, replicas=1, storage_options=options) as cluster:
+            expected = hnsw_gpu.load(folder / "2").search(QUERIES, 5)
+            assert same(cluster.search(QUERIES, 5), expected)
+            assert "sesame" not in repr(cluster) + str(cluster.status())
+            os.kill(replicas(cluster)[0]["pid"], signal.SIGKILL)
+            assert same(cluster.search(QUERIES, 5), expected)
+        with pytest.raises(FileNotFoundError, match="s3://bucket/missing"):
+            hnsw_gpu.Cluster("s3://bucket/missing", storage_options=options)
+        bucket.rm("bucket/docs.collection/shard-0001.hnsw")
+        with pytest.raises(
+            CorruptIndexError, match=r"docs\.collection/shard-0001\.hnsw: is missing"
+        ):
+            hnsw_gpu.Cluster(place, replicas=1, storage_options=options)
+    finally:
+        server.stop()
+    monkeypatch.setattr(folders, "FIRST_WAIT_S", 0.01)
+    bucket.retries = 1  # of s3fs itself
+    with pytest.raises(ConnectionError, match=r"s3://bucket/docs\.collection.* tried 4 times"):
+        hnsw_gpu.Cluster(place, replicas=1, storage_options=options)
+    with pytest.raises(ValueError, match="storage_options are of a URL"):
+        hnsw_gpu.Cluster(folder / "2", replicas=1, storage_options=options)
+    wait(lambda: actors() <= before)
 
 
 def test_a_server_in_front(folder, tmp_path):

@@ -283,6 +283,7 @@ def _actors(
     ray: Any, folder: Folder, manifest: Manifest, replicas: int, cpus: int, gpus: float
 ) -> Iterator[list[list[Any]]]:
     """Handles of the actors of each shard, which end with the block."""
+    ray.method(concurrency_group=LOOK)(ShardActor.facts)  # said here: there, Ray is not imported
     made = ray.remote(
         num_cpus=0,
         num_gpus=gpus,

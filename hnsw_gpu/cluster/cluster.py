@@ -131,6 +131,11 @@ class Cluster(Sharded):
         return self._facts[0].device
 
     @property
+    def calls_at_once(self) -> int:
+        """How many searches of large batches are worth running beside each other."""
+        return super().calls_at_once * len(self._calls.replicas[0])
+
+    @property
     def nbytes(self) -> int:
         """Bytes that one replica of each shard takes, mapped rows too."""
         return sum(facts.nbytes for facts in self._facts)

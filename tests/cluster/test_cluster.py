@@ -16,10 +16,11 @@ import pytest
 
 ray = pytest.importorskip("ray", reason="needs the extra `ray`")
 
-from collections_of import make
+from collections_of import make, manifest_of
 
 import hnsw_gpu
 from hnsw_gpu import CorruptIndexError, PartialResult, SearchResult, ShardLostError
+from hnsw_gpu.collection.manifest import entry_of, write_manifest
 from hnsw_gpu.files import folders
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self").exists(), reason="reads /proc")
@@ -327,6 +328,21 @@ def test_what_cannot_be_opened_leaves_nothing(folder, pair, tmp_path):
     manifest.write_text(text)
     (tmp_path / "broken" / "shard-0001.hnsw").write_bytes(whole[:-64])
     refused(CorruptIndexError, r"shard-0001\.hnsw: .* bytes", tmp_path / "broken")
+    manifest.write_text(re.sub(r'"shards": \[.*\]', '"shards": []', text, flags=re.S))
+    refused(CorruptIndexError, "no shards: the collection is empty", tmp_path / "broken")
+    [index, _] = make(tmp_path / "swapped", ROWS, LABELS, shards=2)
+    one, other = sorted((tmp_path / "swapped").glob("*.hnsw"))
+    one.rename(tmp_path / "one")
+    other.rename(one)
+    (tmp_path / "one").rename(other)
+    refused(CorruptIndexError, r"shard-000\d\.hnsw: ", tmp_path / "swapped")
+    mixed = hnsw_gpu.Index(12, "l2")
+    mixed.add(ROWS[600:], LABELS[600:])
+    mixed.save(other)
+    index.save(one)
+    entries = [entry_of(tmp_path / "swapped", path.name) for path in (one, other)]
+    write_manifest(tmp_path / "swapped", manifest_of(index, entries))
+    refused(CorruptIndexError, r"shard-0001\.hnsw: metric l2, and .* cosine", tmp_path / "swapped")
     make(tmp_path / "twice", ROWS, np.concatenate([LABELS[:600], LABELS[:600]]), shards=2)
     refused(
         CorruptIndexError, r"is in shard-0000\.hnsw and in shard-0001\.hnsw \(600 are\)",

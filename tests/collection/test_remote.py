@@ -278,7 +278,9 @@ def test_the_command_line(bucket, options, path, tmp_path):
     (tmp_path / "options.json").write_text(json.dumps(options))
     how = ("--storage-options", f"@{tmp_path / 'options.json'}")
     url = f"{bucket}/docs"
-    assert "600 vectors of 12 in 3 shards" in run("build", path, "-o", url, "--shard-rows", 200, *how)
+    assert "600 vectors of 12 in 3 shards" in run(
+        "build", path, "-o", url, "--shard-rows", 200, *how
+    )
     assert json.loads(run("info", url, "--json", *how))["shards"] == 3
     assert f"{url}: sound, 600 vectors" in run("check", url, *how)
     run("search", url, path, "-k", 1, "-o", tmp_path / "found.npz", *how)

@@ -1,4 +1,4 @@
-"""Builds and deduplications as tasks of Ray: what one machine writes, whoever is killed meanwhile."""
+"""Builds and deduplications as tasks of Ray: what one machine writes, whoever is killed."""
 
 import contextlib
 import os
@@ -287,19 +287,24 @@ def begun(path, out):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+def ended(path, out, step, how, code):
+    """End a driver once a step is there, see its Ray end too, and return what was told."""
+    driver = begun(path, out)
+    wait(lambda: list((out / WORK).glob(f"{step}*")) or driver.poll() is not None)
+    assert of_ray(driver.pid)
+    driver.send_signal(how)
+    _, told = driver.communicate(timeout=60)
+    assert driver.returncode == code, told
+    wait(lambda: not of_ray(driver.pid), 60)
+    return told
+
+
 @pytest.mark.slow
 def test_interrupted_and_killed_drivers_leave_no_ray_and_go_on(tmp_path, path, runner):
     out = tmp_path / "out"
-    for signal_number, step, code in ((signal.SIGINT, "shard-0001", 130), (9, "block-0000", -9)):
-        driver = begun(path, out)
-        wait(lambda step=step: list((out / WORK).glob(f"{step}*")) or driver.poll() is not None)
-        assert of_ray(driver.pid)
-        driver.send_signal(signal_number)
-        _, told = driver.communicate(timeout=60)
-        assert driver.returncode == code, told
-        if signal_number == signal.SIGINT:
-            assert re.search(r"\d+ shards built, \d+ blocks joined: the same command goes", told)
-        wait(lambda: not of_ray(driver.pid), 60)
+    told = ended(path, out, "shard-0001", signal.SIGINT, 130)
+    assert re.search(r"\d+ shards built, \d+ blocks joined: the same command goes on", told)
+    ended(path, out, "block-0000", signal.SIGKILL, -signal.SIGKILL)
     times = {file: file.stat().st_mtime_ns for file in (out / WORK).glob("[sb]*.safetensors")}
     assert 10 < len(times) < 66
     with pytest.raises(KeyboardInterrupt):

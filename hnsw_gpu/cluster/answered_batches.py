@@ -1,15 +1,14 @@
-"""Many queries on a cluster, a batch at a time: Ray Data reads, limits what is under way, writes."""
+"""Many queries on a cluster, in batches: Ray Data reads, limits what is under way, and writes."""
 
 import functools
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from hnsw_gpu.cluster.ray_connection import imported_ray
-from hnsw_gpu.files import Sources, list_files, open_sources, rows_of_column
+from hnsw_gpu.files import Sources, open_sources, rows_of_column
 from hnsw_gpu.results import SearchResult
 from hnsw_gpu.searching import Searching
 
@@ -37,15 +36,13 @@ def answered(
             zero_copy_batch=True,
         )
     paths = [queries] if isinstance(queries, (str, os.PathLike)) else queries
-    files = tuple(list_files([Path(path).absolute() for path in paths]))
-    sources = _opened(files, column)
+    sources = open_sources([Path(path).absolute() for path in paths], column=column)
     if sources.dim != index.dim:
-        raise ValueError(f"{files[0]}: vectors of {sources.dim} numbers, expected {index.dim}")
+        first = sources.paths[0]
+        raise ValueError(f"{first}: vectors of {sources.dim} numbers, expected {index.dim}")
     starts = [{"start": start} for start in range(0, len(sources), batch_rows)]
     return from_items(starts).map_batches(
-        functools.partial(
-            _of_files, index=index, how=how, files=files, column=column, rows=batch_rows
-        ),
+        functools.partial(_of_files, index=index, how=how, sources=sources, rows=batch_rows),
         batch_size=1,
         batch_format="numpy",
     )
@@ -65,24 +62,16 @@ def _of_files(
     *,
     index: Searching,
     how: dict[str, Any],
-    files: tuple[Path, ...],
-    column: str,
+    sources: Sources,
     rows: int,
 ) -> "pyarrow.Table":
     import pyarrow
 
-    sources = _opened(files, column)
     start = int(batch["start"][0])
     stop = min(start + rows, len(sources))
     found = index.search(np.concatenate(list(sources.vectors(start, stop))), **how)
     numbers = pyarrow.array(np.arange(start, stop))
     return pyarrow.table({"row": numbers, **_lists_of(found)})
-
-
-@functools.lru_cache(2)
-def _opened(files: Sequence[Path], column: str) -> Sources:
-    """The rows of files, opened once a process."""
-    return open_sources(files, column=column)
 
 
 def _lists_of(found: SearchResult) -> dict[str, Any]:

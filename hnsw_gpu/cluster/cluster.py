@@ -5,7 +5,7 @@ import contextlib
 import itertools
 import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from hnsw_gpu.cluster.shard_actor import ShardActor, ShardFacts
 from hnsw_gpu.cluster.shard_calls import LOOK, ShardCalls, ShardLostError
 from hnsw_gpu.collection import Manifest, Sharded, merged_answers, read_manifest
 from hnsw_gpu.engine import Walk
+from hnsw_gpu.files import Folder, LocalFolder, folder_at
 from hnsw_gpu.index import Index
 from hnsw_gpu.results import PartialResult, SearchResult, reported
 
@@ -34,7 +35,8 @@ class Cluster(Sharded):
     method may be called from many threads. A `with` block closes it at its end; a pickle, as in a
     task of Ray, asks the same actors and closes nothing.
 
-    path: of the collection, as every node sees it.
+    path: of the collection, as every node sees it: a folder, or a URL that fsspec knows, whose
+        shards each node copies to its disk (see `load`).
     replicas: actors of each shard.
     address: of the Ray cluster, see `ray_connection`; None: the one this program is connected to,
         else one of our own on this machine, stopped at the end.
@@ -46,7 +48,10 @@ class Cluster(Sharded):
     start_timeout_s: most that opening may take.
     on_shard_error: "raise", or "partial": searches answer at once without the shards of which no
         replica is there, by a PartialResult that names them.
+    storage_options: what fsspec's file system of a URL takes, such as `key` and `secret`.
     """
+
+    _end: Any  # ends the actors, when nobody holds the cluster; None: it is another's
 
     def __init__(
         self,
@@ -59,6 +64,7 @@ class Cluster(Sharded):
         timeout_s: float = 60.0,
         start_timeout_s: float = 600.0,
         on_shard_error: str = "raise",
+        storage_options: Mapping[str, Any] | None = None,
     ) -> None:
         replicas, cpus = inputs.integer("replicas", replicas, 1), inputs.integer("cpus", cpus, 1)
         for name, value in (("timeout_s", timeout_s), ("start_timeout_s", start_timeout_s)):
@@ -67,8 +73,8 @@ class Cluster(Sharded):
         if not 0 <= inputs.number("gpus", gpus) < np.inf:
             raise ValueError(f"gpus={gpus}: expected 0 or more")
         inputs.one_of("on_shard_error", on_shard_error, ON_ERROR)
-        folder = Path(path).absolute()
-        if folder.is_file():
+        folder = folder_at(path, storage_options)
+        if isinstance(folder, LocalFolder) and folder.path.is_file():
             raise ValueError(f"{folder}: no collection: `hnsw-gpu build --shard-rows` makes one")
         manifest = read_manifest(folder)
         with contextlib.ExitStack() as opening:
@@ -78,13 +84,14 @@ class Cluster(Sharded):
             )
             calls = ShardCalls([entry.file for entry in manifest.shards], handles, timeout_s)
             facts = _opened(connection, calls, start_timeout_s, gpus)
-            self._attach(folder, manifest, calls, facts, cpus, on_shard_error)
+            place = folder.path.absolute() if isinstance(folder, LocalFolder) else str(folder)
+            self._attach(place, manifest, calls, facts, cpus, on_shard_error)
             self.require_labels_once()
-            self._close = weakref.finalize(self, opening.pop_all().close)
+            self._end = weakref.finalize(self, opening.pop_all().close)
 
     def _attach(
         self,
-        path: Path,
+        path: Path | str,
         manifest: Manifest,
         calls: ShardCalls,
         facts: list[ShardFacts],
@@ -94,7 +101,7 @@ class Cluster(Sharded):
         Sharded.__init__(self, path, manifest)
         self._calls, self._facts, self._cpus = calls, facts, cpus
         self._on_shard_error = on_shard_error
-        self._close: Any = None  # of a pickle: it closes nothing
+        self._end = None
 
     def __reduce__(self) -> tuple:
         self._require_open()
@@ -103,8 +110,8 @@ class Cluster(Sharded):
 
     def close(self) -> None:
         """End the actors, and Ray where we started it. Calls that run are lost."""
-        if self._close is not None:
-            self._close()
+        if self._end is not None:
+            self._end()
 
     def __enter__(self) -> "Cluster":
         return self
@@ -113,7 +120,7 @@ class Cluster(Sharded):
         self.close()
 
     def _require_open(self) -> None:
-        if self._close is not None and not self._close.alive:
+        if self._end is not None and not self._end.alive:
             raise RuntimeError("the cluster is closed")
 
     # ---------------------------------------------------------------- what it is
@@ -264,7 +271,7 @@ class Cluster(Sharded):
         return self._calls.of_each(ask, *of_ours)
 
 
-def _another(path: Path, manifest: Manifest, *parts: Any) -> Cluster:
+def _another(path: Path | str, manifest: Manifest, *parts: Any) -> Cluster:
     """A cluster of the same actors."""
     cluster = Cluster.__new__(Cluster)
     cluster._attach(path, manifest, *parts)
@@ -273,10 +280,10 @@ def _another(path: Path, manifest: Manifest, *parts: Any) -> Cluster:
 
 @contextlib.contextmanager
 def _actors(
-    ray: Any, folder: Path, manifest: Manifest, replicas: int, cpus: int, gpus: float
+    ray: Any, folder: Folder, manifest: Manifest, replicas: int, cpus: int, gpus: float
 ) -> Iterator[list[list[Any]]]:
     """Handles of the actors of each shard, which end with the block."""
-    made = ray.remote(ShardActor).options(
+    made = ray.remote(
         num_cpus=0,
         num_gpus=gpus,
         max_restarts=-1,
@@ -284,7 +291,7 @@ def _actors(
         max_concurrency=cpus,
         concurrency_groups={LOOK: 1},
         scheduling_strategy="SPREAD",  # replicas of a shard one after the other: on several nodes
-    )
+    )(ShardActor)
     device = "cuda" if gpus else "cpu"
     handles: list[list[Any]] = []
     try:

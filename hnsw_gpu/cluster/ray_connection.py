@@ -17,6 +17,8 @@ from hnsw_gpu import inputs
 CONNECT_S = 10.0  # to reach an address
 CLIENT = "ray://"  # of an address: Ray's client, from outside the cluster
 LOCAL = "local"  # as an address: a Ray of our own
+HTTP2_SETTINGS = b"\x04"  # the type of the first frame of either side, after the frame's length
+HTTP2_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0" + HTTP2_SETTINGS + b"\0" * 5
 
 _changing = threading.RLock()  # guards the next; a collected Cluster may come in between
 _users: list["RayConnection"] = []  # of the connection that we made
@@ -103,12 +105,22 @@ def _connect(ray: Any, place: str, cpus: int) -> None:
 
 
 def _require_listener(address: str) -> None:
-    """ConnectionError where nobody listens: Ray itself would try for minutes."""
+    """ConnectionError where nobody does, or what is no gRPC: Ray itself would try for minutes."""
     place = _place(address)
     try:
-        socket.create_connection(place, timeout=CONNECT_S).close()
+        listener = socket.create_connection(place, timeout=CONNECT_S)
     except OSError as error:
         raise ConnectionError(f"no Ray at {address}: nobody listens there ({error})") from None
+    with listener:
+        if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
+            return
+        try:
+            listener.sendall(HTTP2_HELLO)
+            is_grpc = listener.recv(4)[3:] == HTTP2_SETTINGS
+        except OSError:
+            is_grpc = False
+    if not is_grpc:
+        raise ConnectionError(f"no Ray at {address}: somebody else listens there")
 
 
 def _place(address: str) -> tuple[str, int]:

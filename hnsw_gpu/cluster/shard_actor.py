@@ -6,10 +6,10 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from hnsw_gpu.collection import Manifest, ShardEntry, open_shard
+from hnsw_gpu.collection import Manifest, ShardEntry, open_shard, shard_path
+from hnsw_gpu.files import Folder
 from hnsw_gpu.index import Index
 
 logger = logging.getLogger("hnsw_gpu")
@@ -46,9 +46,9 @@ class ShardActor:
     """
 
     def __init__(
-        self, folder: Path, entry: ShardEntry, manifest: Manifest, device: str, threads: int
+        self, folder: Folder, entry: ShardEntry, manifest: Manifest, device: str, threads: int
     ) -> None:
-        self._place = folder / entry.file, entry, manifest
+        self._folder, self._entry, self._manifest = folder, entry, manifest
         self._device, self._threads = device, threads
         self._opening = threading.Lock()
         self._counting = threading.Lock()
@@ -60,14 +60,16 @@ class ShardActor:
             logger.error("%s", error)
 
     def __repr__(self) -> str:
-        return f"hnsw_gpu {self._place[0]}"
+        return f"hnsw_gpu {self._folder.place(self._entry.file)}"
 
     def _opened(self) -> Index:
         with self._opening:
             if self._index is None:
                 started = time.perf_counter()
                 try:
-                    index = open_shard(*self._place, mmap=True).to(self._device)
+                    path = shard_path(self._folder, self._entry)
+                    index = open_shard(path, self._entry, self._manifest, mmap=True)
+                    index.to(self._device)
                     index.warm_up(self._threads)
                 except Exception as error:
                     raise NotOpenError(error) from error

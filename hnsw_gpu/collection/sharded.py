@@ -16,7 +16,7 @@ from hnsw_gpu.index import Index
 from hnsw_gpu.searching import IsNear, Searching
 
 Answers = tuple[np.ndarray, np.ndarray]  # labels, engines' distances
-LABELS_AT_A_TIME = 1 << 22  # that are looked at for one that is there twice
+LABELS_AT_A_TIME = 1 << 20  # that are looked at for one that is there twice
 
 
 class Sharded(Searching):

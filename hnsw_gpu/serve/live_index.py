@@ -83,6 +83,7 @@ class LiveIndex:
         gc.freeze()  # otherwise a collection scans everything imported, which takes 50 ms
         self._switch_to(served)
         self.on_ready(served)
+        del served  # or it would outlive a swap
         while True:
             await self.measure_canary()
             await asyncio.sleep(CANARY_INTERVAL_S)

@@ -22,7 +22,7 @@ parquet = pytest.importorskip("pyarrow.parquet")
 import hnsw_gpu
 from hnsw_gpu import cli
 from hnsw_gpu.cluster import steps_on_ray
-from hnsw_gpu.cluster.steps_on_ray import RETRIES, _do
+from hnsw_gpu.cluster.job_steps import RETRIES, _do
 from hnsw_gpu.collection.building import build_collection
 from hnsw_gpu.deduplication import Settings, dedup_files, in_files
 from hnsw_gpu.deduplication.checkpoints import WORK

@@ -709,7 +709,7 @@ def serve(
     is_any = "*" in names or not (names or is_local)
     settings |= {
         "token": token,
-        "on_ray": None if address is None else OnRay(address, replicas or 1),
+        "on_ray": None if address is None else OnRay(address, replicas or 1, settings["timeout_s"]),
         "most_body": max_body,
         "allowed_hosts": None if is_any else frozenset({*names, "localhost", host.lower()}),
     }

@@ -101,6 +101,13 @@ class Searching:
         labels = self.labels
         return labels[np.arange(m := min(count, len(labels))) * len(labels) // max(m, 1)]
 
+    @property
+    def calls_at_once(self) -> int:
+        """How many searches of large batches are worth running beside each other."""
+        return (
+            1 if self.device == "cpu" else 2
+        )  # on a GPU one is prepared while another is searched
+
     def is_ready(self) -> bool:
         """Is there what answers a search?"""
         return True

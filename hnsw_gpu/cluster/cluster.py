@@ -131,6 +131,11 @@ class Cluster(Sharded):
         return self._facts[0].device
 
     @property
+    def calls_at_once(self) -> int:
+        """How many searches of large batches are worth running beside each other."""
+        return super().calls_at_once * len(self._calls.replicas[0])
+
+    @property
     def nbytes(self) -> int:
         """Bytes that one replica of each shard takes, mapped rows too."""
         return sum(facts.nbytes for facts in self._facts)
@@ -283,6 +288,7 @@ def _actors(
     ray: Any, folder: Folder, manifest: Manifest, replicas: int, cpus: int, gpus: float
 ) -> Iterator[list[list[Any]]]:
     """Handles of the actors of each shard, which end with the block."""
+    ray.method(concurrency_group=LOOK)(ShardActor.facts)  # said here: there, Ray is not imported
     made = ray.remote(
         num_cpus=0,
         num_gpus=gpus,

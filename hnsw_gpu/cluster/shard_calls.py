@@ -61,7 +61,7 @@ class Replica:
     async def facts(self) -> ShardFacts:
         """What the actor tells of itself; errors as of `answer`."""
         try:
-            found: ShardFacts = await self.handle.facts.options(concurrency_group=LOOK).remote()
+            found: ShardFacts = await self.handle.facts.remote()
             return found
         except imported_ray().exceptions.RayTaskError as error:
             raise (error.cause if isinstance(error.cause, Exception) else error) from None

@@ -76,7 +76,10 @@ def load_served_index(
 def _on_ray(path: Path, on_ray: OnRay, device: str, threads: int | None) -> Cluster:
     gpus = 0 if device in ("auto", "cpu") else 1
     cpus = 2 if threads is None else threads
-    return Cluster(path, on_ray.replicas, address=on_ray.address, cpus=cpus, gpus=gpus)
+    return Cluster(
+        path, on_ray.replicas, address=on_ray.address, cpus=cpus, gpus=gpus,
+        timeout_s=on_ray.timeout_s,
+    )  # fmt: skip
 
 
 def close_index(index: Searching) -> None:

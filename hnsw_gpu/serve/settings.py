@@ -9,6 +9,7 @@ class OnRay(NamedTuple):
 
     address: str  # of the Ray cluster; "local": one of our own
     replicas: int = 1  # of each shard
+    timeout_s: float = 30.0  # of a search
 
 
 class ServerSettings(NamedTuple):

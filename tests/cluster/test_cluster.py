@@ -153,6 +153,12 @@ def test_answers_of_two_replicas_from_threads_tasks_and_processes(folder, pair):
         ):
             assert all(map(same, answers, expected))
     assert all(replica["searches"] > 0 for replica in replicas(pair))  # they take turns
+    before = sum(replica["searches"] for replica in replicas(pair))
+    with hnsw_gpu.Batcher(pair, batch_rows=8) as batcher:
+        assert pair.calls_at_once == 2  # batches: one a replica
+        futures = [batcher.submit(query, 5) for query in QUERIES]
+        assert all(map(same, [future.result() for future in futures], expected))
+    assert sum(replica["searches"] for replica in replicas(pair)) < before + 2 * len(QUERIES)
 
     @ray.remote(num_cpus=0)
     def elsewhere(cluster):

@@ -31,7 +31,7 @@ QUERY_BLOCK = 4096  # queries between two moves of the progress bar
 
 
 class PathOrUrl(click.Path):
-    """A path of this machine, or a URL of a collection, as it is."""
+    """A path, or a URL of a collection, which stays a text."""
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
@@ -586,7 +586,7 @@ def dedup_preview(
 
 
 @main.command()
-@click.argument("index", type=SAVED)
+@click.argument("index", type=click.Path(exists=True, path_type=Path))
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to bind to.")
 @click.option(
     "--port",

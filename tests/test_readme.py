@@ -76,6 +76,7 @@ def can_run(text: str) -> bool:
         "hnsw-gpu dedup ": ["pyarrow"],
         "FastAPI": ["fastapi"],
         "hnsw_gpu.Cluster": ["ray", "pyarrow", "pandas"],
+        "--ray": ["ray", "pyarrow"],
         **dict.fromkeys(["hnsw-gpu serve", "hnsw_gpu.Client", "curl "], SERVER),
     }
     words = [word for word, modules in needed.items() if not all(map(find_spec, modules))]

@@ -7,10 +7,10 @@ from hnsw_gpu.lazy_names import lazy_names
 if TYPE_CHECKING:
     from hnsw_gpu.cluster.cluster import Cluster
     from hnsw_gpu.cluster.shard_calls import ShardLostError
-    from hnsw_gpu.cluster.steps_on_ray import steps_on_ray
+    from hnsw_gpu.cluster.job_steps import steps_on_ray
 
 __all__ = ["Cluster", "ShardLostError", "steps_on_ray"]
 
-_HOME = {"Cluster": "cluster", "ShardLostError": "shard_calls", "steps_on_ray": "steps_on_ray"}
+_HOME = {"Cluster": "cluster", "ShardLostError": "shard_calls", "steps_on_ray": "job_steps"}
 
 __getattr__ = lazy_names(__name__, _HOME)

@@ -4,7 +4,7 @@ Of each shard its distinct rows, encoded, and their graph are a step; then the n
 then each join of two shards (`sharded_join.py`), and the nearest of another set. A step needs the
 plan and the files of those before it, and nothing else: whoever runs it (`files/step_runner.py`)
 may be another process, on another machine that sees the same folders. It holds one shard with its
-graph; that of numbers 48 bytes a row.
+graph; that of numbers 56 bytes a row of the whole set.
 """
 
 import itertools

@@ -290,13 +290,18 @@ def open_sources(paths: Sequence[Path], *, column: str = "embedding") -> Sources
     return Sources(files, column)
 
 
-@functools.lru_cache(4)
 def _opened_as(paths: tuple[Path, ...], column: str, seen: tuple) -> Sources:
     """Sources of a pickle; ValueError where a file is not what it was there."""
-    sources = open_sources(paths, column=column)
+    sources = _opened_once(paths, column, seen)
+    sources.require_unchanged()
     if sources._seen != seen:
         raise ValueError(f"{paths[0]}, or another input, was changed while it was read: run again")
     return sources
+
+
+@functools.lru_cache(4)
+def _opened_once(paths: tuple[Path, ...], column: str, seen: tuple) -> Sources:
+    return open_sources(paths, column=column)
 
 
 def file_checksum(path: Path) -> str:

@@ -6,6 +6,7 @@ the others are ended before the error is raised.
 """
 
 import contextlib
+import pickle
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -41,7 +42,8 @@ class StepsOnRay:
         task = ray.remote(_do).options(
             num_cpus=self.threads, num_gpus=self._gpus, max_retries=RETRIES, name=do.__name__
         )
-        shared = ray.put((hnsw_gpu.__version__, do, tuple(common)))
+        # packed by us: what fails while it is unpacked is then an error of the task as any other
+        shared = ray.put((hnsw_gpu.__version__, ray.cloudpickle.dumps((do, tuple(common)))))
         results: list[Any] = [None] * len(given)
         waiting, running = deque(range(len(given))), dict[Any, int]()
         try:
@@ -102,13 +104,14 @@ def _require_node(ray: Any, threads: int, gpus: float) -> None:
             raise ValueError(f"{what}={needed}: no node of the Ray cluster has more than {most:g}")
 
 
-def _do(shared: tuple[str, Callable[..., Any], tuple], *given: Any) -> Any:
-    """A task: `do` of what is common to all and of what is given to this one."""
-    version, do, common = shared
+def _do(shared: tuple[str, bytes], *given: Any) -> Any:
+    """A task: the step, packed with what is common to all, of what is given to this one."""
+    version, packed = shared
     if version != hnsw_gpu.__version__:
         raise RuntimeError(
             f"a node of the Ray cluster has hnsw_gpu {hnsw_gpu.__version__}, the driver {version}"
         )
+    do, common = pickle.loads(packed)
     return do(*common, *given, advance=_untold)
 
 

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING
 from hnsw_gpu.lazy_names import lazy_names
 
 if TYPE_CHECKING:
+    from hnsw_gpu.cluster import Cluster, ShardLostError
     from hnsw_gpu.collection import Collection, load
     from hnsw_gpu.conversion import from_faiss, from_hnswlib, from_usearch
     from hnsw_gpu.deduplication import DedupResult, dedup
     from hnsw_gpu.exhaustive import exact_search
     from hnsw_gpu.files import CorruptIndexError
     from hnsw_gpu.index import Index
-    from hnsw_gpu.results import RadiusResult, SearchResult
+    from hnsw_gpu.results import PartialResult, RadiusResult, SearchResult
     from hnsw_gpu.serve import AnswerError, Batch, Batcher, Client, QueueFullError, ServerError
 
 __version__ = "0.1.0"
@@ -28,14 +29,17 @@ __all__ = [
     "Batch",
     "Batcher",
     "Client",
+    "Cluster",
     "Collection",
     "CorruptIndexError",
     "DedupResult",
     "Index",
+    "PartialResult",
     "QueueFullError",
     "RadiusResult",
     "SearchResult",
     "ServerError",
+    "ShardLostError",
     "__version__",
     "dedup",
     "exact_search",
@@ -50,14 +54,17 @@ _HOME = {
     "Batch": "serve",
     "Batcher": "serve",
     "Client": "serve",
+    "Cluster": "cluster",
     "Collection": "collection",
     "CorruptIndexError": "files",
     "DedupResult": "deduplication",
     "Index": "index",
+    "PartialResult": "results",
     "QueueFullError": "serve",
     "RadiusResult": "results",
     "SearchResult": "results",
     "ServerError": "serve",
+    "ShardLostError": "cluster",
     "dedup": "deduplication",
     "exact_search": "exhaustive",
     "from_faiss": "conversion",

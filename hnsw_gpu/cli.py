@@ -4,9 +4,12 @@ Heavy modules are imported inside the commands, so that `--help` answers at once
 library become one line and exit code 1, Ctrl-C one line and exit code 130.
 """
 
+import contextlib
 import json
 import logging
+import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,13 +22,27 @@ if TYPE_CHECKING:
     import numpy as np
 
     from hnsw_gpu.collection import Collection
+    from hnsw_gpu.files import StepRunner
     from hnsw_gpu.index import Index
     from hnsw_gpu.searching import Searching
     from hnsw_gpu.serve import ServedIndex
 
 QUERY_BLOCK = 4096  # queries between two moves of the progress bar
+
+
+class PathOrUrl(click.Path):
+    """A path, or a URL of a collection, which stays a text."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> str | Path:
+        from hnsw_gpu.files import is_url
+
+        return value if is_url(value) else Path(os.fsdecode(super().convert(value, param, ctx)))
+
+
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
-SAVED = click.Path(exists=True, path_type=Path)  # an index, or the folder of a collection
+SAVED = PathOrUrl(exists=True, path_type=Path)  # an index, or the folder of a collection
 OUTPUT = click.Path(dir_okay=False, writable=True, path_type=Path)
 VECTORS = click.Path(path_type=Path)  # may name an array inside: file.npz:name
 POSITIVE = click.IntRange(min=1)
@@ -86,13 +103,47 @@ rerank_option = click.option(
     help="Nearest of the beam that refine rows compare; auto: of int4 max(2 k, 20, ef / 4), "
     "else all.",
 )
+
+
+def _options(
+    context: click.Context, parameter: click.Parameter, text: str | None
+) -> dict[str, Any] | None:
+    """The object of a JSON text, or of a file that @ leads to."""
+    if text is None:
+        return None
+    try:
+        found = json.loads(Path(text[1:]).read_text() if text.startswith("@") else text)
+    except ValueError:
+        found = None  # what was given may be a secret
+    if not isinstance(found, dict):
+        raise click.BadParameter("expected a JSON object, or @FILE of one")
+    return found
+
+
+storage_option = click.option(
+    "--storage-options",
+    callback=_options,
+    metavar="JSON|@FILE",
+    help='What fsspec takes for a URL, such as {"endpoint_url": "http://..."}.',
+)
+ray_option = click.option(
+    "--ray",
+    "address",
+    metavar="ADDRESS",
+    help="Do the steps on the Ray cluster there: HOST:PORT, ray://HOST:PORT, auto, or local: this "
+    "machine.",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 
 
 @main.command()
 @click.argument("paths", metavar="VECTORS...", type=VECTORS, nargs=-1, required=True)
 @click.option(
-    "-o", "--output", type=VECTORS, required=True, help="The index file, or folder, to write."
+    "-o",
+    "--output",
+    type=PathOrUrl(path_type=Path),
+    required=True,
+    help="The index file to write; of a collection the folder, or a URL such as s3://...",
 )
 @click.option("--shard-rows", type=POSITIVE, help="Build a collection, so many rows a shard.")
 @click.option("--column", help="Of the vectors, in tables of a collection.  [default: embedding]")
@@ -109,14 +160,18 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON i
 )
 @click.option("--seed", default=0, show_default=True, help="Same seed, same index.")
 @click.option("--labels", type=FILE, help="A .npy of integers, one per row. [default: 0, 1, ...]")
-@threads_option
+@ray_option
+@storage_option
+@click.option("--threads", type=POSITIVE, help="Threads to use.  [default: all; on Ray 1 a shard]")
 def build(
     paths: tuple[Path, ...],
-    output: Path,
+    output: Path | str,
     shard_rows: int | None,
     column: str | None,
     id_column: str | None,
     labels: Path | None,
+    address: str | None,
+    storage_options: dict[str, Any] | None,
     threads: int | None,
     **how: Any,
 ) -> None:
@@ -129,36 +184,63 @@ def build(
     more than memory holds. A collection is written: a folder of shards and a manifest.json, which
     the other commands take as they take an index. Killed or interrupted, the same command goes on.
 
+    With --ray shards are built by tasks of a Ray cluster, whose nodes see the same VECTORS and
+    folder, or write to the same URL, and have this release installed. Needs the extra `ray`; a URL
+    needs `remote`.
+
     \b
     Example:
       hnsw-gpu build vectors.npy -o docs.hnsw --dtype int4
       hnsw-gpu build embeddings/ -o docs.collection --shard-rows 1000000 --id-column id
+      hnsw-gpu build embeddings/ -o s3://bucket/docs --shard-rows 1000000 --ray 10.0.0.1:6379
     """
     started = time.perf_counter()
     if shard_rows is None:
         context = click.get_current_context()
-        if len(paths) > 1 or column is not None or id_column is not None:
-            raise click.UsageError("several files, --column and --id-column need --shard-rows")
+        of_collections = (column, id_column, address, storage_options)
+        if len(paths) > 1 or isinstance(output, str) or any(v is not None for v in of_collections):
+            raise click.UsageError(
+                "several files, --column, --id-column, --ray and a URL need --shard-rows"
+            )
         OUTPUT.convert(output, None, context)
         _build_index(paths[0], output, labels, threads, how)
         return
     if labels is not None:
         raise click.UsageError("--labels is of one index: a collection takes --id-column")
     from hnsw_gpu.collection import build_collection, interrupted_state
+    from hnsw_gpu.files import folder_at
 
+    folder = folder_at(output, storage_options)
     try:
-        made = build_collection(
-            paths, output, shard_rows=shard_rows, column=column or "embedding",
-            id_column=id_column, threads=threads, progress=is_watched(), **how,
-        )  # fmt: skip
+        with _runner(address, threads) as runner:
+            made = build_collection(
+                paths, folder, shard_rows=shard_rows, column=column or "embedding",
+                id_column=id_column, runner=runner, progress=is_watched(), **how,
+            )  # fmt: skip
     except KeyboardInterrupt:
-        click.echo(f"\n{interrupted_state(output)}", err=True)
+        click.echo(f"\n{interrupted_state(folder)}", err=True)
         raise
     seconds = time.perf_counter() - started
     click.echo(
         f"{output}: {made.rows:,} vectors of {made.dim} in {len(made.shards)} "
         f"shard{'s' * (len(made.shards) > 1)}, {seconds:.1f} s"
     )
+
+
+@contextlib.contextmanager
+def _runner(
+    address: str | None, threads: int | None, device: str = "cpu"
+) -> "Iterator[StepRunner]":
+    """Who does the steps of a long job: this process, or a Ray cluster."""
+    if address is None:
+        from hnsw_gpu.files import Here
+
+        yield Here(threads)
+        return
+    from hnsw_gpu.cluster import steps_on_ray
+
+    with steps_on_ray(address, threads=threads, gpus=int(device.startswith("cuda"))) as runner:
+        yield runner
 
 
 def _build_index(
@@ -247,8 +329,10 @@ def convert(
 @rerank_option
 @device_option
 @threads_option
+@storage_option
 def search(
-    index: Path,
+    index: Path | str,
+    storage_options: dict[str, Any] | None,
     queries: Path,
     output: Path,
     k: int,
@@ -270,7 +354,7 @@ def search(
 
     check_output(output, index, queries, suffixes=(".npz",))
     rows = read_vectors(queries)
-    opened = _open(index, device)
+    opened = _open(index, device, options=storage_options)
     labels, distances, seconds = _search(opened, rows, k, ef, rerank, threads)
     write_result(output, labels, distances)
     rate = len(rows) / max(seconds, 1e-9)
@@ -280,7 +364,8 @@ def search(
 @main.command()
 @click.argument("index", type=SAVED)
 @json_option
-def info(index: Path, as_json: bool) -> None:
+@storage_option
+def info(index: Path | str, storage_options: dict[str, Any] | None, as_json: bool) -> None:
     """Describe an index file, or a collection.
 
     The finest vectors stay on disk; `check` tests every byte of the file.
@@ -291,7 +376,7 @@ def info(index: Path, as_json: bool) -> None:
     """
     from hnsw_gpu.collection import Collection
 
-    opened = _open(index, mmap=True)
+    opened = _open(index, mmap=True, options=storage_options)
     names = ("metric", "dtype", "refine", "dim", "M", "ef_construction", "seed")
     facts = {"vectors": len(opened), **{name: getattr(opened, name) for name in names}}
     facts |= {"memory_bytes": opened.nbytes}
@@ -299,13 +384,14 @@ def info(index: Path, as_json: bool) -> None:
         entries = opened.manifest.shards
         facts |= {"file_bytes": sum(entry.bytes for entry in entries), "shards": len(entries)}
     else:
-        facts |= {"file_bytes": index.stat().st_size}
+        facts |= {"file_bytes": Path(index).stat().st_size}
     print_facts(facts, as_json)
 
 
 @main.command()
 @click.argument("index", type=SAVED)
-def check(index: Path) -> None:
+@storage_option
+def check(index: Path | str, storage_options: dict[str, Any] | None) -> None:
     """Check an index file, or a collection: every checksum, every link, every node reachable.
 
     Exit code 0 if it is sound; otherwise 1, and what is wrong.
@@ -314,7 +400,7 @@ def check(index: Path) -> None:
     Example:
       hnsw-gpu check docs.hnsw && echo sound
     """
-    opened = _open(index)
+    opened = _open(index, options=storage_options)
     with doing("checking the graph"):
         opened.check()
     click.echo(f"{index}: sound, {len(opened):,} vectors of {opened.dim}")
@@ -331,8 +417,10 @@ def check(index: Path) -> None:
 @device_option
 @threads_option
 @json_option
+@storage_option
 def recall(
-    index: Path,
+    index: Path | str,
+    storage_options: dict[str, Any] | None,
     queries: Path,
     k: int,
     efs: str,
@@ -362,7 +450,7 @@ def recall(
         check_output(plot, index, queries, suffixes=(".png", ".pdf", ".svg"))
         measure.require_plotting()
     rows = read_vectors(queries)
-    opened = _open(index, device)
+    opened = _open(index, device, options=storage_options)
     base = _base(opened, None if vectors is None else read_vectors(vectors))
     truth = hnsw_gpu.exact_search(
         base, rows, k, opened.metric, threads=threads, progress=is_watched()
@@ -473,7 +561,8 @@ def _bytes(context: click.Context, parameter: click.Parameter, text: str | None)
 @click.option("--ef-construction", default=80, show_default=True, help="Beam capacity of a build.")
 @click.option("--ef", default=48, show_default=True, help="Beam capacity of the join.")
 @click.option("--seed", default=0, show_default=True, help="Same seed, same result.")
-@threads_option
+@ray_option
+@click.option("--threads", type=POSITIVE, help="Threads to use.  [default: all; on Ray 1 a step]")
 @click.option(
     "--device",
     callback=_device,
@@ -493,6 +582,7 @@ def dedup(
     shard_rows: int | None,
     memory_limit: int | None,
     write_kept: bool,
+    address: str | None,
     threads: int | None,
     device: str,
     **settings: Any,
@@ -503,31 +593,39 @@ def dedup(
     duplicates.parquet (what was dropped, and for which row), pairs.parquet, kept.parquet,
     report.json and report.html. Killed or interrupted, the same command goes on where it was.
 
+    With --ray shards, and pairs of them, are tasks of a Ray cluster, whose nodes see the same PATHS
+    and folder, and have this release installed; --shard-rows says how much each holds. The last
+    task holds all pairs. Needs the extra `ray`.
+
     \b
     Example:
       hnsw-gpu dedup embeddings/ -o unique --id-column id --text-column text --threshold 0.9
+      hnsw-gpu dedup embeddings/ -o unique --shard-rows 1000000 --ray 10.0.0.1:6379
     """
     from hnsw_gpu.deduplication import Settings, dedup_files, interrupted_state
 
     if only_against and not against:
         raise click.UsageError("--only-against needs --against")
+    if address is not None and shard_rows is None:
+        raise click.UsageError("--ray needs --shard-rows: a task holds so many")
     try:
-        report = dedup_files(
-            paths,
-            output,
-            Settings(**settings),
-            column=column,
-            id_column=id_column,
-            text_column=text_column,
-            against=against,
-            itself=not only_against,
-            shard_rows=shard_rows,
-            memory_limit=memory_limit,
-            write_kept=write_kept,
-            threads=threads,
-            device=device,
-            progress=is_watched(),
-        )
+        with _runner(address, threads, device) as runner:
+            report = dedup_files(
+                paths,
+                output,
+                Settings(**settings),
+                column=column,
+                id_column=id_column,
+                text_column=text_column,
+                against=against,
+                itself=not only_against,
+                shard_rows=shard_rows,
+                memory_limit=memory_limit,
+                write_kept=write_kept,
+                runner=runner,
+                device=device,
+                progress=is_watched(),
+            )
     except KeyboardInterrupt:
         click.echo(f"\n{interrupted_state(output)}", err=True)
         raise
@@ -579,7 +677,7 @@ def dedup_preview(
 
 
 @main.command()
-@click.argument("index", type=SAVED)
+@click.argument("index", type=click.Path(exists=True, path_type=Path))
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to bind to.")
 @click.option(
     "--port",
@@ -599,6 +697,8 @@ def dedup_preview(
 )
 @device_option
 @click.option("--mmap", is_flag=True, help="Map the vectors instead of loading them.")
+@click.option("--ray", "address", help="Search a collection's shards on the Ray cluster there.")
+@click.option("--replicas", type=POSITIVE, help="Actors a shard, on Ray.  [default: 1]")
 @click.option("--batch-rows", type=POSITIVE, help="Most rows per batch.  [default: 128 per thread]")
 @click.option("--queue-rows", type=POSITIVE, default=16384, show_default=True, help="Most queued.")
 @click.option("--max-body", callback=_bytes, default="64M", show_default=True, help="Largest body.")
@@ -642,6 +742,8 @@ def serve(
     max_body: int,
     allowed_hosts: tuple[str, ...],
     log_format: str,
+    address: str | None,
+    replicas: int | None,
     **settings: Any,
 ) -> None:
     """Serve searches of INDEX, or of a collection, over HTTP.
@@ -651,9 +753,13 @@ def serve(
     busy form the next batch. On SIGTERM or SIGHUP, running requests finish. Needs the extra
     `serve`: pip install "hnsw-gpu[serve]"
 
+    With --ray HOST:PORT, ray://HOST:PORT or `local` the shards of a collection are searched by
+    actors there; /health/ready is true while each shard has a live one. Needs the extra `ray`.
+
     \b
     Example:
       hnsw-gpu serve docs.hnsw --port 8080
+      hnsw-gpu serve docs.collection --ray 10.0.0.1:6379 --replicas 2
     """
     started = time.perf_counter()
 
@@ -664,7 +770,7 @@ def serve(
             click.echo(text, err=True)
 
     try:
-        from hnsw_gpu.serve import ServerSettings, listen, log_to_stderr, serve
+        from hnsw_gpu.serve import OnRay, ServerSettings, listen, log_to_stderr, serve
     except ImportError as error:
         raise ImportError(f'{error}: pip install "hnsw-gpu[serve]"') from None
 
@@ -673,6 +779,8 @@ def serve(
     folder = (root or index.parent).resolve()
     if not path.is_relative_to(folder):
         raise click.UsageError(f"{index} is not within --root {root}")
+    if replicas is not None and address is None:
+        raise click.UsageError("--replicas are actors on a Ray cluster: --ray says on which")
     listening = listen(host, port)
     log_to_stderr(log_format)
     at = f"[{host}]" if ":" in host else host
@@ -692,6 +800,7 @@ def serve(
     is_any = "*" in names or not (names or is_local)
     settings |= {
         "token": token,
+        "on_ray": None if address is None else OnRay(address, replicas or 1, settings["timeout_s"]),
         "most_body": max_body,
         "allowed_hosts": None if is_any else frozenset({*names, "localhost", host.lower()}),
     }
@@ -755,9 +864,15 @@ def _read_labels(path: Path) -> "np.ndarray":
         raise ValueError(f"{path}: {error}") from None
 
 
-def _open(path: Path, device: str = "cpu", *, mmap: bool | None = None) -> "Index | Collection":
+def _open(
+    path: Path | str,
+    device: str = "cpu",
+    *,
+    mmap: bool | None = None,
+    options: dict[str, Any] | None = None,
+) -> "Index | Collection":
     with doing(f"loading {path}"):
-        return hnsw_gpu.load(path, mmap=mmap, device=device)
+        return hnsw_gpu.load(path, mmap=mmap, device=device, storage_options=options)
 
 
 def _search(

@@ -228,7 +228,7 @@ class Index(StateSearching):
         replace: bool = False,
         keep_deleted: bool = False,
         threads: int | None = None,
-        progress: bool = False,
+        progress: bool | Callable[[int], object] = False,
     ) -> np.ndarray:
         """Add vectors (m, dim), any array-like of real numbers; returns their int64 labels (m,).
 
@@ -237,6 +237,8 @@ class Index(StateSearching):
         in one change. keep_deleted: see `compact`. Bad input raises ValueError or TypeError and
         adds nothing. After KeyboardInterrupt the vectors of the batches that were finished are in,
         in order.
+
+        progress: draw a bar; or what is told how many nodes more are in, each time.
         """
 
         def choose(state: State, count: int) -> np.ndarray:
@@ -271,7 +273,7 @@ class Index(StateSearching):
         choose: Callable[[State, int], np.ndarray],
         keep_deleted: bool,
         threads: int | None,
-        progress: bool,
+        progress: bool | Callable[[int], object],
     ) -> np.ndarray:
         """Add vectors (m, dim) under the labels choose(state, m), which it returns."""
         given = inputs.vectors("vectors", vectors, self.dim)
@@ -283,16 +285,16 @@ class Index(StateSearching):
             held = self._state.labels
             live = held.kept_count if keep_deleted else held.live_count
             if self._state.node_count - live > live + len(given):
-                self._compact(threads, progress, is_stopped, keep_deleted)
+                self._compact(threads, progress is True, is_stopped, keep_deleted)
             state, nodes, rounded = with_vectors(
                 self._state, len(given), self._checked_parts(given)
             )
             self._tell(rounded, len(given))
             new = max(int(nodes.max(initial=-1)) + 1, state.node_count) - state.node_count
-            with bar(progress, new, "build", "vectors") as shown:
+            with bar(progress is True, new, "build", "vectors") as shown:
                 insert(
-                    state, nodes, new_labels, self._publish,
-                    threads=threads, is_stopped=is_stopped, advance=shown.update,
+                    state, nodes, new_labels, self._publish, threads=threads,
+                    is_stopped=is_stopped, advance=progress if callable(progress) else shown.update,
                 )  # fmt: skip
             result.append(new_labels)
 

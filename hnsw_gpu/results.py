@@ -16,6 +16,25 @@ class SearchResult(NamedTuple):
     distances: np.ndarray
 
 
+class PartialResult(SearchResult):
+    """A SearchResult, of what was searched: `missing` names the files of the shards that were not.
+
+    It has two fields, as any: `labels, distances = result`.
+    """
+
+    missing: tuple[str, ...] = ()  # none: it is whole
+
+    def __new__(
+        cls, labels: np.ndarray, distances: np.ndarray, missing: tuple[str, ...] = ()
+    ) -> "PartialResult":
+        self = super().__new__(cls, labels, distances)
+        self.missing = missing
+        return self
+
+    def _replace(self, **fields: Any) -> "PartialResult":
+        return PartialResult(*super()._replace(**fields), missing=self.missing)
+
+
 class RadiusResult(NamedTuple):
     """All within a radius, nearest first: query i has results offsets[i]:offsets[i + 1].
 
@@ -49,4 +68,4 @@ def into(out: tuple[Any, Any] | None, result: SearchResult) -> SearchResult:
             raise ValueError(f"out: {what}, expected {found.dtype} {found.shape}")
     for given, found in zip(out, result, strict=True):
         given[...] = found
-    return SearchResult(*out)
+    return result._replace(labels=out[0], distances=out[1])

@@ -28,6 +28,7 @@ from hnsw_gpu.results import RadiusResult, SearchResult, into, reported
 from hnsw_gpu.tuning import SAMPLE, SAMPLE_SHARE, Tuned, required, tuned
 
 DEFAULT_EF = 64
+WARM_ROWS = 64
 SELF_ROWS = 16384  # nodes of a neighbour graph searched at a time
 Found = TypeVar("Found")
 IsNear = Callable[[np.ndarray], np.ndarray]  # of engines' distances float32 (...), bool (...)
@@ -88,6 +89,33 @@ class Searching:
         """
         raise NotImplementedError
 
+    def warm_up(self, threads: int | None = None) -> None:
+        """Compile what searches need, and run one of each kind, so that no caller waits for it."""
+        self.compile_kernels()
+        if not len(self):
+            return
+        labels = self.labels
+        queries, k = self.vectors(labels[:WARM_ROWS]), min(10, len(labels))
+        for allow in (None, labels[: max(1, len(labels) // 2)], labels[:1]):
+            for rows in (queries, queries[:1]):
+                self.search(rows, k, allow=allow, threads=threads)
+
+    def some_labels(self, count: int) -> np.ndarray:
+        """int64 (m,): `count` of the labels, or all where they are fewer; spread evenly."""
+        labels = self.labels
+        return labels[np.arange(m := min(count, len(labels))) * len(labels) // max(m, 1)]
+
+    @property
+    def calls_at_once(self) -> int:
+        """How many searches of large batches are worth running beside each other."""
+        return (
+            1 if self.device == "cpu" else 2
+        )  # on a GPU one is prepared while another is searched
+
+    def is_ready(self) -> bool:
+        """Is there what answers a search?"""
+        return True
+
     def _nearest(
         self, queries: np.ndarray, walk: Walk, allow: ArrayLike | None
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -106,7 +134,9 @@ class Searching:
 
     def _left_out(self, labels: np.ndarray) -> tuple[np.ndarray, "Searching", "Searching"]:
         """Which of these labels can be left out, what to walk without them, what to compare."""
-        raise NotImplementedError
+        raise ValueError(
+            "queries: expected some: no vectors can be left out of what lies elsewhere"
+        )
 
     def _on_gpu(
         self,
@@ -270,20 +300,23 @@ class Searching:
         A query whose beam was full of hits is searched again with twice the ef, until it is not.
         """
         given = self.checked_queries(queries)
-        limit = np.float64(inputs.number("radius", radius))
+        is_near = functools.partial(
+            _is_within, np.float64(inputs.number("radius", radius)), self.metric
+        )
         walk = inputs.walk(1, ef, threads, self._expand(ef))
-
-        def is_near(distances: np.ndarray) -> np.ndarray:
-            told = reported(distances, self.metric).astype(np.float64)
-            if self.metric == "ip":  # 1 - dot was rounded; what is told is itself a radius
-                return (distances.astype(np.float64) <= limit - 1) | (told == limit)
-            return told <= limit
-
         found = self._near(given, is_near, walk, allow)
         none = [(np.empty((1, 0), np.int64), np.empty((1, 0), np.float32))]
         labels, distances = (np.concatenate(p, 1)[0] for p in zip(*none, *found, strict=True))
         offsets = np.cumsum([0] + [part.shape[1] for part, _ in found]).astype(np.int64)
         return RadiusResult(offsets, labels, reported(distances, self.metric))
+
+
+def _is_within(limit: np.float64, metric: str, distances: np.ndarray) -> np.ndarray:
+    """bool (...): which engines' distances are within a radius, as callers are told both."""
+    told = reported(distances, metric).astype(np.float64)
+    if metric == "ip":  # 1 - dot was rounded; what is told is itself a radius
+        return (distances.astype(np.float64) <= limit - 1) | (told == limit)
+    return told <= limit
 
 
 class StateSearching(Searching):

@@ -70,14 +70,14 @@ def doing(what: str) -> Iterator[None]:
     click.echo("done", err=True)
 
 
-def check_output(output: Path, *inputs: Path | None, suffixes: tuple[str, ...] = ()) -> None:
+def check_output(output: Path, *inputs: Path | str | None, suffixes: tuple[str, ...] = ()) -> None:
     """Refuses before the work what could not be written after it, and to overwrite an input."""
     if not output.parent.is_dir():
         raise click.ClickException(f"the folder of {output} does not exist")
     if suffixes and output.suffix.lower() not in suffixes:
         raise click.ClickException(f"{output} does not end in {' or '.join(suffixes)}")
-    for path in inputs:
-        if path and output.exists() and path.exists() and output.samefile(path):
+    for path in [given for given in inputs if isinstance(given, Path)]:
+        if output.exists() and path.exists() and output.samefile(path):
             raise click.ClickException(f"{output} is an input: it would be overwritten")
 
 

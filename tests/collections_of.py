@@ -17,7 +17,7 @@ def make(folder, vectors, labels=None, *, shards=3, **how):
         index.add(rows, names)
         index.save(folder / f"shard-{s:04}.hnsw")
         indexes.append(index)
-        entries.append(entry_of(folder / f"shard-{s:04}.hnsw"))
+        entries.append(entry_of(folder, f"shard-{s:04}.hnsw"))
     write_manifest(folder, manifest_of(indexes[0], entries))
     return indexes
 

@@ -49,7 +49,7 @@ def run_page(page: Path) -> None:
     with contextlib.ExitStack() as servers, undisturbed():
         for number, (kind, text) in enumerate(blocks(page)):
             text = text.replace("8080", port)
-            if kind == "python":
+            if kind == "python" and "serve.deployment" not in text:  # that has a test of its own
                 if absent := missing(text, imported(text)):
                     pytest.skip(f"block {number} and those after it need {', '.join(absent)}")
                 exec(compile(text, f"{page.name}, block {number}", "exec"), names)
@@ -79,6 +79,8 @@ def missing(text: str, modules: Iterable[str] = ()) -> list[str]:
     needed = {
         "hnsw-gpu dedup ": ["pyarrow"],
         ".parquet": ["pyarrow"],
+        "hnsw_gpu.Cluster": ["ray", "pyarrow", "pandas"],
+        "--ray": ["ray", "pyarrow"],
         **dict.fromkeys(["hnsw-gpu serve", "hnsw_gpu.Client(", "curl "], SERVER),
     }
     found = {*modules, *(name for word, of in needed.items() if word in text for name in of)}

@@ -3,8 +3,8 @@
 python -m benchmarks.cpu.tuning
 
 writes `results/tuning.json`: for each data set the ef found on stored vectors and on a quarter of
-its queries, and the recall of half of them, others, with it. "phrases" are sums of two words' vectors, which
-lie elsewhere than words. Recall does not depend on the machine.
+its queries, and the recall of half of them, others, with it. "phrases" are sums of two words'
+vectors, which lie elsewhere than words. Recall does not depend on the machine.
 """
 
 import json

@@ -1,22 +1,25 @@
 """A collection from files of vectors, which may be more than memory holds; resumable.
 
-Rows are cut in shards of equal length, each built and saved in turn. A saved shard is whole, and is
-its own mark that it is done: the same command goes on with the others, and writes the same bytes
-as a run that nothing stopped. The plan in a folder of our own in OUT says what they belong to
+Rows are cut in shards of equal length; to build and save one is a step, done here one after the
+other or wherever a runner does it (`files/step_runner.py`). A saved shard is whole, and is its own
+mark that it is done: the same command goes on with the others, and writes the same bytes as a run
+that nothing stopped. The plan in a folder of our own in OUT says what they belong to
 (`files/checkpoints.py`); when the last shard is there, the manifest is written and that folder
 removed.
 
-In memory at a time: one shard's rows in float32, its index, and 8 bytes a row of the ids.
+In memory at a time: of a step one shard's rows in float32, its index and its ids; here the names of
+files and shards. Ids are first looked through for one that is there twice.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 import hnsw_gpu
 from hnsw_gpu import inputs
+from hnsw_gpu.collection.ids import ids_of, require_ids_once
 from hnsw_gpu.collection.manifest import (
     COLLECTION_VERSION,
     PARAMETERS,
@@ -27,27 +30,45 @@ from hnsw_gpu.collection.manifest import (
 )
 from hnsw_gpu.files import (
     FORMAT_VERSION,
+    HERE,
+    Advance,
     Checkpoints,
+    Folder,
+    LocalFolder,
+    Place,
     Sources,
+    StepRunner,
+    folder_at,
     held,
     list_files,
     open_sources,
 )
 from hnsw_gpu.index import Index
+from hnsw_gpu.progress import bar
 
 WORK = "_hnsw_gpu_build"  # in OUT, while a collection is built
 MADE_BY = "hnsw-gpu build"
 NO_STEPS = r"(?!)"  # in the work folder: a shard lies where it is to stay
 
 
+class Plan(NamedTuple):
+    """What every step needs."""
+
+    out: Folder
+    sources: Sources
+    id_column: str | None
+    how: dict[str, Any]  # parameters of an Index
+    threads: int | None
+
+
 def build_collection(
     paths: Sequence[Path],
-    out: Path,
+    out: Place,
     *,
     shard_rows: int,
     column: str = "embedding",
     id_column: str | None = None,
-    threads: int | None = None,
+    runner: StepRunner = HERE,
     progress: bool = False,
     **how: Any,
 ) -> Manifest:
@@ -59,12 +80,17 @@ def build_collection(
     id is there twice, or an input changes meanwhile.
     """
     inputs.integer("shard_rows", shard_rows, 1, inputs.MOST_NODES)
-    with held(out):
-        work = Checkpoints(out / WORK, MADE_BY, NO_STEPS)
-        _require_ours(out, is_begun=work.is_begun())
-        sources = open_sources(list_files(paths, except_for=[out]), column=column)
+    folder = folder_at(out)
+    except_for = [folder.path] if isinstance(folder, LocalFolder) else []
+    with held(folder):
+        work = Checkpoints(folder.within(WORK), MADE_BY, NO_STEPS)
+        _require_ours(folder, is_begun=work.is_begun())
+        sources = open_sources(list_files(paths, except_for=except_for), column=column)
         like = Index(sources.dim, **how)
-        ids = None if id_column is None else _ids(sources, id_column)
+        starts = range(0, max(1, len(sources)), shard_rows)
+        spans = [(start, min(start + shard_rows, len(sources))) for start in starts]
+        if id_column is not None:
+            require_ids_once(sources, id_column, spans, runner)
         parameters = {name: getattr(like, name) for name in PARAMETERS}
         work.begin(
             {
@@ -74,58 +100,55 @@ def build_collection(
                 "column": column,
                 "id_column": id_column,
                 "shard_rows": shard_rows,
-                "files": sources.fingerprints(),
+                "files": sources.fingerprints(runner),
             }
         )
-        entries = []
-        for s, start in enumerate(range(0, max(1, len(sources)), shard_rows)):
-            path = out / f"shard-{s:04}.hnsw"
-            stop = min(start + shard_rows, len(sources))
-            labels = np.arange(start, stop) if ids is None else ids[start:stop]
-            if not path.exists():
-                index = Index(sources.dim, **how)
-                rows = _rows(sources, start, stop, index)
-                index.add(rows, labels, threads=threads, progress=progress)
-                del rows
-                index.save(path)
-            entries.append(_entry(path, labels))
+        plan = Plan(folder, sources, id_column, how, runner.threads)
+        given = [(f"shard-{s:04}.hnsw", *span) for s, span in enumerate(spans)]
+        rows = [stop - start for start, stop in spans]
+        title = f"build {len(given)} shard{'s' * (len(given) > 1)}"
+        with bar(progress, len(sources), title) as progress_bar:
+            entries = runner.each(_build_shard, (plan,), given, rows, progress_bar)
         sources.require_unchanged()
         manifest = Manifest(**parameters, rows=len(sources), shards=tuple(entries))
-        write_manifest(out, manifest)
+        write_manifest(folder, manifest)
         work.remove()
         return manifest
 
 
-def interrupted_state(out: Path) -> str:
+def interrupted_state(out: Place) -> str:
     """How far an interrupted build into OUT has come, in words."""
-    built = len(list(out.glob("shard-*.hnsw")))
+    names = folder_at(out).names()
+    built = sum(name.startswith("shard-") and name.endswith(".hnsw") for name in names)
     return f"{built} shards built: the same command goes on from there"
 
 
-def _require_ours(out: Path, *, is_begun: bool) -> None:
+def _require_ours(folder: Folder, *, is_begun: bool) -> None:
     """ValueError where a folder holds what no run of ours, to be gone on with, has left."""
-    others = sorted(path.name for path in out.iterdir() if path.name != WORK)
+    others = [name for name in folder.names() if name != WORK]
     if others and not is_begun:
         raise ValueError(
-            f"{out} holds {others[0]}: a collection is built in a folder of its own; delete {out}, "
-            "or choose another"
+            f"{folder} holds {others[0]}: a collection is built in a folder of its own; delete "
+            f"{folder}, or choose another"
         )
 
 
-def _ids(sources: Sources, column: str) -> np.ndarray:
-    """int64 labels (n,) from a column; ValueError names the rows of one that is there twice."""
-    import pyarrow
-
-    kind = sources.column_type(column)
-    if not pyarrow.types.is_integer(kind):
-        raise ValueError(f"column {column!r} is {kind}: labels are integers")
-    ids = inputs.labels(f"column {column!r}", sources.column(column).to_numpy())
-    order = np.argsort(ids, kind="stable")
-    twice = np.flatnonzero(ids[order][1:] == ids[order][:-1])
-    if len(twice):
-        one, other = (sources.where(int(order[twice[0] + i])) for i in (0, 1))
-        raise ValueError(f"column {column!r}: {ids[order[twice[0]]]} is in {one}, and in {other}")
-    return ids
+def _build_shard(plan: Plan, name: str, start: int, stop: int, *, advance: Advance) -> ShardEntry:
+    """Build the shard of some rows, unless it is there; its entry."""
+    labels = ids_of(plan.sources, plan.id_column, start, stop)
+    if not plan.out.has(name):
+        index = Index(plan.sources.dim, **plan.how)
+        rows = _rows(plan.sources, start, stop, index)
+        index.add(rows, labels, threads=plan.threads, progress=advance)
+        del rows
+        with plan.out.writing(name) as path:
+            index.save(path)
+    entry = entry_of(plan.out, name)
+    ends = (int(labels.min()), int(labels.max())) if len(labels) else None
+    if (entry.rows, entry.labels) != (len(labels), ends):
+        place = plan.out.place(name)
+        raise ValueError(f"{place}: is not the shard that belongs there; delete it")
+    return entry
 
 
 def _rows(sources: Sources, start: int, stop: int, index: Index) -> np.ndarray:
@@ -140,12 +163,3 @@ def _rows(sources: Sources, start: int, stop: int, index: Index) -> np.ndarray:
             raise ValueError(f"{sources.where(int(error.rows[0]))}: {error.what}") from None
         first += len(block)
     return rows
-
-
-def _entry(path: Path, labels: np.ndarray) -> ShardEntry:
-    """The entry of a shard; ValueError where it is not the one of these labels."""
-    entry = entry_of(path)
-    ends = (int(labels.min()), int(labels.max())) if len(labels) else None
-    if (entry.rows, entry.labels) != (len(labels), ends):
-        raise ValueError(f"{path}: is not the shard that belongs there; delete it")
-    return entry

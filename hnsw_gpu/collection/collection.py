@@ -1,15 +1,12 @@
 """A collection, opened: shards that are searched one after the other, as if they were one index."""
 
-import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
 
-from hnsw_gpu import inputs
 from hnsw_gpu.collection.manifest import (
     MANIFEST,
     PARAMETERS,
@@ -17,15 +14,22 @@ from hnsw_gpu.collection.manifest import (
     ShardEntry,
     read_manifest,
 )
-from hnsw_gpu.engine import Walk, merged
-from hnsw_gpu.files import CorruptIndexError, verify_arrays
+from hnsw_gpu.collection.sharded import Sharded
+from hnsw_gpu.files import (
+    CorruptIndexError,
+    Folder,
+    LocalFolder,
+    Place,
+    folder_at,
+    read_some,
+    verify_arrays,
+    verify_open,
+)
 from hnsw_gpu.index import Index, load_index
-from hnsw_gpu.searching import IsNear, Searching
-
-Answers = tuple[np.ndarray, np.ndarray]  # labels, engines' distances
+from hnsw_gpu.searching import Searching
 
 
-class Collection(Searching):
+class Collection(Sharded):
     """Shards of one kind, searched as one index is; `load` opens it, `hnsw-gpu build` makes it.
 
     Every shard is asked with the whole ef, and of their answers the nearest are taken: by distance,
@@ -33,40 +37,16 @@ class Collection(Searching):
     Nothing in a collection changes; any method may be called from many threads.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, shards: Sequence[Any]) -> None:
-        self.path, self.manifest = folder, manifest
-        self._shards = tuple(shards)
-        for name in PARAMETERS:
-            setattr(self, name, getattr(manifest, name))
-        self._metric = inputs.METRICS[self.metric]
-        self._tuned = {}
+    path: Path | str  # a URL, where it lies at one
 
-    def __len__(self) -> int:
-        return self.manifest.rows
+    def __init__(self, folder: Folder, manifest: Manifest, shards: Sequence[Any]) -> None:
+        if isinstance(folder, LocalFolder):
+            folder = LocalFolder(folder.path.absolute())
+        super().__init__(folder.path if isinstance(folder, LocalFolder) else str(folder), manifest)
+        self._shards, self._folder = tuple(shards), folder
 
-    def __contains__(self, label: object) -> bool:
-        return any(label in shard for shard in self._shards)
-
-    def __repr__(self) -> str:
-        return (
-            f"Collection({str(self.path)!r}, metric={self.metric!r}, dim={self.dim}, "
-            f"dtype={self.dtype!r}): {len(self):,} vectors in {len(self._shards)} shards"
-        )
-
-    @property
-    def labels(self) -> np.ndarray:
-        """int64 (n,): all labels, ascending."""
-        return np.sort(np.concatenate([shard.labels for shard in self._shards]))
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that the nodes, links and labels take, mapped rows too."""
-        return sum(shard.nbytes for shard in self._shards)
-
-    @property
-    def has_deleted(self) -> bool:
-        """Is there a node that is walked through and never returned?"""
-        return any(shard.has_deleted for shard in self._shards)
+    def _of_each(self, ask: Callable[..., Any], *what: Any) -> list[Any]:
+        return [ask(shard, *what) for shard in self._shards]
 
     @property
     def device(self) -> str:
@@ -88,80 +68,65 @@ class Collection(Searching):
             self.to("cpu")
         return self
 
-    def compile_kernels(self) -> None:
-        """Compile every kernel that a search on the GPU may need, so that none waits for it.
-
-        On the CPU there is nothing to do.
-        """
-        for shard in self._shards:
-            shard.compile_kernels()
-
     def memory(self, queries: int = 10_000, *, ef: int = 64) -> dict[str, int]:
         """Bytes by name that the shards take on a GPU, and a batch of queries; needs no GPU."""
         parts = [shard.memory(queries, ef=ef) for shard in self._shards]
         total = {name: sum(part[name] for part in parts) for name in parts[0]}
         return total | {"queries": max(part["queries"] for part in parts)}  # one after the other
 
-    def vectors(self, labels: ArrayLike) -> np.ndarray:
-        """float32 (m, dim) vectors of labels (m,), as stored: unit length under cosine.
-
-        From the refine rows where there are some. KeyError names the first unknown label.
-        """
-        given = inputs.labels("labels", labels)
-        found, is_known = np.empty((len(given), self.dim), np.float32), np.zeros(len(given), bool)
-        for shard in self._shards:
-            mine = shard.holds(given)
-            found[mine] = shard.vectors(given[mine])
-            is_known |= mine
-        missing = given[~is_known]
-        if len(missing):
-            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            raise KeyError(f"label {missing[0]}{more}: not in the collection")
-        return found
-
     def check(self) -> None:
         """Raise ValueError naming the first shard with something wrong: any byte, link or label."""
         for entry, shard in zip(self.manifest.shards, self._shards, strict=True):
-            path = self.path / entry.file
-            verify_arrays(path)
+            place = self._folder.place(entry.file)
+            with self._folder.open(entry.file) as file:
+                verify_open(file, place)
             try:
                 shard.check()
             except ValueError as error:
-                raise ValueError(f"{path}: {error}") from None
-
-    # ---------------------------------------------------------------- what `Searching` asks
-
-    def _nearest(self, queries: np.ndarray, walk: Walk, allow: ArrayLike | None) -> Answers:
-        return _merged([shard._nearest(queries, walk, allow) for shard in self._shards], walk.k)
-
-    def _compared(self, queries: np.ndarray, k: int, threads: int) -> Answers:
-        return _merged([shard._compared(queries, k, threads) for shard in self._shards], k)
+                raise ValueError(f"{place}: {error}") from None
 
     def _left_out(self, labels: np.ndarray) -> tuple[np.ndarray, Searching, Searching]:
         parts = [shard._left_out(labels[shard.holds(labels)]) for shard in self._shards]
         own = np.sort(np.concatenate([mine for mine, _, _ in parts]))
         walked, compared = (
-            Collection(self.path, self.manifest, shards)
+            Collection(self._folder, self.manifest, shards)
             for shards in ([part[1] for part in parts], [part[2] for part in parts])
         )
         return own, walked, compared
 
-    def _near(
-        self, queries: np.ndarray, is_near: IsNear, walk: Walk, allow: ArrayLike | None
-    ) -> list[Answers]:
-        parts = [shard._near(queries, is_near, walk, allow) for shard in self._shards]
-        return [
-            _merged(list(answers), sum(labels.shape[1] for labels, _ in answers))
-            for answers in zip(*parts, strict=True)
-        ]
 
-
-def load_collection(path: Path, *, mmap: bool = True, device: str = "auto") -> Collection:
+def load_collection(place: Place, *, mmap: bool = True, device: str = "auto") -> Collection:
     """The collection in a folder. CorruptIndexError names the file that is not what it must be."""
-    manifest = read_manifest(path)
-    shards = [_opened(path / entry.file, entry, manifest, mmap) for entry in manifest.shards]
-    _require_labels_once(path, manifest, shards)
-    return Collection(path.absolute(), manifest, shards).to(device)
+    folder = folder_at(place)
+    manifest = read_manifest(folder)
+    shards = [
+        open_shard(shard_path(folder, entry), entry, manifest, mmap) for entry in manifest.shards
+    ]
+    opened = Collection(folder, manifest, shards)
+    opened.require_labels_once()
+    return opened.to(device)
+
+
+def shard_path(place: Place, entry: ShardEntry) -> Path:
+    """Where a shard lies on this machine: one at a URL is copied, unless a copy is there.
+
+    CorruptIndexError where it is not, or no longer, what its entry says: that is asked each time.
+    """
+    folder = folder_at(place)
+    if isinstance(folder, LocalFolder):
+        return folder.path / entry.file
+    told = folder.place(entry.file)
+    try:
+        with folder.open(entry.file) as file:
+            _require_same(told, entry, file.seek(0, os.SEEK_END))
+            _, checksum = read_some(file, told, ())
+    except FileNotFoundError:
+        raise _missing(told) from None
+    if checksum != entry.checksum:
+        raise CorruptIndexError(
+            f"{told}: checksum {checksum}, and {MANIFEST} says {entry.checksum}"
+        )
+    return folder.copy(entry.file, f"{entry.checksum} {entry.bytes}", verify_arrays)
 
 
 def saved_checksum(path: Path) -> str:
@@ -169,15 +134,13 @@ def saved_checksum(path: Path) -> str:
     return read_manifest(path).checksum
 
 
-def _opened(path: Path, entry: ShardEntry, manifest: Manifest, mmap: bool) -> Index:
+def open_shard(path: Path, entry: ShardEntry, manifest: Manifest, mmap: bool) -> Index:
     """A shard that is what its entry says."""
     try:
-        size = os.stat(path).st_size
-        if size != entry.bytes:
-            raise CorruptIndexError(f"{path}: {size:,} bytes, and {MANIFEST} says {entry.bytes:,}")
+        _require_same(str(path), entry, os.stat(path).st_size)
         index = load_index(path, mmap=mmap, device="cpu", checksum=entry.checksum)
     except FileNotFoundError:
-        raise CorruptIndexError(f"{path}: is missing, and {MANIFEST} names it") from None
+        raise _missing(str(path)) from None
     except IsADirectoryError:
         raise CorruptIndexError(
             f"{path}: is a folder, and {MANIFEST} names it as a shard"
@@ -192,32 +155,14 @@ def _opened(path: Path, entry: ShardEntry, manifest: Manifest, mmap: bool) -> In
     return index
 
 
+def _require_same(place: str, entry: ShardEntry, size: int) -> None:
+    if size != entry.bytes:
+        raise CorruptIndexError(f"{place}: {size:,} bytes, and {MANIFEST} says {entry.bytes:,}")
+
+
+def _missing(place: str) -> CorruptIndexError:
+    return CorruptIndexError(f"{place}: is missing, and {MANIFEST} names it")
+
+
 def _ends(labels: np.ndarray) -> tuple[int, int] | None:
     return (int(labels[0]), int(labels[-1])) if len(labels) else None
-
-
-def _require_labels_once(path: Path, manifest: Manifest, shards: Sequence[Index]) -> None:
-    """CorruptIndexError names a label that two shards have, and both."""
-    entries = [(entry, shard) for entry, shard in zip(manifest.shards, shards, strict=True)]
-    filled = sorted((e.labels, e.file, shard) for e, shard in entries if e.labels is not None)
-    if all(a[0][1] < b[0][0] for a, b in itertools.pairwise(filled)):
-        return  # their ranges are apart
-    every = np.concatenate([shard.labels for _, _, shard in filled])
-    every.sort()
-    twice = every[1:][every[1:] == every[:-1]]
-    if len(twice):
-        where = [file for _, file, shard in filled if twice[0] in shard]
-        raise CorruptIndexError(
-            f"{path}: label {twice[0]} is in {' and in '.join(sorted(where))} ({len(twice)} are)"
-        )
-
-
-def _merged(answers: Sequence[Answers], k: int) -> Answers:
-    """One answer of the shards' (q, m) each, which need not be of one m."""
-    queries, most = len(answers[0][0]), max(labels.shape[1] for labels, _ in answers)
-    labels = np.full((len(answers), queries, most), -1, np.int64)
-    distances = np.full(labels.shape, np.inf, np.float32)
-    for s, (mine, far) in enumerate(answers):
-        labels[s, :, : mine.shape[1]], distances[s, :, : mine.shape[1]] = mine, far
-    found: Answers = merged(labels, distances, k)
-    return found

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from hnsw_gpu import inputs
 from hnsw_gpu.engine import STORAGE
-from hnsw_gpu.files import CorruptIndexError, atomic_file, open_arrays
+from hnsw_gpu.files import CorruptIndexError, Folder, Place, folder_at, read_some
 
 MANIFEST = "manifest.json"
 COLLECTION_VERSION = 1
@@ -58,24 +58,21 @@ class Manifest(NamedTuple):
 PARAMETERS = Manifest._fields[:7]  # as `Index` takes them
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
+def write_manifest(place: Place, manifest: Manifest) -> None:
     """Write a collection's manifest, whole or not at all; its shards are there already."""
-    with atomic_file(folder / MANIFEST) as file:
-        file.write(_text_of(manifest).encode())
+    folder_at(place).write(MANIFEST, _text_of(manifest).encode())
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(place: Place) -> Manifest:
     """The manifest in a folder.
 
     IsADirectoryError where there is none; CorruptIndexError where it is damaged, of another
     version, or describes what no collection is.
     """
-    path = folder / MANIFEST
+    folder = folder_at(place)
+    path = folder.place(MANIFEST)
     try:
-        if not path.is_file() and os.path.lexists(path):
-            raise CorruptIndexError(f"{path}: is not a file")
-        with open(path, "rb") as file:
-            given = file.read(MOST_BYTES + 1)
+        given = folder.read(MANIFEST, MOST_BYTES + 1)
     except FileNotFoundError:
         raise _no_manifest(folder) from None
     if len(given) > MOST_BYTES:
@@ -104,16 +101,19 @@ def is_collection(path: Path) -> bool:
     return (path / MANIFEST).is_file()
 
 
-def entry_of(path: Path) -> ShardEntry:
+def entry_of(place: Place, name: str) -> ShardEntry:
     """The entry of a shard that was written; nothing but its labels is read."""
-    arrays, _, file = open_arrays(path, lambda names: set(names) - {"labels"})
+    folder = folder_at(place)
+    with folder.open(name) as file:
+        size = file.seek(0, os.SEEK_END)
+        arrays, checksum = read_some(file, folder.place(name), ["labels"])
     labels = arrays["labels"]
     ends = (int(labels.min()), int(labels.max())) if len(labels) else None
-    return ShardEntry(path.name, len(labels), ends, path.stat().st_size, file.checksum)
+    return ShardEntry(name, len(labels), ends, size, checksum)
 
 
-def _no_manifest(folder: Path) -> OSError:
-    if not folder.exists():
+def _no_manifest(folder: Folder) -> OSError:
+    if not folder.is_there():
         return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
     what = f"a folder without {MANIFEST}: no collection, or one whose build is not finished"
     return IsADirectoryError(errno.EISDIR, what, str(folder))

@@ -3,14 +3,15 @@
 Rows are read in shards, and each step on the way leaves a file in a folder of our own in OUT, from
 where the same command goes on (`files/checkpoints.py`). At the end the tables and the report are
 written, and that folder is removed. Files in OUT that are not ours are neither overwritten nor
-removed.
+removed. A runner does the steps, here one after the other; the last of them decides.
 
-In memory at a time: one shard with its graph, the pairs, and per row some 100 bytes and the id.
+In memory at a time: one shard with its graph; of the last step the pairs, and per row some 100
+bytes and the id; outside of steps the names of files and shards, and their counts.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import hnsw_gpu
 from hnsw_gpu import inputs
@@ -21,20 +22,46 @@ from hnsw_gpu.deduplication.decision import NearRows
 from hnsw_gpu.deduplication.keep_order import KEEP
 from hnsw_gpu.deduplication.settings import Settings
 from hnsw_gpu.deduplication.shard_size import shard_rows_within
-from hnsw_gpu.deduplication.shard_steps import ResumableSteps
+from hnsw_gpu.deduplication.shard_steps import (
+    Cut,
+    Job,
+    ResumableSteps,
+    nearest_other_in,
+    pairs_in,
+    rows_in,
+    shards_of,
+)
 from hnsw_gpu.deduplication.sharded_join import no_pairs
 from hnsw_gpu.deduplication.stage_clock import StageClock
 from hnsw_gpu.deduplication.tables import require_writable, write_tables
-from hnsw_gpu.engine import thread_count
 from hnsw_gpu.files import (
     FORMAT_VERSION,
+    HERE,
+    UNSEEN,
+    Advance,
+    LocalFolder,
     Sources,
+    StepRunner,
     file_checksum,
     held,
     list_files,
     open_sources,
     ordered_values,
 )
+
+
+class Task(NamedTuple):
+    """What the last step needs: of what, where to, and how it is told."""
+
+    job: Job
+    cut: Cut
+    sources: Sources
+    other: Sources | Path | None
+    out: Path
+    id_column: str | None
+    text_column: str | None
+    write_kept: bool
+    itself: bool
 
 
 def dedup_files(
@@ -50,7 +77,7 @@ def dedup_files(
     shard_rows: int | None = None,
     memory_limit: int | None = None,
     write_kept: bool = False,
-    threads: int | None = None,
+    runner: StepRunner = HERE,
     device: str = "cpu",
     progress: bool = False,
 ) -> dict[str, Any]:
@@ -65,7 +92,7 @@ def dedup_files(
     """
     settings.check()
     inputs.device(device)
-    with held(out):
+    with held(LocalFolder(out)):
         clock = StageClock()
         checkpoints = checkpoints_in(out)
         is_begun = checkpoints.is_begun()
@@ -75,8 +102,7 @@ def dedup_files(
         sources = open_sources(paths, column=column)
         if write_kept:
             require_writable(sources.schema())
-        keep = _keep(sources, settings.keep)
-        ids = None if id_column is None else _ids(sources, id_column)
+        runner.each(_require_columns, (sources, settings.keep, id_column), [()], [0], UNSEEN)
         if text_column is not None:
             sources.column_type(text_column)  # is it there?
         rows_a_shard = shard_rows or shard_rows_within(
@@ -93,61 +119,99 @@ def dedup_files(
             "write_kept": write_kept,
             "shard_rows": rows_a_shard,
             "itself": itself,
-            "files": sources.fingerprints(),
-            "against": _fingerprints(other),
+            "files": sources.fingerprints(runner),
+            "against": _fingerprints(other, runner),
         }
         checkpoints.begin(plan)
-        steps = ResumableSteps(
-            checkpoints, settings, shard_rows=rows_a_shard,
-            is_exact=settings.compares_all(len(sources)),
-            threads=thread_count(threads), device=device, progress=progress,
-        )  # fmt: skip
-        clock.ends("read")
-        near = _near_rows(steps, settings, sources, other, itself, clock)
-        result = conclude(near, settings._replace(keep=keep), ids, itself, clock)
-        result.report["parameters"] |= _parameters(settings)
-        report = (
-            {"made_by": MADE_BY}
-            | result.report
-            | {
-                "curve": reports.curve(result),
-                "largest_groups": reports.largest_groups(result, sources, text_column),
-                "sources": plan["files"],
-                "shards": {"count": len(near.shards.numbers), "rows": rows_a_shard},
-                "version": hnsw_gpu.__version__,
-            }
+        is_exact = settings.compares_all(len(sources))
+        job = Job(checkpoints, settings, is_exact, runner.threads, device)
+        cut = Cut("shard", len(sources), rows_a_shard, itself)
+        against_cut = (
+            Cut("against", len(other), rows_a_shard) if isinstance(other, Sources) else None
         )
-        sources.require_unchanged()
-        if isinstance(other, Sources):
-            other.require_unchanged()
-        write_tables(out, result, sources, write_kept)
-        clock.ends("write")
-        report["seconds"] = {stage: round(value, 3) for stage, value in clock.seconds.items()}
-        reports.write_report(out, report)
-        steps.close()
+        steps = ResumableSteps(job, runner, cut, against_cut, progress=progress)
+        clock.ends("read")
+        try:
+            steps.build(sources)
+            clock.ends("build")
+            if other is not None:
+                steps.compare_with_other(other, sources.dim)
+            clock.ends("against")
+            if itself:
+                steps.join()
+            clock.ends("join")
+            _require_unchanged(sources, other)
+            task = Task(
+                job, cut, sources, other, out.absolute(), id_column, text_column, write_kept, itself
+            )
+            (report,) = runner.each(
+                _conclude, (task, plan["files"], clock.seconds), [()], [0], UNSEEN
+            )
+        finally:
+            steps.close()
         checkpoints.remove()
-        return report
+        found: dict[str, Any] = report
+        return found
 
 
-def _near_rows(
-    steps: ResumableSteps,
-    settings: Settings,
-    sources: Sources,
-    other: Sources | Path | None,
-    itself: bool,
-    clock: StageClock,
-) -> NearRows:
-    shards, rows = steps.shards(sources, are_copies_one=itself)
-    clock.ends("build")
-    nearest = None if other is None else steps.nearest_other(other, shards, sources.dim)
-    clock.ends("against")
-    if itself:
-        pairs = steps.pairs(shards)
+def _conclude(
+    task: Task, files: list[dict[str, Any]], seconds: dict[str, float], *, advance: Advance
+) -> dict[str, Any]:
+    """The last step: decide, and write the tables and the report, which is returned."""
+    job, cut, sources = task.job, task.cut, task.sources
+    settings, clock = job.settings, StageClock()
+    near = _near_rows(task)
+    keep, ids = _columns(sources, settings.keep, task.id_column)
+    result = conclude(near, settings._replace(keep=keep), ids, task.itself, clock)
+    result.report["parameters"] |= _parameters(settings)
+    report = (
+        {"made_by": MADE_BY}
+        | result.report
+        | {
+            "curve": reports.curve(result),
+            "largest_groups": reports.largest_groups(result, sources, task.text_column),
+            "sources": files,
+            "shards": {"count": len(cut.names), "rows": cut.shard_rows},
+            "version": hnsw_gpu.__version__,
+        }
+    )
+    _require_unchanged(sources, task.other)
+    write_tables(task.out, result, sources, task.write_kept)
+    clock.ends("write")
+    every = seconds | clock.seconds
+    report["seconds"] = {stage: round(value, 3) for stage, value in every.items()}
+    reports.write_report(task.out, report)
+    return report
+
+
+def _near_rows(task: Task) -> NearRows:
+    job, cut = task.job, task.cut
+    shards, rows = shards_of(job, cut), rows_in(job, cut)
+    nearest = None if task.other is None else nearest_other_in(job)
+    if task.itself:
+        pairs = pairs_in(job, cut)
     else:
         assert nearest is not None
         pairs = no_pairs(nearest.distances)
-    clock.ends("join")
-    return NearRows(settings.metric_name, settings.limit, rows, shards, pairs, nearest)
+    return NearRows(job.settings.metric_name, job.settings.limit, rows, shards, pairs, nearest)
+
+
+def _require_unchanged(sources: Sources, other: Sources | Path | None) -> None:
+    sources.require_unchanged()
+    if isinstance(other, Sources):
+        other.require_unchanged()
+
+
+def _require_columns(
+    sources: Sources, keep: str, id_column: str | None, *, advance: Advance
+) -> None:
+    """ValueError, before the work, where a column is none by which rows are ordered or named."""
+    _columns(sources, keep, id_column)
+
+
+def _columns(sources: Sources, keep: str, id_column: str | None) -> tuple[Any, Any]:
+    """Who is kept, as `dedup` takes it, and the names of rows."""
+    return _keep(sources, keep), None if id_column is None else _ids(sources, id_column)
 
 
 def _keep(sources: Sources, keep: str) -> Any:
@@ -189,10 +253,10 @@ def _open_other(against: Sequence[Path], column: str) -> Sources | Path | None:
     return saved[0] if saved else open_sources(against, column=column)
 
 
-def _fingerprints(other: Sources | Path | None) -> list[dict[str, Any]]:
+def _fingerprints(other: Sources | Path | None, runner: StepRunner) -> list[dict[str, Any]]:
     """Path and checksum of each file of the other set."""
     if other is None:
         return []
     if isinstance(other, Sources):
-        return other.fingerprints()
+        return other.fingerprints(runner)
     return [{"path": str(other), "checksum": file_checksum(other)}]

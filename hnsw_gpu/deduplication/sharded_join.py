@@ -55,7 +55,8 @@ class Shards:
     """Nodes in parts. numbers: for each shard int64 (n,), the number of each of its own nodes.
 
     opened(s): the Nodes of a shard, in memory; rows(s): their rows alone, perhaps mapped. device:
-    where blocks are joined.
+    where blocks are joined. starts: int64 (shards + 1,), the number of the first node at home in
+    each, where that is known.
     """
 
     def __init__(
@@ -68,15 +69,13 @@ class Shards:
         ef: int,
         threads: int,
         device: str = "cpu",
+        starts: np.ndarray | None = None,
     ) -> None:
         self.join = DeviceJoin(device, ef, threads)
         self.numbers, self.metric = numbers, metric
         self.opened, self._rows, self.ef, self.threads = opened, rows, ef, threads
-        self._home, start = [], 0  # own numbers of the nodes at home, of each shard
-        for own in numbers:
-            self._home.append(np.flatnonzero(own >= start))
-            start += len(self._home[-1])
-        self.starts = np.cumsum([0] + [len(home) for home in self._home])
+        self.starts = starts_of(numbers) if starts is None else starts
+        self._homes: dict[int, np.ndarray] = {}
 
     @property
     def nodes(self) -> int:
@@ -84,20 +83,26 @@ class Shards:
 
     def home(self, s: int) -> np.ndarray:
         """int64: a shard's own numbers of the nodes that are at home in it."""
-        return self._home[s]
+        if s not in self._homes:
+            self._homes[s] = np.flatnonzero(self.numbers[s] >= self.starts[s])
+        return self._homes[s]
+
+    def homes(self) -> list[int]:
+        """How many nodes are at home in each shard."""
+        counts: list[int] = np.diff(self.starts).tolist()
+        return counts
 
     @property
     def blocks(self) -> list[tuple[int, int]]:
         """All (s, t), those of one s together."""
-        count = len(self.numbers)
-        return [(s, t) for s in range(count) for t in range(s, count)]
+        return blocks_of(len(self.numbers))
 
     def join_block(
         self, s: int, t: int, limit: float, advance: Callable[[int], object] = lambda _: None
     ) -> Block:
         """Block (s, t). advance: told how many nodes have asked."""
-        home = self._home[t]
-        whole = max(sum(len(self._home[j]) for _, j in self.blocks), 1)
+        home, homes = self.home(t), self.homes()
+        whole = max(sum(homes[j] for _, j in self.blocks), 1)
         most = max(LEAST_PAIRS, PAIRS_A_NODE * self.nodes) * len(home) // whole
         back = np.full(len(self.numbers[s]), np.inf, np.float32)
         found = near_pairs.find_pairs(
@@ -109,12 +114,12 @@ class Shards:
         open_nodes = [self.numbers[t][home[found.is_open]]]
         if s != t and found.is_open.any():  # what these did not list may list them
             again = near_pairs.find_pairs(
-                self._lists(t, s), self._home[s], self._others(t, s), limit, most, lambda _: None
+                self._lists(t, s), self.home(s), self._others(t, s), limit, most, lambda _: None
             )
             one.append(self.numbers[s][again.asked])
             other.append(self.numbers[t][key_nodes(again.keys)])
             distances.append(key_distances(again.keys))
-            open_nodes.append(self.numbers[s][self._home[s][again.is_open]])
+            open_nodes.append(self.numbers[s][self.home(s)[again.is_open]])
         a, b = (np.concatenate(part).astype(np.int32) for part in (one, other))
         is_pair = a != b
         return Block(
@@ -172,7 +177,7 @@ class Shards:
         rows = np.empty((len(nodes), self._rows(0).shape[1] if self.numbers else 0), np.float32)
         for s in np.unique(homes):
             here = np.flatnonzero(homes == s)
-            rows[here] = self._rows(s)[self._home[s][nodes[here] - self.starts[s]]]
+            rows[here] = self._rows(s)[self.home(s)[nodes[here] - self.starts[s]]]
         return rows
 
     def distances(self, one: np.ndarray, other: np.ndarray) -> np.ndarray:
@@ -186,6 +191,19 @@ class Shards:
             found[place] = key_distances(decided[:, 0])
         found[one == other] = distance_of_copies(self.metric)
         return found
+
+
+def blocks_of(shards: int) -> list[tuple[int, int]]:
+    """All (s, t) of so many shards, those of one s together."""
+    return [(s, t) for s in range(shards) for t in range(s, shards)]
+
+
+def starts_of(numbers: list[np.ndarray]) -> np.ndarray:
+    """int64 (shards + 1,): the number of the first node at home in each shard, then their count."""
+    starts = [0]
+    for own in numbers:
+        starts.append(starts[-1] + int((own >= starts[-1]).sum()))
+    return np.array(starts, np.int64)
 
 
 def no_pairs(nearest: np.ndarray) -> Pairs:

@@ -8,7 +8,6 @@ without it nothing there is touched, and with it nothing but files of our own na
 
 import json
 import logging
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -16,20 +15,22 @@ from typing import Any
 
 import numpy as np
 
-from hnsw_gpu.files.storage import atomic_file, read_arrays, write_arrays
+from hnsw_gpu.files.folders import Folder, LocalFolder
+from hnsw_gpu.files.storage import read_arrays, write_arrays
 
 PLAN = "plan.json"
+MOST_BYTES = 1 << 28  # of a plan; it names every input
 
 logger = logging.getLogger("hnsw_gpu")
 
 
 class Checkpoints:
-    """A work folder, and the steps that are done there.
+    """A work folder, and the steps that are done there. A pickle of it is the same folder.
 
     made_by: the command that the plan names. steps: a pattern of the names of its steps' files.
     """
 
-    def __init__(self, folder: Path, made_by: str, steps: str) -> None:
+    def __init__(self, folder: Folder, made_by: str, steps: str) -> None:
         self._folder, self._made_by = folder, made_by
         self._step = re.compile(steps)
         self._unfinished = re.compile(rf"\.({steps}|{re.escape(PLAN)})\.[0-9a-f]{{16}}\.tmp")
@@ -37,12 +38,10 @@ class Checkpoints:
     def is_begun(self) -> bool:
         """Is the folder of ours there? ValueError where one is that is not provably ours."""
         folder = self._folder
-        if not os.path.lexists(folder):
+        if not folder.is_there():
             return False
         plan = self._plan()
-        if plan is None and not (
-            folder.is_dir() and all(map(self._is_unfinished, folder.iterdir()))
-        ):
+        if plan is None and not (_is_folder(folder) and all(map(self._is_left, folder.names()))):
             raise ValueError(
                 f"{folder} is there, and no plan of {self._made_by} in it: it is left as it is; "
                 "move it away, or choose another output folder"
@@ -57,9 +56,8 @@ class Checkpoints:
             if there != plan:
                 raise ValueError(f"{self._folder} holds another run: {_difference(there, plan)}")
             return
-        self._folder.mkdir(parents=True, exist_ok=True)
-        with atomic_file(self._folder / PLAN) as file:
-            file.write(json.dumps(plan, indent=1).encode())
+        self._folder.make()
+        self._folder.write(PLAN, json.dumps(plan, indent=1).encode())
 
     def do_once(self, step: str, do: Callable[[], dict[str, np.ndarray]]) -> None:
         """Do a step and write its arrays, unless its file is there."""
@@ -71,31 +69,44 @@ class Checkpoints:
         """The arrays of a step that is done; those of `mapped` stay on disk."""
         return read_arrays(self._path(step), mapped)[0]
 
+    def identity(self, step: str) -> tuple:
+        """What tells the file of a step from another one of its name, or anywhere else."""
+        path = self._path(step)
+        found = path.stat()
+        return str(path.absolute()), found.st_ino, found.st_size, found.st_mtime_ns
+
     def remove(self) -> None:
         """Remove our files and the folder; one that holds anything else stays, and is logged."""
-        for path in list(self._folder.iterdir()):
-            if self._step.fullmatch(path.name) or self._is_unfinished(path):
-                path.unlink()
-        (self._folder / PLAN).unlink()  # last: what is left after a kill is still ours
+        for name in self._folder.names():
+            if self._step.fullmatch(name) or self._is_left(name):
+                self._folder.remove(name)
+        self._folder.remove(PLAN)  # last: what is left after a kill is still ours
         try:
-            self._folder.rmdir()
+            self._folder.remove_itself()
         except OSError as error:
             logger.warning("%s is not ours alone and stays: %s", self._folder, error.strerror)
 
     def _path(self, step: str) -> Path:
-        return self._folder / f"{step}.safetensors"
+        assert isinstance(self._folder, LocalFolder)  # only the plan lies at a URL
+        return self._folder.path / f"{step}.safetensors"
 
     def _plan(self) -> dict[str, Any] | None:
         """The plan of ours that is in the folder."""
         try:
-            plan = json.loads((self._folder / PLAN).read_text(encoding="utf-8"))
+            plan = json.loads(self._folder.read(PLAN, MOST_BYTES).decode())
+        except ConnectionError:
+            raise
         except (OSError, ValueError, RecursionError):
             return None
         return plan if isinstance(plan, dict) and plan.get("made_by") == self._made_by else None
 
-    def _is_unfinished(self, path: Path) -> bool:
+    def _is_left(self, name: str) -> bool:
         """Did a write of ours that was killed leave it?"""
-        return self._unfinished.fullmatch(path.name) is not None
+        return self._unfinished.fullmatch(name) is not None
+
+
+def _is_folder(folder: Folder) -> bool:
+    return not isinstance(folder, LocalFolder) or folder.path.is_dir()
 
 
 def _difference(there: dict[str, Any], plan: dict[str, Any]) -> str:

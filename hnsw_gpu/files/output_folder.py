@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from hnsw_gpu.files.folders import Folder, LocalFolder
+
 try:
     import fcntl
 except ImportError:  # of Windows: there jobs are not kept apart
@@ -15,11 +17,17 @@ IN_USE = (errno.EWOULDBLOCK, errno.EACCES)
 
 
 @contextmanager
-def held(out: Path) -> Iterator[None]:
+def held(folder: Folder) -> Iterator[None]:
     """Make the folder and hold it; ValueError where another job does. Left empty it is removed.
 
-    The system lets go of it however a job ends. File systems without locks are written to as well.
+    The system lets go of it however a job ends. File systems without locks are written to as well,
+    and URLs: two of the same job do no harm there, for they write the same bytes.
     """
+    if not isinstance(folder, LocalFolder):
+        folder.make()
+        yield
+        return
+    out = folder.path
     is_made = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
     descriptor = -1 if fcntl is None else os.open(out, os.O_RDONLY)

@@ -4,6 +4,7 @@ Arrays are read as `vector_files.py` does, `.safetensors` by its package, tables
 does. A folder is its files in order of their names.
 """
 
+import functools
 import os
 import zlib
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hnsw_gpu.files import arrow_columns, table_files, vector_files
+from hnsw_gpu.files.step_runner import HERE, UNSEEN, Advance, StepRunner
 from hnsw_gpu.files.table_files import TableFile
 
 if TYPE_CHECKING:
@@ -76,9 +78,12 @@ class ArrayFile:
 
 
 class Sources:
-    """The rows of several files, numbered through. dim: of every vector."""
+    """The rows of several files, numbered through. dim: of every vector.
 
-    def __init__(self, files: list[ArrayFile | TableFile]) -> None:
+    A pickle of it opens the same files by their paths, once a process, and refuses others.
+    """
+
+    def __init__(self, files: list[ArrayFile | TableFile], column: str) -> None:
         first = next((file for file in files if file.dim), None)
         if first is None:
             raise ValueError(
@@ -96,6 +101,20 @@ class Sources:
         self._identities = {file.path: _identity(file.path) for file in files}
         self._starts = np.cumsum([0] + [file.rows for file in files])
         self._count = max(1, min(BATCH_ROWS, BATCH_BYTES // (4 * self.dim)))
+        self._column = column
+
+    def __reduce__(self) -> tuple:
+        return _opened_as, (
+            tuple(file.path.absolute() for file in self.files),
+            self._column,
+            self._seen,
+        )
+
+    @property
+    def _seen(self) -> tuple:
+        """What tells these files from others, on whatever machine."""
+        times = (identity and identity[2:] for identity in self._identities.values())
+        return self.dim, tuple(file.rows for file in self.files), tuple(times)
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -132,16 +151,16 @@ class Sources:
                 yield block
                 self._require_unchanged(file.path)
 
-    def column(self, name: str) -> "pyarrow.ChunkedArray":
-        """A column of all rows; ValueError where a value is null or a file lacks it.
+    def column(self, name: str, start: int = 0, stop: int | None = None) -> "pyarrow.ChunkedArray":
+        """A column of all rows, or of some; ValueError where a value is null or a file lacks it.
 
         The type is what Arrow unifies those of the files to, without dictionaries.
         """
         import pyarrow
 
-        kind, parts, row = self.column_type(name), [], 0
-        for file in self._tables():
-            for part in file.column(name, 0, file.rows, BATCH_ROWS):
+        kind, parts, row = self.column_type(name), [], start
+        for file, begin, end in self._spans(start, len(self) if stop is None else stop):
+            for part in file.column(name, begin, end, BATCH_ROWS):
                 if part.null_count:
                     bad = row + int(np.flatnonzero(np.asarray(part.is_null()))[0])
                     raise ValueError(f"{self.where(bad)}: null in column {name!r}")
@@ -234,17 +253,23 @@ class Sources:
             return str(file.where(begin))
         raise IndexError(f"row {row} of {len(self)}")
 
-    def fingerprints(self) -> list[dict[str, Any]]:
+    def fingerprints(self, runner: StepRunner = HERE) -> list[dict[str, Any]]:
         """Path, rows, bytes and checksum (CRC-32) of each file."""
+        paths = [(path.absolute(),) for path in self.paths]
+        checksums = runner.each(_checksum_of, (), paths, [file.rows for file in self.files], UNSEEN)
         return [
             {
                 "path": str(file.path),
                 "rows": file.rows,
                 "size": path.stat().st_size,
-                "checksum": file_checksum(path),
+                "checksum": checksum,
             }
-            for file, path in zip(self.files, self.paths, strict=True)
+            for file, (path,), checksum in zip(self.files, paths, checksums, strict=True)
         ]
+
+
+def _checksum_of(path: Path, *, advance: Advance) -> str:
+    return file_checksum(path)
 
 
 def list_files(paths: Sequence[Path], *, except_for: Sequence[Path] = ()) -> list[Path]:
@@ -262,7 +287,21 @@ def open_sources(paths: Sequence[Path], *, column: str = "embedding") -> Sources
     files = [_opened(path, column, stays_open) for path in listed]
     if not files:
         raise ValueError("no files of vectors")
-    return Sources(files)
+    return Sources(files, column)
+
+
+def _opened_as(paths: tuple[Path, ...], column: str, seen: tuple) -> Sources:
+    """Sources of a pickle; ValueError where a file is not what it was there."""
+    sources = _opened_once(paths, column, seen)
+    sources.require_unchanged()
+    if sources._seen != seen:
+        raise ValueError(f"{paths[0]}, or another input, was changed while it was read: run again")
+    return sources
+
+
+@functools.lru_cache(4)
+def _opened_once(paths: tuple[Path, ...], column: str, seen: tuple) -> Sources:
+    return open_sources(paths, column=column)
 
 
 def file_checksum(path: Path) -> str:

@@ -282,7 +282,7 @@ def open_arrays(
     choose: which of the arrays that the file holds, by name, are mapped.
     """
     arrays: dict[str, np.ndarray] = {}
-    with _open(path) as file, ThreadPoolExecutor(thread_count(None)) as pool, _naming(path):
+    with open_plain(path) as file, ThreadPoolExecutor(thread_count(None)) as pool, _naming(path):
         about, entries, start = _contents(file)
         opened = MappedFile(path, file, _header_checksum(file, start))
         mapped = set(choose(entries))
@@ -305,9 +305,34 @@ def _mapped(file: FileIO, dtype: np.dtype, start: int, entry: Entry) -> np.ndarr
     return array
 
 
+def read_some(
+    file: BinaryIO, place: str, names: Iterable[str]
+) -> tuple[dict[str, np.ndarray], str]:
+    """Those arrays of an open file at `place`, their checksums compared; and `arrays_checksum`.
+
+    Of the others nothing is read.
+    """
+    found, wanted = {}, set(names)
+    with ThreadPoolExecutor(thread_count(None)) as pool, _naming(place):
+        _, entries, start = _contents(file)
+        checksum = _header_checksum(file, start)
+        for name, entry in entries.items():
+            if name in wanted:
+                found[name] = _empty(entry, np.dtype(DTYPES[entry.dtype]))
+                _read_array(pool, file, start, name, entry, _bytes(found[name]))
+            start += entry.nbytes
+    return found, checksum
+
+
 def verify_arrays(path: Path) -> None:
     """Check all that `read` checks and the checksum of every array, in little memory."""
-    with _open(path) as file, ThreadPoolExecutor(thread_count(None)) as pool, _naming(path):
+    with open_plain(path) as file:
+        verify_open(file, os.fspath(path))
+
+
+def verify_open(file: BinaryIO | FileIO, place: str) -> None:
+    """The same, of an open file."""
+    with ThreadPoolExecutor(thread_count(None)) as pool, _naming(place):
         _, entries, start = _contents(file)
         for name, entry in entries.items():
             _read_array(pool, file, start, name, entry, None)
@@ -316,17 +341,18 @@ def verify_arrays(path: Path) -> None:
 
 def arrays_checksum(path: Path) -> str:
     """8 hexadecimal digits of the header, which holds the checksum of every array: equal files."""
-    with _open(path) as file, _naming(path):
+    with open_plain(path) as file, _naming(path):
         _, _, start = _contents(file)
         return _header_checksum(file, start)
 
 
-def _header_checksum(file: FileIO, start: int) -> str:
+def _header_checksum(file: BinaryIO | FileIO, start: int) -> str:
     file.seek(0)
     return f"{zlib.crc32(file.read(start)):08x}"
 
 
-def _open(path: Path) -> FileIO:
+def open_plain(path: Path) -> FileIO:
+    """A file, to be read; CorruptIndexError where opening it would wait for ever."""
     if _is_special(path):
         raise CorruptIndexError(f"{os.fspath(path)}: is a device, a pipe or a socket, not a file")
     return open(path, "rb", buffering=0)
@@ -359,9 +385,10 @@ def _header(entries: dict[str, Entry], about: dict[str, Any]) -> bytes:
     return header + b" " * (-(8 + len(header)) % ALIGNMENT)
 
 
-def _contents(file: FileIO) -> tuple[dict[str, Any], dict[str, Entry], int]:
+def _contents(file: BinaryIO | FileIO) -> tuple[dict[str, Any], dict[str, Entry], int]:
     """`about`, the entries in the order of the file, and where the first array starts."""
-    size = os.fstat(file.fileno()).st_size
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
     length = int.from_bytes(file.read(8), "little")
     if not 2 <= length <= min(HEADER_BYTES_MAX, size - 8):
         raise CorruptIndexError(
@@ -435,7 +462,7 @@ def _checksum(pool: ThreadPoolExecutor, view: memoryview) -> str:
 
 def _read_array(
     pool: ThreadPoolExecutor,
-    file: FileIO,
+    file: BinaryIO | FileIO,
     start: int,
     name: str,
     entry: Entry,
@@ -449,7 +476,7 @@ def _read_array(
         view = memoryview(bytearray(count)) if into is None else into[first : first + count]
         with file_lock:
             file.seek(start + first)
-            if file.readinto(view) != count:
+            if file.readinto(view) != count:  # type: ignore[union-attr]
                 raise CorruptIndexError(f"truncated within array {name!r} while it was read")
         return zlib.crc32(view)
 

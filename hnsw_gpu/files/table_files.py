@@ -146,6 +146,26 @@ class TableFile:
         return f"{self.path}, {self._place(row)}"
 
 
+def rows_of_column(table: "pyarrow.Table", name: str, dim: int) -> np.ndarray:
+    """Vectors (m, dim) of a column of a table in memory, of any type that files may have."""
+    if name not in table.column_names:
+        there = ", ".join(map(repr, table.column_names)) or "none"
+        raise ValueError(f"no column {name!r}; there are {there}")
+    if not len(table):
+        return np.empty((0, dim), np.float32)
+    lists = _lists(table.combine_chunks().column(name).chunk(0))
+    lengths = _lengths(lists)
+    wrong = np.flatnonzero(lengths != dim)
+    if len(wrong):
+        told = "null" if lengths[wrong[0]] < 0 else f"{lengths[wrong[0]]} numbers"
+        raise ValueError(f"column {name!r}: {told} in row {wrong[0]} of a batch, expected {dim}")
+    values = _numbers(lists)
+    if values.null_count:
+        raise ValueError(f"column {name!r}: null among the numbers of a batch")
+    rows: np.ndarray = values.to_numpy(zero_copy_only=False).reshape(-1, dim)
+    return rows
+
+
 @contextmanager
 def _naming_path(path: Path) -> Iterator[None]:
     """Errors of pyarrow name the path."""

@@ -13,13 +13,14 @@ if TYPE_CHECKING:
     from hnsw_gpu.serve.logs import log_to_stderr
     from hnsw_gpu.serve.process import listen, serve
     from hnsw_gpu.serve.served_index import ServedIndex
-    from hnsw_gpu.serve.settings import ServerSettings
+    from hnsw_gpu.serve.settings import OnRay, ServerSettings
 
 __all__ = [
     "AnswerError",
     "Batch",
     "Batcher",
     "Client",
+    "OnRay",
     "QueueFullError",
     "ServedIndex",
     "ServerError",
@@ -34,6 +35,7 @@ _HOME = {
     "Batch": "batcher",
     "Batcher": "batcher",
     "Client": "client",
+    "OnRay": "settings",
     "QueueFullError": "batcher",
     "ServedIndex": "served_index",
     "ServerError": "client",

@@ -33,7 +33,6 @@ logger = logging.getLogger("hnsw_gpu")
 # Larger batches are hardly faster per row, and every caller waits for the whole batch.
 ROWS_A_THREAD = 128
 ROWS_ON_A_GPU = 8192
-IN_FLIGHT = {"cpu": 1, "cuda": 2}  # on a GPU one batch is prepared while another is searched
 
 
 Settled = tuple[QueuedSearch, SearchResult | BaseException]
@@ -257,7 +256,7 @@ class Batcher:
         self._require_threads()
         with self._lock:
             self._index = index
-            self._most_in_flight = IN_FLIGHT[index.device.partition(":")[0]]
+            self._most_in_flight = index.calls_at_once
             while len(self._workers) < self._most_in_flight and not self._is_closed:
                 name = f"hnsw_gpu batcher {len(self._workers)}"
                 self._workers.append(threading.Thread(target=self._work, name=name, daemon=True))

@@ -14,7 +14,12 @@ from hnsw_gpu.searching import Searching
 from hnsw_gpu.serve.batcher import Batcher, QueueFullError
 from hnsw_gpu.serve.metrics import Metrics
 from hnsw_gpu.serve.problem import Problem, message_of
-from hnsw_gpu.serve.served_index import ServedIndex, load_served_index, memory_needed
+from hnsw_gpu.serve.served_index import (
+    ServedIndex,
+    close_index,
+    load_served_index,
+    memory_needed,
+)
 from hnsw_gpu.serve.settings import ServerSettings
 
 logger = logging.getLogger("hnsw_gpu")
@@ -56,6 +61,8 @@ class LiveIndex:
                 await serving
             if self.batcher is not None:
                 await asyncio.to_thread(self.batcher.close)
+            if self.served is not None:
+                await asyncio.to_thread(close_index, self.served.index)
 
     async def _serve(self) -> None:
         settings = self._settings
@@ -76,6 +83,7 @@ class LiveIndex:
         gc.freeze()  # otherwise a collection scans everything imported, which takes 50 ms
         self._switch_to(served)
         self.on_ready(served)
+        del served  # or it would outlive a swap
         while True:
             await self.measure_canary()
             await asyncio.sleep(CANARY_INTERVAL_S)
@@ -87,6 +95,12 @@ class LiveIndex:
         if self.served is None or self.batcher is None:
             raise Problem(503, "the index is being loaded", Retry_After="1")
         return self.served, self.batcher
+
+    async def require_ready(self) -> None:
+        """Problem 503 where a search would find nothing that answers it."""
+        served, _ = self.current()
+        if not await asyncio.to_thread(served.index.is_ready):
+            raise Problem(503, "a shard has no live replica", Retry_After="1")
 
     def drain(self) -> None:
         """Become not ready and refuse new searches; running ones finish."""
@@ -130,7 +144,10 @@ class LiveIndex:
         return served
 
     def _switch_to(self, served: ServedIndex) -> None:
-        """Answer from `served`: all at once, since this runs on the event loop."""
+        """Answer from `served`: all at once, since this runs on the event loop.
+
+        A cluster that it replaces ends with the last request that holds it.
+        """
         assert self.batcher is not None
         self.batcher.swap(served.index)
         self.served = served
@@ -158,8 +175,12 @@ class LiveIndex:
             if free is not None and needed > free and not self._settings.mmap:
                 raise MemoryError(f"{path.name} needs {needed:,} bytes, and {free:,} are free")
             served = self._load(path, self.served.version + 1)
-            if not is_forced:
-                _require_alike(served.index, self.served.index)
+            try:
+                if not is_forced:
+                    _require_alike(served.index, self.served.index)
+            except ValueError:
+                close_index(served.index)
+                raise
             return served
         except (FileNotFoundError, IsADirectoryError):
             raise Problem(404, f"no index at {path.name!r}") from None
@@ -177,8 +198,9 @@ class LiveIndex:
     def _load(self, path: Path, version: int) -> ServedIndex:
         settings = self._settings
         return load_served_index(
-            path, version, device=settings.device, mmap=settings.mmap, threads=settings.threads
-        )
+            path, version, device=settings.device, mmap=settings.mmap, threads=settings.threads,
+            on_ray=settings.on_ray,
+        )  # fmt: skip
 
 
 def _require_alike(new: Searching, old: Searching) -> None:

@@ -13,6 +13,8 @@ from prometheus_client import (
 )
 from prometheus_client.core import GaugeMetricFamily
 
+from hnsw_gpu.cluster import Cluster
+from hnsw_gpu.searching import Searching
 from hnsw_gpu.serve.batcher import Batch, Batcher
 from hnsw_gpu.serve.served_index import ServedIndex
 
@@ -60,6 +62,8 @@ class Metrics:
         )
         self._vectors = Gauge("hnsw_gpu_index_vectors", "vectors in it", registry=registry)
         self._bytes = Gauge("hnsw_gpu_index_bytes", "memory that it takes", registry=registry)
+        self._shards = _Shards()
+        registry.register(self._shards)
         ProcessCollector(registry=registry)
         with contextlib.suppress(ImportError):
             registry.register(_GpuUse())
@@ -91,6 +95,16 @@ class Metrics:
         ).set(1)
         self._vectors.set(len(index))
         self._bytes.set(index.nbytes)
+        self._shards.index = index
+
+
+class _Shards:
+    """Collects the figures of each shard at every scrape, where they are on a cluster."""
+
+    index: Searching | None = None
+
+    def collect(self) -> Any:
+        return self.index.collect() if isinstance(self.index, Cluster) else ()
 
 
 class _GpuUse:

@@ -11,12 +11,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hnsw_gpu import inputs
+from hnsw_gpu.cluster import Cluster
 from hnsw_gpu.collection import is_collection, load, saved_checksum
 from hnsw_gpu.files import arrays_checksum, read_vectors
 from hnsw_gpu.results import SearchResult
 from hnsw_gpu.searching import Searching
 from hnsw_gpu.serve import formats
+from hnsw_gpu.serve.settings import OnRay
 
 CANARY_ROWS = 64
 CANARY_K = 10
@@ -47,20 +48,44 @@ class ServedIndex:
 
 
 def load_served_index(
-    path: Path, version: int, *, device: str = "auto", mmap: bool = False, threads: int | None
+    path: Path,
+    version: int,
+    *,
+    device: str = "auto",
+    mmap: bool = False,
+    threads: int | None,
+    on_ray: OnRay | None = None,
 ) -> ServedIndex:
     """Load an index and the files beside it; compile its kernels, run a search of each kind."""
     checksum = saved_checksum(path) if is_collection(path) else arrays_checksum(path)
-    index = load(path, mmap=mmap or None, device=device)
-    filters = _filters(path, index)
-    canary = _canary(path, index, threads)
-    index.compile_kernels()
-    if canary is not None:
-        some = index.labels[: max(1, len(index) // 2)]
-        for allow in (None, some, some[:1], *filters.values()):
-            for rows in (canary.queries, canary.queries[:1]):
-                index.search(rows, canary.k, allow=allow, threads=threads)
+    index: Searching
+    if on_ray is None:
+        index = load(path, mmap=mmap or None, device=device)
+    else:
+        index = _on_ray(path, on_ray, device, threads)
+    try:
+        filters = _filters(path, index)
+        canary = _canary(path, index, threads)
+        index.warm_up(threads)
+    except BaseException:
+        close_index(index)
+        raise
     return ServedIndex(version, path, checksum, index, filters, canary)
+
+
+def _on_ray(path: Path, on_ray: OnRay, device: str, threads: int | None) -> Cluster:
+    gpus = 0 if device in ("auto", "cpu") else 1
+    cpus = 2 if threads is None else threads
+    return Cluster(
+        path, on_ray.replicas, address=on_ray.address, cpus=cpus, gpus=gpus,
+        timeout_s=on_ray.timeout_s,
+    )  # fmt: skip
+
+
+def close_index(index: Searching) -> None:
+    """End what an index runs beside this process, if anything."""
+    if isinstance(index, Cluster):
+        index.close()
 
 
 def _filters(path: Path, index: Searching) -> dict[str, np.ndarray]:
@@ -71,7 +96,7 @@ def _filters(path: Path, index: Searching) -> dict[str, np.ndarray]:
             allow = formats.read_npy(file.read_bytes())
             if allow.ndim != 1:
                 raise ValueError(f"shape {allow.shape}, expected (n,)")
-            inputs.entry_mask(allow, index.labels, 1)
+            index.search(np.empty((0, index.dim), np.float32), 1, allow=allow)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{file}: {error}") from None
         filters[file.stem] = allow
@@ -95,9 +120,7 @@ def _canary(path: Path, index: Searching, threads: int | None) -> Canary | None:
         except (ValueError, TypeError) as error:
             raise ValueError(f"{file}: {error}") from None
     else:
-        labels = index.labels
-        rows = min(CANARY_ROWS, len(labels))
-        queries = index.vectors(labels[np.arange(rows) * len(labels) // rows])
+        queries = index.vectors(index.some_labels(CANARY_ROWS))
     k = min(CANARY_K, len(index))
     truth = index.exact_search(queries, k, threads=threads)
     return Canary(queries, truth.distances[:, -1:], k)

@@ -20,6 +20,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
+from hnsw_gpu.cluster import ShardLostError
 from hnsw_gpu.files import CorruptIndexError, read_page
 from hnsw_gpu.results import SearchResult
 from hnsw_gpu.serve import formats, openapi, problem
@@ -176,6 +177,8 @@ class Server:
         except QueueFullError as error:
             seconds = max(1, round(error.retry_after_s))
             raise Problem(429, str(error), Retry_After=str(seconds)) from None
+        except ShardLostError as error:
+            raise Problem(503, str(error), Retry_After="1") from None
         except RuntimeError:
             self.live.current()  # 503 if the batcher was closed by a drain
             raise
@@ -224,11 +227,12 @@ class Server:
         return JSONResponse({"state": "live"})
 
     async def _get_ready(self, _request: Request) -> Response:
-        self.live.current()
+        await self.live.require_ready()
         return JSONResponse({"state": "ready"})
 
     async def _get_metrics(self, _request: Request) -> Response:
-        return Response(self.metrics.text(), headers={"Content-Type": CONTENT_TYPE})
+        text = await asyncio.to_thread(self.metrics.text)
+        return Response(text, headers={"Content-Type": CONTENT_TYPE})
 
     async def _get_openapi(self, _request: Request) -> Response:
         return JSONResponse(self._document)

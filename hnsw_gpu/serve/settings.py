@@ -4,11 +4,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 
+class OnRay(NamedTuple):
+    """Where a collection's shards are searched, if not in this process."""
+
+    address: str  # of the Ray cluster; "local": one of our own
+    replicas: int = 1  # of each shard
+    timeout_s: float = 30.0  # of a search
+
+
 class ServerSettings(NamedTuple):
     """How to serve."""
 
     path: Path  # of the saved index
     root: Path  # swaps are confined to this folder
+    on_ray: OnRay | None = None
     device: str = "auto"
     mmap: bool = False
     threads: int | None = None

@@ -16,7 +16,7 @@ import hnsw_gpu
 from hnsw_gpu import cli
 from hnsw_gpu.collection.building import WORK, build_collection
 from hnsw_gpu.collection.manifest import MANIFEST
-from hnsw_gpu.files import checkpoints, storage
+from hnsw_gpu.files import checkpoints, folders, storage
 
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -110,7 +110,7 @@ def test_ended_anywhere_it_goes_on(tmp_path, paths, monkeypatch, step):
         return atomic_file(path)
 
     with monkeypatch.context() as patched:
-        for module in (storage, checkpoints, hnsw_gpu.collection.manifest):
+        for module in (storage, folders):
             patched.setattr(module, "atomic_file", ending)
         with pytest.raises(Killed):
             build_collection(paths, tmp_path / "out", **how)
@@ -293,7 +293,7 @@ def test_what_is_not_ours_is_left(tmp_path, paths):
     assert files_of(tmp_path / "out") == before
     told = run(*paths, "-o", tmp_path / "file", "--shard-rows", 300, "--column", "vec", code=1)
     assert str(tmp_path / "file") in told and (tmp_path / "file").read_text() == "mine"
-    with storage_held(tmp_path / "out"):
+    with storage_held(folders.LocalFolder(tmp_path / "out")):
         assert "another job writes into this folder" in run(*command, code=1)
 
 

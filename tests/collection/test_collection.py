@@ -195,7 +195,7 @@ def test_deleted_vectors_are_not_found(tmp_path):
     indexes = make(tmp_path / "c", ROWS)
     indexes[1].delete([400, 401])
     indexes[1].save(tmp_path / "c" / "shard-0001.hnsw")
-    entries = [entry_of(path) for path in shard_files(tmp_path)]
+    entries = [entry_of(path.parent, path.name) for path in shard_files(tmp_path)]
     write_manifest(tmp_path / "c", manifest_of(indexes[0], entries))
     opened = hnsw_gpu.load(tmp_path / "c")
     assert opened.has_deleted and len(opened) == 1198

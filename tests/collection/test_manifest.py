@@ -202,7 +202,7 @@ def test_shards_of_different_kinds(folder, how, words):
     index = hnsw_gpu.Index(**{"dim": 8, "metric": "l2"} | how)
     index.add(ROWS[30:60, : index.dim], np.arange(30, 60))
     index.save(folder / "shard-0001.hnsw")
-    entries = [entry_of(folder / entry.file) for entry in read_manifest(folder).shards]
+    entries = [entry_of(folder, entry.file) for entry in read_manifest(folder).shards]
     write_manifest(folder, manifest_of(hnsw_gpu.load(folder / "shard-0000.hnsw"), entries))
     with pytest.raises(CorruptIndexError) as caught:
         hnsw_gpu.load(folder)

@@ -16,7 +16,7 @@ from hnsw_gpu.deduplication import in_files, report, report_page, tables
 from hnsw_gpu.deduplication.checkpoints import WORK
 from hnsw_gpu.deduplication.distinct_rows import digest
 from hnsw_gpu.deduplication.shard_steps import ResumableSteps
-from hnsw_gpu.files import checkpoints, sources, storage
+from hnsw_gpu.files import checkpoints, folders, sources, storage
 
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -148,7 +148,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("step", range(0, 16))
+@pytest.mark.parametrize("step", range(0, 17))
 def test_ended_anywhere_it_goes_on(tmp_path, paths, monkeypatch, step) -> None:
     """The process ends at the n-th file that it would write; then once more, to the end."""
     command = (paths, tmp_path / "out", in_files.Settings(threshold=0.97, method="hnsw"))
@@ -162,15 +162,15 @@ def test_ended_anywhere_it_goes_on(tmp_path, paths, monkeypatch, step) -> None:
         return atomic_file(path)
 
     with monkeypatch.context() as patched:
-        for module in (storage, checkpoints, report, report_page, tables):
+        for module in (storage, folders, report, report_page, tables):
             patched.setattr(module, "atomic_file", ending)
-        if step < 15:
+        if step < 16:
             with pytest.raises(Killed):
                 in_files.dedup_files(*command, shard_rows=300)
         else:
             in_files.dedup_files(*command, shard_rows=300)
     done = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / WORK).glob("[sb]*")}
-    assert len(done) == (min(max(step - 1, 0), 9) if step < 15 else 0)
+    assert len(done) == (min(max(step - 1, 0), 10) if step < 16 else 0)
     opened = []
     monkeypatch.setattr(
         checkpoints,
@@ -212,7 +212,7 @@ def test_interrupted_it_says_how_far_it_came(tmp_path, paths, monkeypatch) -> No
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ResumableSteps, "pairs", interrupted)
+    monkeypatch.setattr(ResumableSteps, "join", interrupted)
     result = CliRunner().invoke(cli.main, ["dedup", str(paths[0]), "-o", str(tmp_path / "out")])
     assert result.exit_code == 130
     assert "1 shards built, 0 blocks joined: the same command goes on from there" in result.output
@@ -224,7 +224,7 @@ def test_a_work_folder_of_another_run(tmp_path, paths, monkeypatch) -> None:
 
     out = tmp_path / "out"
     with monkeypatch.context() as patched:
-        patched.setattr(ResumableSteps, "pairs", stop)
+        patched.setattr(ResumableSteps, "join", stop)
         fails(*paths, "-o", out, "--threshold", 0.97)
     assert "threshold was 0.97, is 0.96; delete" in fails(*paths, "-o", out, "--threshold", 0.96)
     assert "of other files" in fails(paths[0], "-o", out, "--threshold", 0.97)
@@ -242,7 +242,7 @@ def test_a_damaged_shard_is_named(tmp_path, paths, monkeypatch) -> None:
 
     out = tmp_path / "out"
     with monkeypatch.context() as patched:
-        patched.setattr(ResumableSteps, "pairs", stop)
+        patched.setattr(ResumableSteps, "join", stop)
         fails(*paths, "-o", out, "--shard-rows", 300)
     path = out / WORK / "shard-0001.safetensors"
     data = bytearray(path.read_bytes())

@@ -58,7 +58,7 @@ def ended_early(monkeypatch):
             raise ValueError("stopped")
 
         with monkeypatch.context() as patched:
-            patched.setattr(ResumableSteps, "pairs", stop)
+            patched.setattr(ResumableSteps, "join", stop)
             assert "stopped" in told(*arguments, code=1)
 
     return run
@@ -239,9 +239,9 @@ def test_a_plan_of_an_older_release_is_another_plan(tmp_path, path, ended_early)
 def test_an_input_that_changes_meanwhile(tmp_path, rows, kind, monkeypatch) -> None:
     file = tmp_path / "in.npy"
     np.save(file, rows)
-    join = ResumableSteps.pairs
+    join = ResumableSteps.join
 
-    def pairs(self, shards):
+    def join_all(self):
         if kind == "in place":
             with file.open("r+b") as opened:
                 opened.seek(200)
@@ -252,9 +252,9 @@ def test_an_input_that_changes_meanwhile(tmp_path, rows, kind, monkeypatch) -> N
             np.save(tmp_path / "new.npy", -rows)
             os.replace(tmp_path / "new.npy", file)
         os.utime(file, ns=(1, 1))  # of whatever time: clocks may be coarse
-        return join(self, shards)
+        return join(self)
 
-    monkeypatch.setattr(ResumableSteps, "pairs", pairs)
+    monkeypatch.setattr(ResumableSteps, "join", join_all)
     said = told(file, "-o", tmp_path / "out", code=1)
     assert f"{file} was changed while it was read: run the command again" in said
     assert not (tmp_path / "out" / "kept.parquet").exists()
@@ -292,16 +292,16 @@ def test_a_folder_within_the_output_folder_is_read(tmp_path, rows) -> None:
 def test_two_jobs_in_one_folder(tmp_path, path, monkeypatch) -> None:
     pytest.importorskip("fcntl")
     out, said = tmp_path / "out", []
-    join = ResumableSteps.pairs
+    join = ResumableSteps.join
 
-    def pairs(self, shards):
-        monkeypatch.setattr(ResumableSteps, "pairs", join)
+    def join_all(self):
+        monkeypatch.setattr(ResumableSteps, "join", join)
         before = contents(out)
         said.append(told(path, "-o", out, code=1))
         assert contents(out) == before
-        return join(self, shards)
+        return join(self)
 
-    monkeypatch.setattr(ResumableSteps, "pairs", pairs)
+    monkeypatch.setattr(ResumableSteps, "join", join_all)
     assert "300 of 300 rows kept" in told(path, "-o", out)
     assert f"{out}: another job writes into this folder" in said[0]
     assert "300 of 300 rows kept" in told(path, "-o", out)

@@ -1,5 +1,7 @@
 """A collection over HTTP: its answers, and swaps between it and an index."""
 
+import weakref
+
 import numpy as np
 import pytest
 
@@ -49,12 +51,14 @@ def test_swaps_between_an_index_and_collections(tmp_path):
     index.save(tmp_path / "docs.hnsw")
     (tmp_path / "folder").mkdir()
     with running(tmp_path / "docs.hnsw") as fresh:
+        first = weakref.ref(fresh.live.served.index)
         for name in ("one.collection", "four.collection", "docs.hnsw"):
             told = fresh.call.as_json({"path": name}, "/v1/index:swap").json
             assert (told["path"], told["n"]) == (name, 600)
             expected = hnsw_gpu.load(tmp_path / name).search(QUERIES, 5, ef=20)
             answer = fresh.call.search(QUERIES, "/v1/search?k=5&ef=20", Accept="application/json")
             assert answer.json["labels"] == expected.labels.tolist()
+            fresh.wait(lambda: first() is None)  # what a swap replaced is freed
         fresh.call.as_json({"path": "folder"}, "/v1/index:swap").refused(404, "no index at")
         (tmp_path / "four.collection" / "shard-0003.hnsw").unlink()
         refused = fresh.call.as_json({"path": "four.collection"}, "/v1/index:swap")

@@ -1,0 +1,85 @@
+"""Many queries on a cluster, in batches: Ray Data reads, limits what is under way, and writes."""
+
+import functools
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hnsw_gpu.cluster.ray_connection import imported_ray
+from hnsw_gpu.files import Sources, open_sources, rows_of_column
+from hnsw_gpu.results import SearchResult
+from hnsw_gpu.searching import Searching
+
+if TYPE_CHECKING:
+    import pyarrow
+
+
+def answered(
+    index: Searching, queries: Any, how: dict[str, Any], column: str, batch_rows: int
+) -> Any:
+    """The `ray.data.Dataset` of the answers to those of a Dataset, or of files.
+
+    index: pickled into the tasks of Ray Data, so one that may be.
+    """
+    imported_ray()
+    try:
+        from ray.data import Dataset, from_items
+    except ImportError as error:
+        raise ImportError(f'{error}: pip install "hnsw-gpu[ray]"') from None
+    if isinstance(queries, Dataset):
+        return queries.map_batches(
+            functools.partial(_with_answers, index=index, how=how, column=column),
+            batch_size=batch_rows,
+            batch_format="pyarrow",
+            zero_copy_batch=True,
+        )
+    paths = [queries] if isinstance(queries, (str, os.PathLike)) else queries
+    sources = open_sources([Path(path).absolute() for path in paths], column=column)
+    if sources.dim != index.dim:
+        first = sources.paths[0]
+        raise ValueError(f"{first}: vectors of {sources.dim} numbers, expected {index.dim}")
+    starts = [{"start": start} for start in range(0, len(sources), batch_rows)]
+    return from_items(starts).map_batches(
+        functools.partial(_of_files, index=index, how=how, sources=sources, rows=batch_rows),
+        batch_size=1,
+        batch_format="numpy",
+    )
+
+
+def _with_answers(
+    table: "pyarrow.Table", *, index: Searching, how: dict[str, Any], column: str
+) -> "pyarrow.Table":
+    found = index.search(rows_of_column(table, column, index.dim), **how)
+    for name, lists in _lists_of(found).items():
+        table = table.append_column(name, lists)
+    return table
+
+
+def _of_files(
+    batch: dict[str, np.ndarray],
+    *,
+    index: Searching,
+    how: dict[str, Any],
+    sources: Sources,
+    rows: int,
+) -> "pyarrow.Table":
+    import pyarrow
+
+    start = int(batch["start"][0])
+    stop = min(start + rows, len(sources))
+    found = index.search(np.concatenate(list(sources.vectors(start, stop))), **how)
+    numbers = pyarrow.array(np.arange(start, stop))
+    return pyarrow.table({"row": numbers, **_lists_of(found)})
+
+
+def _lists_of(found: SearchResult) -> dict[str, Any]:
+    """Columns of lists of k numbers."""
+    import pyarrow
+
+    k = found.labels.shape[1]
+    return {
+        name: pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(values.ravel()), k)
+        for name, values in found._asdict().items()
+    }

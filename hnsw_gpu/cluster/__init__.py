@@ -6,8 +6,8 @@ from hnsw_gpu.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from hnsw_gpu.cluster.cluster import Cluster
-    from hnsw_gpu.cluster.shard_calls import ShardLostError
     from hnsw_gpu.cluster.job_steps import steps_on_ray
+    from hnsw_gpu.cluster.shard_calls import ShardLostError
 
 __all__ = ["Cluster", "ShardLostError", "steps_on_ray"]
 

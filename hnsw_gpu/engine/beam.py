@@ -116,7 +116,21 @@ def first_unexpanded(beam, row, start, capacity):
     return position
 
 
-@jit
+@jit(is_inlined=True)
+def empty(beam, row, start):
+    """Make `beam[row, start:]` empty slots."""
+    for i in range(start, beam.shape[1]):
+        beam[row, i] = KEY_NONE
+
+
+@jit(is_inlined=True)
 def size(beam, row):
     """How many keys the sorted `beam[row]` holds before its empty slots."""
-    return np.int64(np.searchsorted(beam[row], KEY_NONE))
+    count, end = np.int64(0), np.int64(beam.shape[1])
+    while count < end:
+        middle = (count + end) >> 1
+        if beam[row, middle] < KEY_NONE:
+            count = middle + 1
+        else:
+            end = middle
+    return count

@@ -71,6 +71,7 @@ def jit(
     function: Any = None,
     *,
     allocates: bool = False,
+    is_inner: bool = False,
     is_inlined: bool = False,
     fastmath: Any = False,
 ) -> Any:
@@ -79,16 +80,35 @@ def jit(
     A function may inline whatever lies in this room or in its own file. One that makes arrays says
     `allocates=True`; the others do without counted references. A closure is not kept. fastmath: as
     in numba; where the order of a sum may differ from machine to machine (so of no distance).
+
+    `is_inner=True`: called from compiled code only, of which it becomes a part, so that no machine
+    code is made of it alone. `is_inlined=True`: so too, and inlined, however long it is.
     """
     if function is None:
-        return functools.partial(jit, allocates=allocates, is_inlined=is_inlined, fastmath=fastmath)
-    options = {"fastmath": fastmath, "forceinline": is_inlined}
-    compiled = njit(nogil=True, **options, **({} if allocates else {"_nrt": False}))(function)
-    if MISSING or not hasattr(compiled, "_cache"):
+        return functools.partial(
+            jit, allocates=allocates, is_inner=is_inner, is_inlined=is_inlined, fastmath=fastmath
+        )
+    is_inner |= is_inlined
+    options = {"fastmath": fastmath, "forceinline": is_inlined, "no_cpython_wrapper": is_inner}
+    options |= {} if allocates else {"_nrt": False}
+    compiled = njit(nogil=True, no_cfunc_wrapper=True, **options)(function)
+    if is_inner:
+        compiled.__class__ = _inner(type(compiled))
+    elif MISSING or not hasattr(compiled, "_cache"):
         _say_once(NOT_KEPT, MISSING or f"numba {numba.__version__} has no place for a cache")
     elif function.__closure__ is None:
         compiled._cache = DiskCache(function)
     return compiled
+
+
+@functools.cache
+def _inner(kind: type) -> type:
+    """A kind of compiled function that has no code for callers in Python, and says so."""
+
+    def __call__(self: Any, *_arguments: Any) -> None:
+        raise TypeError(f"{self.__name__} is called from compiled code only")
+
+    return type("Inner", (kind,), {"__call__": __call__})
 
 
 class DiskCache(NullCache):  # type: ignore[misc]

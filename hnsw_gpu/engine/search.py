@@ -35,7 +35,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hnsw_gpu.engine.beam import LANES, first_unexpanded, insert
+from hnsw_gpu.engine.beam import LANES, empty, first_unexpanded, insert
 from hnsw_gpu.engine.block import EIGHT, write_keys
 from hnsw_gpu.engine.compiled import jit
 from hnsw_gpu.engine.distance import distance, prefetch_row
@@ -230,7 +230,8 @@ def _room_for_visits(scratch, s):
 def _clear_visited(scratch, s):
     """Clear the visited set."""
     if scratch.slots[s, HAS_FORGOTTEN]:
-        scratch.visited[s, :] = 0
+        for word in range(scratch.visited.shape[1]):
+            scratch.visited[s, word] = 0
     else:
         for i in range(scratch.slots[s, VISITS]):
             scratch.visited[s, np.uintp(scratch.visits[s, i]) >> np.uintp(5)] = 0
@@ -295,8 +296,8 @@ def _begin(graph, rows, task, scratch, s, q):
     slots = scratch.slots
     slots[s, QUERY] = q
     slots[s, PHASE] = COMPUTE
-    scratch.beam[s, :] = KEY_NONE
-    scratch.allowed_keys[s, :] = KEY_NONE
+    empty(scratch.beam, s, np.int64(0))
+    empty(scratch.allowed_keys, s, np.int64(0))
     slots[s, HOPS] = 0
     slots[s, READ] = 1
     layer = len(graph.layer_offsets) - 1
@@ -341,7 +342,8 @@ def _gather(graph, rows, scratch, s):
     count = first
     if layer == 0:
         for p in range(slots[s, PICKED]):
-            count = _list_unvisited(graph.neighbors0, scratch.picked[s, p], scratch, s, count)
+            row = np.int64(scratch.picked[s, p])
+            count = _list_unvisited(graph.neighbors0, row, scratch, s, count)
         for j in range(first, count):
             prefetch_row(rows, visits[s, np.uintp(j)])
     else:
@@ -430,7 +432,7 @@ def _descend(graph, task, scratch, s):
         _visit(scratch, s, number)
         if slots[s, LAYER] == 0 and _has_allowed_keys(task):
             _offer_allowed(task, scratch, s, beam[s, i])
-    beam[s, capacity:] = KEY_NONE
+    empty(beam, s, capacity)
 
 
 @jit(is_inlined=True)

@@ -34,7 +34,8 @@ class NodeTable:
         self._count = -1  # until all is entered: an interrupt must not leave a table half true
         if not is_current:
             self._slots = np.full(1 << max(needed, 16).bit_length(), -1, np.int32)
-            _fill(self._slots, words, first)
+            if first:
+                _fill(self._slots, words, first)
         nodes = np.empty(stop - first, np.int64)
         sources = np.empty(stop - first, np.int64)
         count = _assign(self._slots, words, first, nodes, sources)

@@ -211,19 +211,19 @@ def _layer_start(graph, layer):
 @jit(is_inlined=True)
 def _visit(scratch, s, node):
     """Mark a node visited, known to be new."""
-    count = _room_for_visits(scratch, s)
+    count = _room_for_visits(scratch.slots, s)
     scratch.visited[s, node >> 5] |= np.uint32(1) << np.uint32(node & 31)
     scratch.visits[s, count] = node
     scratch.slots[s, VISITS] = count + 1
 
 
 @jit(is_inlined=True)
-def _room_for_visits(scratch, s):
+def _room_for_visits(slots, s):
     """Where the next visits are written: at the beginning again when there is no more room."""
-    if scratch.slots[s, VISITS] > REMEMBERED:
-        scratch.slots[s, VISITS] = 0
-        scratch.slots[s, HAS_FORGOTTEN] = 1
-    return scratch.slots[s, VISITS]
+    if slots[s, VISITS] > REMEMBERED:
+        slots[s, VISITS] = 0
+        slots[s, HAS_FORGOTTEN] = 1
+    return slots[s, VISITS]
 
 
 @jit(is_inlined=True)
@@ -317,7 +317,7 @@ def _begin(graph, rows, task, scratch, s, q):
 
 
 @jit(is_inlined=True)
-def _list_unvisited(links, row, scratch, s, count):
+def _list_unvisited(links, row, visited, visits, s, count):
     """Append the unvisited links of a row to the visits, mark them; returns how many there are.
 
     Whether a link was visited is close to random, so it is counted, not branched on.
@@ -327,9 +327,9 @@ def _list_unvisited(links, row, scratch, s, count):
         if link < 0:
             break
         word, bit = np.uintp(link) >> np.uintp(5), np.uint32(1) << np.uint32(link & 31)
-        old = scratch.visited[s, word]
-        scratch.visited[s, word] = old | bit
-        scratch.visits[s, np.uintp(count)] = link
+        old = visited[s, word]
+        visited[s, word] = old | bit
+        visits[s, np.uintp(count)] = link
         count += (old & bit) == 0
     return count
 
@@ -337,20 +337,20 @@ def _list_unvisited(links, row, scratch, s, count):
 @jit(is_inlined=True)
 def _gather(graph, rows, scratch, s):
     """Second half of a step: list the unvisited neighbours and ask for their rows (R5, R7)."""
-    slots, visits, layer = scratch.slots, scratch.visits, scratch.slots[s, LAYER]
-    first = _room_for_visits(scratch, s)
+    slots, visits, visited = scratch.slots, scratch.visits, scratch.visited
+    layer, first = slots[s, LAYER], _room_for_visits(slots, s)
     count = first
     if layer == 0:
         for p in range(slots[s, PICKED]):
             row = np.int64(scratch.picked[s, p])
-            count = _list_unvisited(graph.neighbors0, row, scratch, s, count)
+            count = _list_unvisited(graph.neighbors0, row, visited, visits, s, count)
         for j in range(first, count):
             prefetch_row(rows, visits[s, np.uintp(j)])
     else:
         start = _layer_start(graph, layer)
         for p in range(slots[s, PICKED]):
             row = start + scratch.picked[s, p]
-            count = _list_unvisited(graph.neighbors, row, scratch, s, count)
+            count = _list_unvisited(graph.neighbors, row, visited, visits, s, count)
         for j in range(first, count):
             prefetch_row(rows, graph.nodes[start + visits[s, j]])
     slots[s, VISITS] = count

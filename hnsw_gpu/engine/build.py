@@ -436,12 +436,12 @@ def _relink(growth, layer, neighbors, row, sources, selection):
             neighbors[row, count + i] = key_node(candidates[0, i])
         return
     number = row - graph.layer_offsets[layer - 1] if layer else row
-    as_query(growth.rows, _node(graph, layer, number), selection.own, 0)
+    as_query(growth.rows, _node(graph, layer, number), selection.own, np.int64(0))
     candidates[0, new : new + count] = KEY_NONE
     for j in range(count):
         link = np.int64(neighbors[row, j])
         node = _node(graph, layer, link)
-        key = make_key(distance(growth.metric, selection.own, 0, growth.rows, node), link)
+        key = make_key(distance(growth.metric, selection.own, np.int64(0), growth.rows, node), link)
         insert(candidates, np.int64(0), new + count, key)
     factor = _factor(growth, layer, RELAXED)
     count = _select(

@@ -35,7 +35,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hnsw_gpu.engine.beam import LANES, empty, first_unexpanded, insert
+from hnsw_gpu.engine.beam import LANES, first_unexpanded, insert, set_bytes
 from hnsw_gpu.engine.block import EIGHT, write_keys
 from hnsw_gpu.engine.compiled import jit
 from hnsw_gpu.engine.distance import distance, prefetch_row
@@ -50,6 +50,7 @@ REMEMBERED = 1 << 15  # visits a query by which its visited set is cleared; beyo
 # int64 fields of a slot
 QUERY, LAYER, PHASE, CAPACITY, PICKED, PENDING, VISITS, HAS_FORGOTTEN, HOPS, READ = range(10)
 IDLE, FREE, GATHER, COMPUTE = range(4)
+EMPTY = 255  # each byte of KEY_NONE
 
 
 class Task(NamedTuple):
@@ -195,7 +196,7 @@ def _walk_chunk(graph, rows, task, scratch, start, stop):
                 if _next_step(graph, task, scratch, s):
                     continue
             if following < stop:
-                _begin(graph, rows, task, scratch, s, following)
+                _begin(graph, task, scratch, s, following)
                 following += 1
             else:
                 slots[s, PHASE] = IDLE
@@ -230,8 +231,7 @@ def _room_for_visits(slots, s):
 def _clear_visited(scratch, s):
     """Clear the visited set."""
     if scratch.slots[s, HAS_FORGOTTEN]:
-        for word in range(scratch.visited.shape[1]):
-            scratch.visited[s, word] = 0
+        set_bytes(scratch.visited, s, 0, 0)
     else:
         for i in range(scratch.slots[s, VISITS]):
             scratch.visited[s, np.uintp(scratch.visits[s, i]) >> np.uintp(5)] = 0
@@ -291,29 +291,23 @@ def _enter_layer(task, scratch, s, layer):
 
 
 @jit(is_inlined=True)
-def _begin(graph, rows, task, scratch, s, q):
-    """Seed a query with the entry point, or with its own node (R3, R10)."""
+def _begin(graph, task, scratch, s, q):
+    """Let a query begin with the entry point, or its own node, as what it has listed (R3, R10)."""
     slots = scratch.slots
     slots[s, QUERY] = q
     slots[s, PHASE] = COMPUTE
-    empty(scratch.beam, s, np.int64(0))
-    empty(scratch.allowed_keys, s, np.int64(0))
+    set_bytes(scratch.beam, s, 0, EMPTY)
+    set_bytes(scratch.allowed_keys, s, 0, EMPTY)
     slots[s, HOPS] = 0
-    slots[s, READ] = 1
+    slots[s, READ] = 0
     layer = len(graph.layer_offsets) - 1
     number = np.int64(0)
     if len(task.own):
         layer = 0
         number = np.int64(task.own[q])
-    node = number
-    if layer > 0:
-        node = np.int64(graph.nodes[_layer_start(graph, layer)])
     _enter_layer(task, scratch, s, layer)
     _visit(scratch, s, number)
-    key = make_key(distance(task.metric, task.queries, q, rows, node), number)
-    scratch.beam[s, 0] = key
-    if layer == 0 and _has_allowed_keys(task):
-        _offer_allowed(task, scratch, s, key)
+    slots[s, PENDING] = 1
 
 
 @jit(is_inlined=True)
@@ -432,7 +426,7 @@ def _descend(graph, task, scratch, s):
         _visit(scratch, s, number)
         if slots[s, LAYER] == 0 and _has_allowed_keys(task):
             _offer_allowed(task, scratch, s, beam[s, i])
-    empty(beam, s, capacity)
+    set_bytes(beam, s, capacity, EMPTY)
 
 
 @jit(is_inlined=True)

@@ -31,6 +31,8 @@ import numba
 import numpy as np
 from numba import njit
 
+from hnsw_gpu.engine.parts import PartCompiler
+
 try:  # all that is used of numba's insides, beside `_cache` of a compiled function
     from numba.core.caching import NullCache
     from numba.core.compiler import CompileResult
@@ -91,6 +93,8 @@ def jit(
     is_inner |= is_inlined
     options = {"fastmath": fastmath, "forceinline": is_inlined, "no_cpython_wrapper": is_inner}
     options |= {} if allocates else {"_nrt": False}
+    if is_inner and PartCompiler is not None:
+        options["pipeline_class"] = PartCompiler
     compiled = njit(nogil=True, no_cfunc_wrapper=True, **options)(function)
     if is_inner:
         compiled.__class__ = _inner(type(compiled))

@@ -15,7 +15,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
-from hnsw_gpu.engine.compiled import jit
+from hnsw_gpu.engine.compiled import INNER, jit
 from hnsw_gpu.engine.halves import half_to_float
 
 L2, IP, COSINE = 0, 1, 2
@@ -28,7 +28,7 @@ F32, I8, I16, I32, I64 = (
     ir.IntType(64),
 )
 CACHE_LINE = 64
-COMPILED = {"_nrt": False, "no_cfunc_wrapper": True}
+COMPILED = {"_nrt": False, **INNER}
 TAIL_BYTES = 12  # end of a row of codes: float32 scale, float32 norm, int32 sum of codes
 PREFETCH_LINES = 16  # of one row; the hardware prefetcher follows a longer one by itself
 

@@ -444,9 +444,7 @@ def _relink(growth, layer, neighbors, row, sources, selection):
         key = make_key(distance(growth.metric, selection.own, np.int64(0), growth.rows, node), link)
         insert(candidates, np.int64(0), new + count, key)
     factor = _factor(growth, layer, RELAXED)
-    count = _select(
-        growth, layer, candidates, np.int64(0), new + count, width, factor, selection
-    )
+    count = _select(growth, layer, candidates, np.int64(0), new + count, width, factor, selection)
     if factor != 1:
         count = _fill(selection, count, width)
     for j in range(width):

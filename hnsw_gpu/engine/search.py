@@ -73,7 +73,7 @@ class Scratch(NamedTuple):
 
     slots: np.ndarray  # (SLOTS, fields) int64
     beam: np.ndarray  # (SLOTS, ef or ef_upper, rounded up to LANES) uint64
-    allowed_keys: np.ndarray  # (SLOTS, k) uint64, the k smallest (R8)
+    allowed_keys: np.ndarray  # (SLOTS, k) uint64, the k smallest (R8); (SLOTS, 0): all are
     visited: np.ndarray  # (SLOTS, words) uint32
     visits: np.ndarray  # (SLOTS, REMEMBERED, expand * M0 and EIGHT) int32, the last are pending
     picked: np.ndarray  # (SLOTS, expand) int32
@@ -157,21 +157,18 @@ def walk(graph, rows, task, expand=1, threads=1):
 def _new_scratch(graph, task, expand, chunk):
     slots = min(SLOTS, chunk)
     count, width = graph.neighbors0.shape
+    has_allowed_keys = len(task.own) or len(task.allowed)
+    capacity = max(task.ef, task.ef_upper)
     return Scratch(
         slots=np.zeros((slots, 10), np.int64),
-        beam=np.empty((slots, _whole_lanes(max(task.ef, task.ef_upper))), np.uint64),
-        allowed_keys=np.empty((slots, task.keys.shape[1]), np.uint64),
+        beam=np.empty((slots, -(-capacity // LANES) * LANES), np.uint64),
+        allowed_keys=np.empty((slots, task.keys.shape[1] if has_allowed_keys else 0), np.uint64),
         visited=np.zeros((slots, (count + 31) >> 5), np.uint32),
         visits=np.zeros((slots, REMEMBERED + expand * width + EIGHT), np.int32),
         picked=np.empty((slots, expand), np.int32),
         keys=np.empty(expand * width + EIGHT, np.uint64),
         entering=np.empty(expand * width, np.uint64),
     )
-
-
-@jit
-def _whole_lanes(capacity):
-    return (capacity + LANES - 1) & -LANES
 
 
 @jit
@@ -201,12 +198,6 @@ def _walk_chunk(graph, rows, task, scratch, start, stop):
             else:
                 slots[s, PHASE] = IDLE
                 active -= 1
-
-
-@jit(is_inlined=True)
-def _layer_start(graph, layer):
-    """First row of a layer in `nodes`, `neighbors` and `below`."""
-    return graph.layer_offsets[layer - 1]
 
 
 @jit(is_inlined=True)
@@ -240,18 +231,13 @@ def _clear_visited(scratch, s):
 
 
 @jit(is_inlined=True)
-def _is_allowed(task, q, node):
-    if len(task.own) and task.own[q] == node:
+def _is_allowed(own, allowed, q, node):
+    if len(own) and own[q] == node:
         return False
-    if task.allowed.shape[0] == 0:
+    if allowed.shape[0] == 0:
         return True
-    row = q if task.allowed.shape[0] > 1 else 0
-    return task.allowed[row, node >> 5] >> np.uint32(node & 31) & np.uint32(1) != 0
-
-
-@jit(is_inlined=True)
-def _has_allowed_keys(task):
-    return len(task.own) > 0 or task.allowed.shape[0] > 0
+    row = q if allowed.shape[0] > 1 else 0
+    return allowed[row, node >> 5] >> np.uint32(node & 31) & np.uint32(1) != 0
 
 
 @jit(is_inlined=True)
@@ -263,26 +249,27 @@ def _offer(task, scratch, s, count):
     for j in range(count):  # few enter, at random: counted, not branched on
         entering[enter] = keys[j]
         enter += keys[j] < worst
+    whole_lanes = (capacity + LANES - 1) & -LANES
     for j in range(enter):
-        insert(scratch.beam, s, _whole_lanes(capacity), entering[j])
-    if scratch.slots[s, LAYER] == 0 and _has_allowed_keys(task):
+        insert(scratch.beam, s, whole_lanes, entering[j])
+    if scratch.slots[s, LAYER] == 0 and scratch.allowed_keys.shape[1]:
+        q = scratch.slots[s, QUERY]
         for j in range(count):
-            _offer_allowed(task, scratch, s, keys[j])
+            _offer_allowed(task, scratch.allowed_keys, s, q, keys[j])
 
 
 @jit(is_inlined=True)
-def _offer_allowed(task, scratch, s, key):
+def _offer_allowed(task, allowed_keys, s, q, key):
     """Merge one key of layer 0 into the allowed list (R8), if it may be returned."""
-    k = scratch.allowed_keys.shape[1]
-    is_near = key < scratch.allowed_keys[s, k - 1]
-    if is_near and _is_allowed(task, scratch.slots[s, QUERY], key_node(key)):
-        insert(scratch.allowed_keys, s, k, key)
+    k = allowed_keys.shape[1]
+    is_near = key < allowed_keys[s, k - 1]
+    if is_near and _is_allowed(task.own, task.allowed, q, key_node(key)):
+        insert(allowed_keys, s, k, key)
 
 
 @jit(is_inlined=True)
-def _enter_layer(task, scratch, s, layer):
+def _enter_layer(task, slots, s, layer):
     """Start a layer; the beam is to be filled."""
-    slots = scratch.slots
     slots[s, LAYER] = layer
     slots[s, PICKED] = 0
     slots[s, PENDING] = 0
@@ -305,7 +292,7 @@ def _begin(graph, task, scratch, s, q):
     if len(task.own):
         layer = 0
         number = np.int64(task.own[q])
-    _enter_layer(task, scratch, s, layer)
+    _enter_layer(task, slots, s, layer)
     _visit(scratch, s, number)
     slots[s, PENDING] = 1
 
@@ -341,7 +328,7 @@ def _gather(graph, rows, scratch, s):
         for j in range(first, count):
             prefetch_row(rows, visits[s, np.uintp(j)])
     else:
-        start = _layer_start(graph, layer)
+        start = graph.layer_offsets[layer - 1]
         for p in range(slots[s, PICKED]):
             row = start + scratch.picked[s, p]
             count = _list_unvisited(graph.neighbors, row, visited, visits, s, count)
@@ -361,7 +348,7 @@ def _compute(graph, rows, task, scratch, s):
     if layer == 0:
         write_keys(task.metric, task.queries, q, rows, visits, s, first, count, scratch.keys)
     else:
-        start = _layer_start(graph, layer)
+        start = graph.layer_offsets[layer - 1]
         for j in range(count):
             number = np.int64(visits[s, first + j])
             node = np.int64(graph.nodes[start + number])
@@ -401,7 +388,7 @@ def _next_step(graph, task, scratch, s):
             task.counts[slots[s, QUERY], 1] = slots[s, READ]
             return False
         _descend(graph, task, scratch, s)
-    start = _layer_start(graph, slots[s, LAYER]) if slots[s, LAYER] else 0
+    start = graph.layer_offsets[slots[s, LAYER] - 1] if slots[s, LAYER] else 0
     for p in range(slots[s, PICKED]):
         if slots[s, LAYER]:
             prefetch_row(graph.neighbors, start + scratch.picked[s, p])
@@ -415,8 +402,8 @@ def _next_step(graph, task, scratch, s):
 def _descend(graph, task, scratch, s):
     """Make the beam the seed of the layer below (R3)."""
     slots, beam = scratch.slots, scratch.beam
-    start, capacity = _layer_start(graph, slots[s, LAYER]), slots[s, CAPACITY]
-    _enter_layer(task, scratch, s, slots[s, LAYER] - 1)
+    start, capacity = graph.layer_offsets[slots[s, LAYER] - 1], slots[s, CAPACITY]
+    _enter_layer(task, slots, s, slots[s, LAYER] - 1)
     for i in range(capacity):  # ascending keys stay ascending: `below` keeps the order of ids
         if beam[s, i] == KEY_NONE:
             break
@@ -424,8 +411,8 @@ def _descend(graph, task, scratch, s):
         number = np.int64(graph.below[start + key_node(beam[s, i])])
         beam[s, i] = distance_bits | np.uint64(number) << np.uint64(1)
         _visit(scratch, s, number)
-        if slots[s, LAYER] == 0 and _has_allowed_keys(task):
-            _offer_allowed(task, scratch, s, beam[s, i])
+        if slots[s, LAYER] == 0 and scratch.allowed_keys.shape[1]:
+            _offer_allowed(task, scratch.allowed_keys, s, slots[s, QUERY], beam[s, i])
     set_bytes(beam, s, capacity, EMPTY)
 
 
@@ -437,7 +424,7 @@ def _write_keys(task, scratch, s):
     if layer > task.levels[q]:
         return
     row, count = task.keys_start[q] + layer, task.keys.shape[1]
-    if layer == 0 and _has_allowed_keys(task):
+    if layer == 0 and scratch.allowed_keys.shape[1]:
         for i in range(count):
             task.keys[row, i] = scratch.allowed_keys[s, i]
         task.counts[q, 2] = _blocked(task, scratch, s)
@@ -456,5 +443,5 @@ def _blocked(task, scratch, s):
         key = scratch.beam[s, i]
         if key == KEY_NONE:
             break
-        count += not _is_allowed(task, scratch.slots[s, QUERY], key_node(key))
+        count += not _is_allowed(task.own, task.allowed, scratch.slots[s, QUERY], key_node(key))
     return count

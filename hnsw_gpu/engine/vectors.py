@@ -124,7 +124,10 @@ def _empty_int4_queries(count, row_bytes):
 def rows_as_queries(rows):
     """Encoded queries (n, ...) equal to encoded rows (n, row_length)."""
     queries = empty_queries(len(rows), rows)
-    _rows_as_queries(engine_view(rows), queries)
+    if queries.dtype == np.float32:
+        queries[:] = rows
+    else:
+        _rows_as_queries(rows, queries)
     return queries
 
 

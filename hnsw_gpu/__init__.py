@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from hnsw_gpu.index import Index
     from hnsw_gpu.results import RadiusResult, SearchResult
     from hnsw_gpu.serve import AnswerError, Batch, Batcher, Client, QueueFullError, ServerError
+    from hnsw_gpu.warming import warm
 
 __version__ = "0.1.0"
 
@@ -39,6 +40,7 @@ __all__ = [
     "dedup",
     "exact_search",
     "load",
+    "warm",
 ]
 
 _HOME = {
@@ -57,6 +59,7 @@ _HOME = {
     "dedup": "deduplication",
     "exact_search": "exhaustive",
     "load": "collection",
+    "warm": "warming",
 }
 
 __getattr__ = lazy_names(__name__, _HOME)

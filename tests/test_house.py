@@ -19,7 +19,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 # A room is a folder of the package, or these modules beside the folders.
 ON_THE_GROUND = {
     "cli": {"__main__", "cli", "terminal", "doctor"},
-    "index": {"index", "searching", "inputs", "results", "exhaustive", "recall", "progress"},
+    "index": {"index", "searching", "inputs", "results", "exhaustive", "recall", "progress"}
+    | {"warming"},
 }
 EVERYWHERE = {"__init__", "lazy_names"}  # the package itself: its public names, version and this
 DRAWING = re.compile(r"^\| \[`(\w+)\S* \| .+? \|(.*)\|$", re.M)

@@ -125,7 +125,7 @@ def rows_as_queries(rows):
     """Encoded queries (n, ...) equal to encoded rows (n, row_length)."""
     queries = empty_queries(len(rows), rows)
     if queries.dtype == np.float32:
-        queries[:] = rows
+        queries[:] = rows.view(np.float16) if rows.dtype == np.uint16 else rows
     else:
         _rows_as_queries(rows, queries)
     return queries

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from hnsw_gpu.index import Index
     from hnsw_gpu.results import PartialResult, RadiusResult, SearchResult
     from hnsw_gpu.serve import AnswerError, Batch, Batcher, Client, QueueFullError, ServerError
+    from hnsw_gpu.warming import warm
 
 __version__ = "0.1.0"
 
@@ -47,6 +48,7 @@ __all__ = [
     "from_hnswlib",
     "from_usearch",
     "load",
+    "warm",
 ]
 
 _HOME = {
@@ -71,6 +73,7 @@ _HOME = {
     "from_hnswlib": "conversion",
     "from_usearch": "conversion",
     "load": "collection",
+    "warm": "warming",
 }
 
 __getattr__ = lazy_names(__name__, _HOME)

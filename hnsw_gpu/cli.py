@@ -839,6 +839,28 @@ def demo(out: Path, threads: int | None) -> None:
 
 
 @main.command()
+@click.argument("dtypes", metavar="[DTYPE]...", nargs=-1)
+@click.option("--metric", multiple=True, help="l2, ip or cosine; may be repeated.  [default: all]")
+def warm(dtypes: tuple[str, ...], metric: tuple[str, ...]) -> None:
+    """Compile beforehand what indexes of each DTYPE need (default: fp32).
+
+    For images of containers and for servers: no first caller waits for the compiler. The code is
+    kept for the user who runs this, or for all in the folder that NUMBA_CACHE_DIR names.
+
+    \b
+    Example:
+      hnsw-gpu warm fp32 int8 --metric cosine
+    """
+    from hnsw_gpu import inputs
+    from hnsw_gpu.engine import STORAGE
+    from hnsw_gpu.warming import METRICS, warmed
+
+    names = [inputs.one_of("dtype", name, STORAGE) for name in dtypes or ("fp32",)]
+    for name, seconds in warmed(names, [inputs.metric(name) for name in metric or METRICS]):
+        click.echo(f"{name:<5} {seconds:6.1f} s")
+
+
+@main.command()
 @json_option
 def doctor(as_json: bool) -> None:
     """Report what this machine offers: versions, threads, SIMD, the compile cache, GPUs.

@@ -11,7 +11,7 @@ import numpy as np
 from hnsw_gpu.engine.beam import insert, size
 from hnsw_gpu.engine.compiled import jit
 from hnsw_gpu.engine.distance import distance
-from hnsw_gpu.engine.keys import EXPANDED, KEY_NONE, key_node, make_key
+from hnsw_gpu.engine.keys import EXPANDED, KEY_NONE, key_node, key_nodes, make_key
 
 
 class Trace(NamedTuple):
@@ -46,7 +46,7 @@ def trace(graph, rows, queries, metric: int, ef: int) -> Trace:
             )
             hops[q] += len(expanded)
             distances[q] += len(visited)
-            number = graph.below[part][key_node(best)]
+            number = graph.below[part][int(key_nodes(best))]
         seeds[q] = seed_key(metric, rows, queries, q, every, number)
         *found, _ = walk(graph.neighbors0, every, rows, queries, q, metric, seeds[q], ef, state)
         hops[q] += len(found[0])

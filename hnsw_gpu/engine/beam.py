@@ -81,6 +81,23 @@ def _in_all_lanes(builder, key):
 
 
 @intrinsic
+def set_bytes(typingctx, array, row, start, byte):
+    """Set all bytes of `array[row, start:]`, in C order; 255 makes empty slots."""
+
+    def codegen(context, builder, signature, arguments):
+        pointer, columns = _row(context, builder, array, arguments[0], arguments[1])
+        first = builder.bitcast(builder.gep(pointer, [arguments[2]]), ir.IntType(8).as_pointer())
+        item = context.get_abi_sizeof(pointer.type.pointee)
+        count = builder.mul(builder.sub(columns, arguments[2]), I64(item))
+        value = builder.trunc(arguments[3], ir.IntType(8))
+        memset = builder.module.declare_intrinsic("llvm.memset", (first.type, I64))
+        builder.call(memset, [first, value, count, ir.IntType(1)(0)])
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
 def _unexpanded(typingctx, beam, row, position):
     """Bits of the LANES keys from `position` that are not expanded; empty slots count as such."""
 
@@ -149,7 +166,14 @@ def first_unexpanded(beam, row, start, capacity):
     return position
 
 
-@jit
+@jit(is_inlined=True)
 def size(beam, row):
     """How many keys the sorted `beam[row]` holds before its empty slots."""
-    return np.int64(np.searchsorted(beam[row], KEY_NONE))
+    count, end = np.int64(0), np.int64(beam.shape[1])
+    while count < end:
+        middle = (count + end) >> 1
+        if beam[row, middle] < KEY_NONE:
+            count = middle + 1
+        else:
+            end = middle
+    return count

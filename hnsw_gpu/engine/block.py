@@ -11,7 +11,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
 from hnsw_gpu.engine import distance as one
-from hnsw_gpu.engine.distance import COSINE, F32, I32, I64, L2, NO_REFCOUNT, distance
+from hnsw_gpu.engine.distance import COMPILED, COSINE, F32, I32, I64, L2, distance
 from hnsw_gpu.engine.keys import make_key
 
 EIGHT = 8
@@ -29,7 +29,7 @@ def write_keys(metric, queries, q, rows, ids, s, start, count, keys):
     raise NotImplementedError("called from compiled code only")
 
 
-@overload(write_keys, jit_options=NO_REFCOUNT)
+@overload(write_keys, jit_options=COMPILED)
 def _write_keys(metric, queries, q, rows, ids, s, start, count, keys):
     if rows.dtype in (types.int8, types.uint8):
 

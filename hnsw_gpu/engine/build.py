@@ -314,19 +314,26 @@ def _group(targets, sources):
     return targets, sources, np.concatenate([[0], changes, ends]).astype(np.int64)
 
 
-@jit
+@jit(is_inlined=True)
 def _node(graph, layer, number):
     """Id of a number on a layer."""
     return np.int64(graph.nodes[graph.layer_offsets[layer - 1] + number]) if layer else number
 
 
-@jit
+@jit(is_inlined=True)
 def _number(graph, layer, node):
     """Number on a layer of the first node that is not smaller than `node`."""
     if layer == 0:
         return np.int64(node)
     start, end = graph.layer_offsets[layer - 1], graph.layer_offsets[layer]
-    return np.int64(np.searchsorted(graph.nodes[start:end], node))
+    first, last = start, end
+    while first < last:
+        middle = (first + last) >> 1
+        if graph.nodes[middle] < node:
+            first = middle + 1
+        else:
+            last = middle
+    return first - start
 
 
 @jit
@@ -355,7 +362,7 @@ def _link_points(growth, task, selection, first, start, stop, targets, sources):
                 sources[row, j] = key & BITS_OF_DISTANCE | np.uint64(own) << np.uint64(1)
 
 
-@jit
+@jit(is_inlined=True)
 def _add_batch_mates(growth, task, first, q, layer):
     """Merge the points of the batch before this one that are on the layer into the candidates."""
     keys, row = task.keys, task.keys_start[q] + layer
@@ -370,13 +377,13 @@ def _add_batch_mates(growth, task, first, q, layer):
         number += 1
 
 
-@jit
+@jit(is_inlined=True)
 def _factor(growth, layer, relaxed):
     """What the distance to a kept neighbour is multiplied by."""
     return relaxed if layer == 0 and growth.metric != IP else np.float32(1)
 
 
-@jit
+@jit(is_inner=True)
 def _select(growth, layer, keys, row, candidates, limit, factor, selection):
     """Algorithm 4, strict but for the factor: writes the kept keys, nearest first; how many.
 
@@ -390,9 +397,9 @@ def _select(growth, layer, keys, row, candidates, limit, factor, selection):
         is_kept = True
         for j in range(count):
             between = distance(growth.metric, selection.kept, j, growth.rows, node)
-            if make_key(factor * between, 0) <= key & BITS_OF_DISTANCE:
+            if make_key(factor * between, np.int64(0)) <= key & BITS_OF_DISTANCE:
                 is_kept = False
-                if make_key(NEAR_COPY * between, 0) > key and rejected < limit:
+                if make_key(NEAR_COPY * between, np.int64(0)) > key and rejected < limit:
                     selection.rejected[rejected] = key
                     rejected += 1
                 break
@@ -407,7 +414,7 @@ def _select(growth, layer, keys, row, candidates, limit, factor, selection):
     return count
 
 
-@jit
+@jit(is_inlined=True)
 def _fill(selection, count, limit):
     """Add the nearest rejected keys to `count` kept ones, up to `limit`; how many there are."""
     for i in range(limit - count):
@@ -426,15 +433,15 @@ def _relink_targets(growth, selection, targets, sources, group_start):
     for g in range(len(group_start) - 1):
         target = targets[group_start[g]]
         new = sources[group_start[g] : group_start[g + 1]]
-        if target < count:
-            _relink(growth, 0, graph.neighbors0, target, new, selection)
-        else:
-            row = target - count
-            layer = np.searchsorted(graph.layer_offsets, row, side="right")
-            _relink(growth, layer, graph.neighbors, row, new, selection)
+        layer, neighbors, row = np.int64(0), graph.neighbors0, target
+        if target >= count:
+            neighbors, row = graph.neighbors, target - count
+            while row >= graph.layer_offsets[layer]:
+                layer += 1
+        _relink(growth, layer, neighbors, row, new, selection)
 
 
-@jit
+@jit(is_inlined=True)
 def _relink(growth, layer, neighbors, row, sources, selection):
     """Give one target its new links: append them, or select among old and new."""
     graph, candidates = growth.graph, selection.candidates
@@ -452,22 +459,22 @@ def _relink(growth, layer, neighbors, row, sources, selection):
             neighbors[row, count + i] = key_node(candidates[0, i])
         return
     number = row - graph.layer_offsets[layer - 1] if layer else row
-    as_query(growth.rows, _node(graph, layer, number), selection.own, 0)
+    as_query(growth.rows, _node(graph, layer, number), selection.own, np.int64(0))
     candidates[0, new : new + count] = KEY_NONE
     for j in range(count):
         link = np.int64(neighbors[row, j])
         node = _node(graph, layer, link)
-        key = make_key(distance(growth.metric, selection.own, 0, growth.rows, node), link)
-        insert(candidates, 0, new + count, key)
+        key = make_key(distance(growth.metric, selection.own, np.int64(0), growth.rows, node), link)
+        insert(candidates, np.int64(0), new + count, key)
     factor = _factor(growth, layer, RELAXED)
-    count = _select(growth, layer, candidates, 0, new + count, width, factor, selection)
+    count = _select(growth, layer, candidates, np.int64(0), new + count, width, factor, selection)
     if factor != 1:
         count = _fill(selection, count, width)
     for j in range(width):
         neighbors[row, j] = key_node(selection.kept_keys[j]) if j < count else -1
 
 
-@jit
+@jit(is_inlined=True)
 def _has(neighbors, row, count, number):
     for j in range(count):
         if neighbors[row, j] == number:

@@ -22,6 +22,7 @@ import os
 import pickle
 import secrets
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,14 @@ import llvmlite
 import numba
 import numpy as np
 from numba import njit
+from tqdm import tqdm
 
-try:  # all that is used of numba's insides, beside `_cache` of a compiled function
+try:  # without it inner functions are compiled alone too, which takes longer and gives the same
+    from hnsw_gpu.engine.parts import PartCompiler
+except ImportError:
+    PartCompiler = None  # type: ignore[assignment, misc]
+
+try:  # what is used of numba's insides for the cache, beside `_cache` of a compiled function
     from numba.core.caching import NullCache
     from numba.core.compiler import CompileResult
     from numba.core.serialize import dumps
@@ -47,9 +54,21 @@ PYTHON = (sys.implementation.cache_tag, getattr(sys, "abiflags", ""))
 HASH_BYTES = 32
 NOT_KEPT = "compiled code is not kept on disk, so every process compiles again: %s"
 DAMAGED = "compiled code on disk cannot be used and is compiled again: %s"
+COMPILING = (
+    "compiling for this processor, some seconds; the code is kept for later processes, and "
+    "`hnsw-gpu warm` makes it beforehand"
+)
 SAID: set[str] = set()  # warnings that this process has given
+QUIET_S = 60  # after it was said that something is compiled
+INNER: dict[str, Any] = {
+    "no_cpython_wrapper": True,
+    "no_cfunc_wrapper": True,
+}  # numba's options of inner functions
+if PartCompiler is not None:
+    INNER["pipeline_class"] = PartCompiler
 
 logger = logging.getLogger("hnsw_gpu")
+_said_compiling = float("-inf")  # when
 
 
 def _let_forks_wait() -> None:
@@ -71,6 +90,7 @@ def jit(
     function: Any = None,
     *,
     allocates: bool = False,
+    is_inner: bool = False,
     is_inlined: bool = False,
     fastmath: Any = False,
 ) -> Any:
@@ -79,16 +99,35 @@ def jit(
     A function may inline whatever lies in this room or in its own file. One that makes arrays says
     `allocates=True`; the others do without counted references. A closure is not kept. fastmath: as
     in numba; where the order of a sum may differ from machine to machine (so of no distance).
+
+    `is_inner=True`: called from compiled code only, of which it becomes a part, so that no machine
+    code is made of it alone. `is_inlined=True`: so too, and inlined, however long it is.
     """
     if function is None:
-        return functools.partial(jit, allocates=allocates, is_inlined=is_inlined, fastmath=fastmath)
-    options = {"fastmath": fastmath, "forceinline": is_inlined}
-    compiled = njit(nogil=True, **options, **({} if allocates else {"_nrt": False}))(function)
-    if MISSING or not hasattr(compiled, "_cache"):
+        return functools.partial(
+            jit, allocates=allocates, is_inner=is_inner, is_inlined=is_inlined, fastmath=fastmath
+        )
+    is_inner |= is_inlined
+    options = INNER if is_inner else {"no_cfunc_wrapper": True}
+    options = options | ({} if allocates else {"_nrt": False})
+    compiled = njit(nogil=True, fastmath=fastmath, forceinline=is_inlined, **options)(function)
+    if is_inner:
+        compiled.__class__ = _inner(type(compiled))  # type: ignore[arg-type]
+    elif MISSING or not hasattr(compiled, "_cache"):
         _say_once(NOT_KEPT, MISSING or f"numba {numba.__version__} has no place for a cache")
     elif function.__closure__ is None:
         compiled._cache = DiskCache(function)
     return compiled
+
+
+@functools.cache
+def _inner(kind: type) -> type:
+    """A kind of compiled function that has no code for callers in Python, and says so."""
+
+    def __call__(self: Any, *_arguments: Any) -> None:
+        raise TypeError(f"{self.__name__} is called from compiled code only")
+
+    return type("Inner", (kind,), {"__call__": __call__})
 
 
 class DiskCache(NullCache):  # type: ignore[misc]
@@ -114,6 +153,7 @@ class DiskCache(NullCache):  # type: ignore[misc]
                     return CompileResult._rebuild(target, *code)
         except Exception as error:  # whatever it is, the function can be compiled
             _say_once(DAMAGED, repr(error))
+        _say_compiling()
         return None
 
     def save_overload(self, signature: Any, result: Any) -> None:
@@ -207,6 +247,20 @@ def _state(file: str) -> tuple[int, ...]:
 
 def _hash(content: bytes) -> bytes:
     return hashlib.sha256(content).digest()
+
+
+def _say_compiling() -> None:
+    """One line for all that is compiled in a minute, on stderr if that is a terminal."""
+    global _said_compiling
+    now = time.monotonic()
+    if now - _said_compiling < QUIET_S:
+        return
+    _said_compiling = now
+    with contextlib.suppress(Exception):  # there is no stderr, or nobody behind it
+        if sys.stderr.isatty():
+            tqdm.write(f"hnsw_gpu: {COMPILING}", file=sys.stderr)  # above a bar that is drawn
+            return
+    logger.info(COMPILING)
 
 
 def _say_once(message: str, what: object) -> None:

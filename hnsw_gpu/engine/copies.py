@@ -34,7 +34,8 @@ class NodeTable:
         self._count = -1  # until all is entered: an interrupt must not leave a table half true
         if not is_current:
             self._slots = np.full(1 << max(needed, 16).bit_length(), -1, np.int32)
-            _fill(self._slots, words, first)
+            if first:
+                _fill(self._slots, words, first)
         nodes = np.empty(stop - first, np.int64)
         sources = np.empty(stop - first, np.int64)
         count = _assign(self._slots, words, first, nodes, sources)
@@ -80,7 +81,7 @@ def _hash_rows(words, hashes):
         hashes[i] = _hash(words, i) | np.uint64(1)
 
 
-@jit
+@jit(is_inlined=True)
 def _hash(words, row):
     """Multiply-and-shift hash of all words of a row."""
     h = np.uint64(0x9E3779B97F4A7C15)
@@ -90,7 +91,7 @@ def _hash(words, row):
     return h
 
 
-@jit
+@jit(is_inlined=True)
 def _slot(slots, words, row):
     """Where the search for a row begins."""
     return np.int64(_hash(words, row) & np.uint64(len(slots) - 1))
@@ -106,7 +107,7 @@ def _fill(slots, words, count):
         slots[slot] = node
 
 
-@jit
+@jit(is_inlined=True)
 def _is_equal(words, a, b):
     for j in range(words.shape[1]):
         if words[a, j] != words[b, j]:

@@ -15,6 +15,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
+from hnsw_gpu.engine.compiled import INNER, jit
 from hnsw_gpu.engine.halves import half_to_float
 
 L2, IP, COSINE = 0, 1, 2
@@ -27,7 +28,7 @@ F32, I8, I16, I32, I64 = (
     ir.IntType(64),
 )
 CACHE_LINE = 64
-NO_REFCOUNT = {"_nrt": False}
+COMPILED = {"_nrt": False, **INNER}
 TAIL_BYTES = 12  # end of a row of codes: float32 scale, float32 norm, int32 sum of codes
 PREFETCH_LINES = 16  # of one row; the hardware prefetcher follows a longer one by itself
 
@@ -352,13 +353,18 @@ _int_at = _load_intrinsic(I32, types.int32)
 _half_at = _load_intrinsic(I16, types.float32)
 
 
+@jit(is_inlined=True)
 def distance(metric, queries, q, rows, i):
-    """float32 distance (R1) of encoded query `q` to encoded row `i`; compiled code only."""
-    raise NotImplementedError("called from compiled code only")
+    """float32 distance (R1) of encoded query `q` to encoded row `i`."""
+    return _distance(metric, queries, q, rows, i)
 
 
-@overload(distance, jit_options=NO_REFCOUNT)
 def _distance(metric, queries, q, rows, i):
+    raise NotImplementedError("by dtype, below: compiled once, whoever calls")
+
+
+@overload(_distance, jit_options=COMPILED)
+def _distance_of_dtype(metric, queries, q, rows, i):
     if rows.dtype == types.int8:
 
         def int8_distance(metric, queries, q, rows, i):
@@ -395,13 +401,18 @@ def _distance(metric, queries, q, rows, i):
     return float_distance
 
 
+@jit(is_inner=True)
 def as_query(rows, i, queries, q):
-    """Write encoded row `i` as encoded query `q`; compiled code only."""
-    raise NotImplementedError("called from compiled code only")
+    """Write encoded row `i` as encoded query `q`."""
+    _as_query(rows, i, queries, q)
 
 
-@overload(as_query, jit_options=NO_REFCOUNT)
 def _as_query(rows, i, queries, q):
+    raise NotImplementedError("by dtype, below: compiled once, whoever calls")
+
+
+@overload(_as_query, jit_options=COMPILED)
+def _as_query_of_dtype(rows, i, queries, q):
     if rows.dtype == types.int8:
 
         def int8_as_query(rows, i, queries, q):

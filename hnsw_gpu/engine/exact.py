@@ -68,7 +68,7 @@ def _merge_selected(keys, distances, margins, rows, first, queries, metric, begi
                 worst = _float_distance(keys[q, k - 1]) + margins[q]
 
 
-@jit
+@jit(is_inlined=True)
 def _float_distance(key):
     return np.float32(np.inf) if key == KEY_NONE else key_distance(key)
 

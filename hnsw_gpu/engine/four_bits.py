@@ -46,7 +46,7 @@ def encode_int4_queries(vectors, queries):
     _encode_queries(rotated, scales, np.empty(LANES), queries)
 
 
-@jit
+@jit(is_inner=True)
 def _square(vector, totals):
     """float64 squared length: sums of every LANES-th square, and then theirs."""
     totals[:] = 0
@@ -63,20 +63,20 @@ def _square(vector, totals):
     return total
 
 
-@jit
+@jit(is_inlined=True)
 def _code(coordinate, factor):
     """0..15 of a coordinate -FINEST..FINEST."""
     code = np.int32(np.int32(np.int32(coordinate * factor) >> np.int32(SHIFT)) + np.int32(8))
     return min(max(code, np.int32(0)), np.int32(15))
 
 
-@jit
+@jit(is_inlined=True)
 def _odd(code):
     """What a code stands for, in scales."""
     return np.int32(np.int32(2) * code - np.int32(15))
 
 
-@jit
+@jit(is_inner=True)
 def _best_factor(coordinates):
     """The factor whose codes have the best cosine to coordinates, and their dot product."""
     best, best_dot, best_cosine = FACTORS[0], np.int32(0), -1.0
@@ -92,7 +92,7 @@ def _best_factor(coordinates):
     return best, best_dot
 
 
-@jit
+@jit(is_inner=True)
 def _round(vector, unit, coordinates):
     """Write a vector as whole numbers of units."""
     for j in range(len(vector)):

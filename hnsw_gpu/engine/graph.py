@@ -161,18 +161,18 @@ def unreachable(graph):
     count, width = graph.neighbors0.shape
     parents = np.full(count, -1, np.int32)
     starts = np.arange(0, count * width + 1, width)
-    reach(graph.neighbors0.ravel(), starts, parents, graph.entry_point)
+    queue = np.empty(count, np.int32)
+    reach(graph.neighbors0.ravel(), starts, parents, queue, graph.entry_point)
     return np.flatnonzero(parents < 0)
 
 
-@jit(allocates=True)
-def reach(links, starts, parents, start):
+@jit
+def reach(links, starts, parents, queue, start):
     """Breadth-first search from `start` through nodes whose parent is -1, writing their parents.
 
     Node i links to links[starts[i]:starts[i + 1]] up to the first -1, int32. The parent of `start`
-    becomes itself.
+    becomes itself. `queue` int32 (n,) is what it works in.
     """
-    queue = np.empty(len(parents), np.int32)
     parents[start] = start
     queue[0] = start
     count, head = 1, 0

@@ -27,7 +27,7 @@ def _bits_float(typingctx, bits):
     return types.float32(types.uint32), codegen
 
 
-@jit
+@jit(is_inlined=True)
 def make_key(distance, node):
     """uint64 key of a float32 distance and an id, not expanded (R2)."""
     bits = np.uint64(_float_bits(distance))
@@ -35,13 +35,13 @@ def make_key(distance, node):
     return (bits ^ flip) << np.uint64(32) | np.uint64(node) << np.uint64(1)
 
 
-@jit
+@jit(is_inlined=True)
 def key_node(key):
     """The id in a key."""
     return np.int64((key & np.uint64(0xFFFFFFFF)) >> np.uint64(1))
 
 
-@jit
+@jit(is_inlined=True)
 def key_distance(key):
     """The float32 distance in a key."""
     ordered = np.uint32(key >> np.uint64(32))

@@ -37,7 +37,7 @@ class LabelTable:
         return entries
 
 
-@jit
+@jit(is_inlined=True)
 def _slot(slots, label):
     """Where the search for a label begins (multiply-and-shift hash)."""
     h = np.uint64(label) * np.uint64(0x9E3779B97F4A7C15)

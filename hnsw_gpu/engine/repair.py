@@ -58,9 +58,10 @@ def repair(graph, rows, metric, *, ef_construction, threads, relinked=None):
     count, width = neighbors0.shape
     if not count:
         return 0
-    parents = np.full(count, -1, np.int32)
+    parents, queue = np.full(count, -1, np.int32), np.empty(count, np.int32)
     layer0 = Layer0(neighbors0, parents, np.empty(0, bool) if relinked is None else relinked)
-    reach(neighbors0.ravel(), np.arange(0, count * width + 1, width), parents, graph.entry_point)
+    starts = np.arange(0, count * width + 1, width)
+    reach(neighbors0.ravel(), starts, parents, queue, graph.entry_point)
 
     def nearest(missing):
         queries = rows_as_queries(rows[missing])
@@ -73,7 +74,7 @@ def repair(graph, rows, metric, *, ef_construction, threads, relinked=None):
         _lead_to(layer0, lost, nearest(lost))
     links_back = _reversed_links(neighbors0)
     ways_back = np.full(count, -1, np.int32)  # the next node on the way to the entry point
-    reach(*links_back, ways_back, graph.entry_point)
+    reach(*links_back, ways_back, queue, graph.entry_point)
     trapped = np.flatnonzero(ways_back < 0)
     if len(trapped):
         _lead_out(layer0, links_back, ways_back, trapped, nearest(trapped))
@@ -106,7 +107,7 @@ def _lead_to(layer0, lost, near):
         elif giver < 0:
             giver = _first_with_room(layer0, nearest, visits, i)
         _link(layer0, giver, node)
-        reach(layer0.neighbors0.ravel(), starts, parents, node)
+        reach(layer0.neighbors0.ravel(), starts, parents, visits.queue, node)
         parents[node] = giver
 
 
@@ -128,22 +129,22 @@ def _lead_out(layer0, links_back, ways_back, trapped, near):
             target = _nearest_of_all(near, i, ways_back >= 0)
         giver = _first_with_room(layer0, node, visits, i)
         _link(layer0, giver, target)
-        reach(sources, starts, ways_back, giver)
+        reach(sources, starts, ways_back, visits.queue, giver)
 
 
-@jit
+@jit(is_inner=True)
 def _link(layer0, giver, target):
     layer0.neighbors0[giver, _free_slot(layer0, giver)] = target
     if len(layer0.relinked):
         layer0.relinked[giver] = True
 
 
-@jit
+@jit(is_inner=True)
 def _has_empty_slot(layer0, giver):
     return layer0.neighbors0[giver, -1] < 0
 
 
-@jit
+@jit(is_inner=True)
 def _free_slot(layer0, giver):
     """The first empty slot of a node, else its last link that is no parent's, else -1."""
     neighbors0, width = layer0.neighbors0, layer0.neighbors0.shape[1]
@@ -157,7 +158,7 @@ def _free_slot(layer0, giver):
     return np.int64(-1)
 
 
-@jit
+@jit(is_inner=True)
 def _first_with_room(layer0, start, visits, number):
     """The first node, breadth first from `start`, with an empty slot, else with a free one.
 
@@ -184,7 +185,7 @@ def _first_with_room(layer0, start, visits, number):
     return with_free_slot
 
 
-@jit
+@jit(is_inner=True)
 def _nearest_of_all(near, q, is_candidate):
     """The nearest of all candidate nodes to a query."""
     best = KEY_NONE
@@ -195,21 +196,27 @@ def _nearest_of_all(near, q, is_candidate):
     return key_node(best)
 
 
-@jit(allocates=True)
 def _reversed_links(neighbors0):
     """The nodes that link to node i, (sources, starts): sources[starts[i]:starts[i + 1]]."""
+    starts = np.zeros(len(neighbors0) + 2, np.int64)
+    sources = np.empty(neighbors0.size, np.int32)
+    _reverse_links(neighbors0, sources, starts)
+    return sources, starts
+
+
+@jit
+def _reverse_links(neighbors0, sources, starts):
+    """Write `sources`, of which the last may be too many, and `starts`, two more than the nodes."""
     count, width = neighbors0.shape
-    starts = np.zeros(count + 2, np.int64)
     for i in range(count):
         for j in range(width):
             if neighbors0[i, j] >= 0:
                 starts[neighbors0[i, j] + 2] += 1
-    starts = np.cumsum(starts)
-    sources = np.empty(starts[-1], np.int32)
+    for i in range(count):
+        starts[i + 2] += starts[i + 1]
     for i in range(count):
         for j in range(width):
             link = neighbors0[i, j]
             if link >= 0:
                 sources[starts[link + 1]] = i
                 starts[link + 1] += 1
-    return sources, starts

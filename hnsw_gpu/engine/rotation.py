@@ -75,7 +75,7 @@ def _rotate_back(vectors, signs, spare):
                 vector[j] *= signs[turn, j]
 
 
-@jit
+@jit(is_inner=True)
 def _largest_power(dim):
     power = 1
     while 2 * power <= dim:
@@ -83,7 +83,7 @@ def _largest_power(dim):
     return power
 
 
-@jit
+@jit(is_inner=True)
 def _transform(values, spare):
     """Walsh-Hadamard transform of a power of two of values, its own inverse.
 
@@ -101,7 +101,7 @@ def _transform(values, spare):
         values[j] = now[j] * scale
 
 
-@jit
+@jit(is_inner=True)
 def _add_and_subtract(values, result):
     half = len(values) // 2
     for j in range(half):
@@ -110,7 +110,7 @@ def _add_and_subtract(values, result):
         result[half + j] = a - b
 
 
-@jit
+@jit(is_inner=True)
 def _turn_pairs(vector):
     """Turn each pair (j, j + half) by 45 degrees and mirror it: its own inverse."""
     half, far = len(vector) // 2, len(vector) - len(vector) // 2

@@ -35,7 +35,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hnsw_gpu.engine.beam import LANES, TOGETHER, first_unexpanded, insert, insert_some
+from hnsw_gpu.engine.beam import (
+    LANES,
+    TOGETHER,
+    first_unexpanded,
+    insert,
+    insert_some,
+    set_bytes,
+)
 from hnsw_gpu.engine.block import EIGHT, write_keys
 from hnsw_gpu.engine.compiled import jit
 from hnsw_gpu.engine.distance import distance, prefetch_row
@@ -51,6 +58,7 @@ REMEMBERED = 1 << 15  # visits a query by which its visited set is cleared; beyo
 QUERY, LAYER, PHASE, CAPACITY, PICKED, PENDING = range(6)
 VISITS, HAS_FORGOTTEN, HOPS, READ, PICKED_AT = range(6, 11)
 IDLE, FREE, GATHER, COMPUTE = range(4)
+EMPTY = 255  # each byte of KEY_NONE
 
 
 class Task(NamedTuple):
@@ -73,7 +81,7 @@ class Scratch(NamedTuple):
 
     slots: np.ndarray  # (SLOTS, fields) int64
     beam: np.ndarray  # (SLOTS, ef or ef_upper, rounded up to LANES) uint64
-    allowed_keys: np.ndarray  # (SLOTS, k) uint64, the k smallest (R8)
+    allowed_keys: np.ndarray  # (SLOTS, k) uint64, the k smallest (R8); (SLOTS, 0): all are
     visited: np.ndarray  # (SLOTS, words) uint32
     visits: np.ndarray  # (SLOTS, REMEMBERED, expand * M0 and EIGHT) int32, the last are pending
     picked: np.ndarray  # (SLOTS, expand) int32
@@ -157,21 +165,18 @@ def walk(graph, rows, task, expand=1, threads=1):
 def _new_scratch(graph, task, expand, chunk):
     slots = min(SLOTS, chunk)
     count, width = graph.neighbors0.shape
+    has_allowed_keys = len(task.own) or len(task.allowed)
+    capacity = max(task.ef, task.ef_upper)
     return Scratch(
         slots=np.zeros((slots, 11), np.int64),
-        beam=np.empty((slots, _whole_lanes(max(task.ef, task.ef_upper))), np.uint64),
-        allowed_keys=np.empty((slots, task.keys.shape[1]), np.uint64),
+        beam=np.empty((slots, -(-capacity // LANES) * LANES), np.uint64),
+        allowed_keys=np.empty((slots, task.keys.shape[1] if has_allowed_keys else 0), np.uint64),
         visited=np.zeros((slots, (count + 31) >> 5), np.uint32),
         visits=np.zeros((slots, REMEMBERED + expand * width + EIGHT), np.int32),
         picked=np.empty((slots, expand), np.int32),
         keys=np.empty(expand * width + EIGHT, np.uint64),
         entering=np.empty(expand * width + TOGETHER, np.uint64),
     )
-
-
-@jit
-def _whole_lanes(capacity):
-    return (capacity + LANES - 1) & -LANES
 
 
 @jit
@@ -196,7 +201,7 @@ def _walk_chunk(graph, rows, task, scratch, start, stop):
                 if _next_step(graph, task, scratch, s):
                     continue
             if following < stop:
-                _begin(graph, rows, task, scratch, s, following)
+                _begin(graph, task, scratch, s, following)
                 following += 1
             else:
                 slots[s, PHASE] = IDLE
@@ -204,34 +209,28 @@ def _walk_chunk(graph, rows, task, scratch, start, stop):
 
 
 @jit(is_inlined=True)
-def _layer_start(graph, layer):
-    """First row of a layer in `nodes`, `neighbors` and `below`."""
-    return graph.layer_offsets[layer - 1]
-
-
-@jit(is_inlined=True)
 def _visit(scratch, s, node):
     """Mark a node visited, known to be new."""
-    count = _room_for_visits(scratch, s)
+    count = _room_for_visits(scratch.slots, s)
     scratch.visited[s, node >> 5] |= np.uint32(1) << np.uint32(node & 31)
     scratch.visits[s, count] = node
     scratch.slots[s, VISITS] = count + 1
 
 
 @jit(is_inlined=True)
-def _room_for_visits(scratch, s):
+def _room_for_visits(slots, s):
     """Where the next visits are written: at the beginning again when there is no more room."""
-    if scratch.slots[s, VISITS] > REMEMBERED:
-        scratch.slots[s, VISITS] = 0
-        scratch.slots[s, HAS_FORGOTTEN] = 1
-    return scratch.slots[s, VISITS]
+    if slots[s, VISITS] > REMEMBERED:
+        slots[s, VISITS] = 0
+        slots[s, HAS_FORGOTTEN] = 1
+    return slots[s, VISITS]
 
 
 @jit(is_inlined=True)
 def _clear_visited(scratch, s):
     """Clear the visited set."""
     if scratch.slots[s, HAS_FORGOTTEN]:
-        scratch.visited[s, :] = 0
+        set_bytes(scratch.visited, s, 0, 0)
     else:
         for i in range(scratch.slots[s, VISITS]):
             scratch.visited[s, np.uintp(scratch.visits[s, i]) >> np.uintp(5)] = 0
@@ -240,18 +239,13 @@ def _clear_visited(scratch, s):
 
 
 @jit(is_inlined=True)
-def _is_allowed(task, q, node):
-    if len(task.own) and task.own[q] == node:
+def _is_allowed(own, allowed, q, node):
+    if len(own) and own[q] == node:
         return False
-    if task.allowed.shape[0] == 0:
+    if allowed.shape[0] == 0:
         return True
-    row = q if task.allowed.shape[0] > 1 else 0
-    return task.allowed[row, node >> 5] >> np.uint32(node & 31) & np.uint32(1) != 0
-
-
-@jit(is_inlined=True)
-def _has_allowed_keys(task):
-    return len(task.own) > 0 or task.allowed.shape[0] > 0
+    row = q if allowed.shape[0] > 1 else 0
+    return allowed[row, node >> 5] >> np.uint32(node & 31) & np.uint32(1) != 0
 
 
 @jit(is_inlined=True)
@@ -263,29 +257,30 @@ def _offer(task, scratch, s, count):
     for j in range(count):  # few enter, at random: counted, not branched on
         entering[enter] = keys[j]
         enter += keys[j] < worst
+    whole_lanes = (capacity + LANES - 1) & -LANES
     last_picked = scratch.beam[s, scratch.slots[s, PICKED_AT]]
     for j in range(enter):
         if entering[j] < last_picked:
             scratch.slots[s, PICKED_AT] = 0
-    insert_some(scratch.beam, s, _whole_lanes(capacity), entering, enter)
-    if scratch.slots[s, LAYER] == 0 and _has_allowed_keys(task):
+    insert_some(scratch.beam, s, whole_lanes, entering, enter)
+    if scratch.slots[s, LAYER] == 0 and scratch.allowed_keys.shape[1]:
+        q = scratch.slots[s, QUERY]
         for j in range(count):
-            _offer_allowed(task, scratch, s, keys[j])
+            _offer_allowed(task, scratch.allowed_keys, s, q, keys[j])
 
 
 @jit(is_inlined=True)
-def _offer_allowed(task, scratch, s, key):
+def _offer_allowed(task, allowed_keys, s, q, key):
     """Merge one key of layer 0 into the allowed list (R8), if it may be returned."""
-    k = scratch.allowed_keys.shape[1]
-    is_near = key < scratch.allowed_keys[s, k - 1]
-    if is_near and _is_allowed(task, scratch.slots[s, QUERY], key_node(key)):
-        insert(scratch.allowed_keys, s, k, key)
+    k = allowed_keys.shape[1]
+    is_near = key < allowed_keys[s, k - 1]
+    if is_near and _is_allowed(task.own, task.allowed, q, key_node(key)):
+        insert(allowed_keys, s, k, key)
 
 
 @jit(is_inlined=True)
-def _enter_layer(task, scratch, s, layer):
+def _enter_layer(task, slots, s, layer):
     """Start a layer; the beam is to be filled."""
-    slots = scratch.slots
     slots[s, LAYER] = layer
     slots[s, PICKED] = 0
     slots[s, PENDING] = 0
@@ -295,33 +290,27 @@ def _enter_layer(task, scratch, s, layer):
 
 
 @jit(is_inlined=True)
-def _begin(graph, rows, task, scratch, s, q):
-    """Seed a query with the entry point, or with its own node (R3, R10)."""
+def _begin(graph, task, scratch, s, q):
+    """Let a query begin with the entry point, or its own node, as what it has listed (R3, R10)."""
     slots = scratch.slots
     slots[s, QUERY] = q
     slots[s, PHASE] = COMPUTE
-    scratch.beam[s, :] = KEY_NONE
-    scratch.allowed_keys[s, :] = KEY_NONE
+    set_bytes(scratch.beam, s, 0, EMPTY)
+    set_bytes(scratch.allowed_keys, s, 0, EMPTY)
     slots[s, HOPS] = 0
-    slots[s, READ] = 1
+    slots[s, READ] = 0
     layer = len(graph.layer_offsets) - 1
     number = np.int64(0)
     if len(task.own):
         layer = 0
         number = np.int64(task.own[q])
-    node = number
-    if layer > 0:
-        node = np.int64(graph.nodes[_layer_start(graph, layer)])
-    _enter_layer(task, scratch, s, layer)
+    _enter_layer(task, slots, s, layer)
     _visit(scratch, s, number)
-    key = make_key(distance(task.metric, task.queries, q, rows, node), number)
-    scratch.beam[s, 0] = key
-    if layer == 0 and _has_allowed_keys(task):
-        _offer_allowed(task, scratch, s, key)
+    slots[s, PENDING] = 1
 
 
 @jit(is_inlined=True)
-def _list_unvisited(links, row, scratch, s, count):
+def _list_unvisited(links, row, visited, visits, s, count):
     """Append the unvisited links of a row to the visits, mark them; returns how many there are.
 
     Whether a link was visited is close to random, so it is counted, not branched on.
@@ -331,9 +320,9 @@ def _list_unvisited(links, row, scratch, s, count):
         if link < 0:
             break
         word, bit = np.uintp(link) >> np.uintp(5), np.uint32(1) << np.uint32(link & 31)
-        old = scratch.visited[s, word]
-        scratch.visited[s, word] = old | bit
-        scratch.visits[s, np.uintp(count)] = link
+        old = visited[s, word]
+        visited[s, word] = old | bit
+        visits[s, np.uintp(count)] = link
         count += (old & bit) == 0
     return count
 
@@ -341,19 +330,20 @@ def _list_unvisited(links, row, scratch, s, count):
 @jit(is_inlined=True)
 def _gather(graph, rows, scratch, s):
     """Second half of a step: list the unvisited neighbours and ask for their rows (R5, R7)."""
-    slots, visits, layer = scratch.slots, scratch.visits, scratch.slots[s, LAYER]
-    first = _room_for_visits(scratch, s)
+    slots, visits, visited = scratch.slots, scratch.visits, scratch.visited
+    layer, first = slots[s, LAYER], _room_for_visits(slots, s)
     count = first
     if layer == 0:
         for p in range(slots[s, PICKED]):
-            count = _list_unvisited(graph.neighbors0, scratch.picked[s, p], scratch, s, count)
+            row = np.int64(scratch.picked[s, p])
+            count = _list_unvisited(graph.neighbors0, row, visited, visits, s, count)
         for j in range(first, count):
             prefetch_row(rows, visits[s, np.uintp(j)])
     else:
-        start = _layer_start(graph, layer)
+        start = graph.layer_offsets[layer - 1]
         for p in range(slots[s, PICKED]):
             row = start + scratch.picked[s, p]
-            count = _list_unvisited(graph.neighbors, row, scratch, s, count)
+            count = _list_unvisited(graph.neighbors, row, visited, visits, s, count)
         for j in range(first, count):
             prefetch_row(rows, graph.nodes[start + visits[s, j]])
     slots[s, VISITS] = count
@@ -370,7 +360,7 @@ def _compute(graph, rows, task, scratch, s):
     if layer == 0:
         write_keys(task.metric, task.queries, q, rows, visits, s, first, count, scratch.keys)
     else:
-        start = _layer_start(graph, layer)
+        start = graph.layer_offsets[layer - 1]
         for j in range(count):
             number = np.int64(visits[s, first + j])
             node = np.int64(graph.nodes[start + number])
@@ -411,7 +401,7 @@ def _next_step(graph, task, scratch, s):
             task.counts[slots[s, QUERY], 1] = slots[s, READ]
             return False
         _descend(graph, task, scratch, s)
-    start = _layer_start(graph, slots[s, LAYER]) if slots[s, LAYER] else 0
+    start = graph.layer_offsets[slots[s, LAYER] - 1] if slots[s, LAYER] else 0
     for p in range(slots[s, PICKED]):
         if slots[s, LAYER]:
             prefetch_row(graph.neighbors, start + scratch.picked[s, p])
@@ -425,8 +415,8 @@ def _next_step(graph, task, scratch, s):
 def _descend(graph, task, scratch, s):
     """Make the beam the seed of the layer below (R3)."""
     slots, beam = scratch.slots, scratch.beam
-    start, capacity = _layer_start(graph, slots[s, LAYER]), slots[s, CAPACITY]
-    _enter_layer(task, scratch, s, slots[s, LAYER] - 1)
+    start, capacity = graph.layer_offsets[slots[s, LAYER] - 1], slots[s, CAPACITY]
+    _enter_layer(task, slots, s, slots[s, LAYER] - 1)
     for i in range(capacity):  # ascending keys stay ascending: `below` keeps the order of ids
         if beam[s, i] == KEY_NONE:
             break
@@ -434,9 +424,9 @@ def _descend(graph, task, scratch, s):
         number = np.int64(graph.below[start + key_node(beam[s, i])])
         beam[s, i] = distance_bits | np.uint64(number) << np.uint64(1)
         _visit(scratch, s, number)
-        if slots[s, LAYER] == 0 and _has_allowed_keys(task):
-            _offer_allowed(task, scratch, s, beam[s, i])
-    beam[s, capacity:] = KEY_NONE
+        if slots[s, LAYER] == 0 and scratch.allowed_keys.shape[1]:
+            _offer_allowed(task, scratch.allowed_keys, s, slots[s, QUERY], beam[s, i])
+    set_bytes(beam, s, capacity, EMPTY)
 
 
 @jit(is_inlined=True)
@@ -447,7 +437,7 @@ def _write_keys(task, scratch, s):
     if layer > task.levels[q]:
         return
     row, count = task.keys_start[q] + layer, task.keys.shape[1]
-    if layer == 0 and _has_allowed_keys(task):
+    if layer == 0 and scratch.allowed_keys.shape[1]:
         for i in range(count):
             task.keys[row, i] = scratch.allowed_keys[s, i]
         task.counts[q, 2] = _blocked(task, scratch, s)
@@ -466,5 +456,5 @@ def _blocked(task, scratch, s):
         key = scratch.beam[s, i]
         if key == KEY_NONE:
             break
-        count += not _is_allowed(task, scratch.slots[s, QUERY], key_node(key))
+        count += not _is_allowed(task.own, task.allowed, scratch.slots[s, QUERY], key_node(key))
     return count

@@ -33,16 +33,20 @@ def empty_rows(count, dim, dtype):
     return empty_aligned((count, row_length(dim, dtype)), STORAGE[dtype])
 
 
-@jit(allocates=True)
 def squared_lengths(vectors):
     """float64 (n,) sums of squares of float32 rows (n, dim); not finite where a value is not."""
-    result = np.empty(vectors.shape[0], np.float64)
+    lengths = np.empty(len(vectors), np.float64)
+    _square_lengths(vectors, lengths)
+    return lengths
+
+
+@jit
+def _square_lengths(vectors, lengths):
     for i in range(vectors.shape[0]):
         total = 0.0
         for j in range(vectors.shape[1]):
             total += np.float64(vectors[i, j]) * np.float64(vectors[i, j])
-        result[i] = total
-    return result
+        lengths[i] = total
 
 
 def _unit(vectors):
@@ -120,11 +124,14 @@ def _empty_int4_queries(count, row_bytes):
 def rows_as_queries(rows):
     """Encoded queries (n, ...) equal to encoded rows (n, row_length)."""
     queries = empty_queries(len(rows), rows)
-    _rows_as_queries(engine_view(rows), queries)
+    if queries.dtype == np.float32:
+        queries[:] = rows.view(np.float16) if rows.dtype == np.uint16 else rows
+    else:
+        _rows_as_queries(rows, queries)
     return queries
 
 
-@jit(allocates=True)
+@jit
 def _rows_as_queries(rows, queries):
     for i in range(rows.shape[0]):
         as_query(rows, i, queries, i)

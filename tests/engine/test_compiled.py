@@ -2,6 +2,7 @@
 
 import ast
 import compileall
+import contextlib
 import os
 import re
 import shutil
@@ -307,6 +308,108 @@ def test_a_numba_whose_insides_are_others(copy, future):
         assert printed == "25"
         only_warning(said, compiled.NOT_KEPT)
     assert copy.kept() == {}
+
+
+def test_a_numba_whose_code_is_kept_elsewhere(copy):
+    """Inner functions are compiled alone too; answers are the same, and the code is kept."""
+    whole, part = "numba.core.codegen.CPUCodeLibrary", "_finalize_dynamic_globals"
+    job = "import numba.core.codegen\n" + WITHOUT.format(whole=whole, part=part)
+    job += GIVEN_BACK.format(whole=whole, part=part)
+    job += "assert hnsw_gpu.engine.compiled.PartCompiler is None\n"
+    assert copy.run(job + FP32) == ("25", "")
+    kept = copy.kept()
+    assert kept
+    assert copy.run(job + FP32) == ("25", "")
+    assert copy.kept() == kept
+
+
+def on_a_terminal(copy: Copy, job: str) -> list[str]:
+    """The lines that a process writes on stderr where that is a terminal."""
+    pty = pytest.importorskip("pty")
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-c", job]
+    subprocess.run(command, cwd=copy.folder, env=copy.environment, stderr=theirs, check=True)
+    os.close(theirs)
+    said = b""
+    with contextlib.suppress(OSError):  # what Linux raises at the end
+        while part := os.read(ours, 4096):
+            said += part
+    os.close(ours)
+    return said.decode().split("\r\n")[:-1]
+
+
+def test_compiling_is_said_once(copy):
+    """On a terminal, else on the logger, and not where code was kept."""
+    job = JOB.format(dtypes=["fp32", "int8"])
+    assert on_a_terminal(copy, job) == [f"hnsw_gpu: {compiled.COMPILING}"]
+    assert on_a_terminal(copy, job) == []
+    shutil.rmtree(copy.engine / "__pycache__")
+    logged = "import logging; logging.basicConfig(level=logging.INFO)\n" + job
+    assert copy.run(logged)[1] == f"INFO:hnsw_gpu:{compiled.COMPILING}"
+    assert copy.run(logged)[1] == ""
+    shutil.rmtree(copy.engine / "__pycache__")
+    closed = "import sys; sys.stderr.close(); sys.stderr = None\n" + job
+    assert copy.run(closed)[0].split() == ["25", "25"]
+
+
+def test_compiling_is_said_again_after_a_while(monkeypatch, caplog):
+    now = [100.0]
+    monkeypatch.setattr(compiled.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(compiled, "_said_compiling", float("-inf"))
+    caplog.set_level("INFO", "hnsw_gpu")
+    for moment in (100, 101, 159, 161, 200):
+        now[0] = moment
+        compiled._say_compiling()
+    assert caplog.messages == [compiled.COMPILING] * 2
+
+
+# What compiles nothing after `warm`: the events of numba's compiler are counted.
+WARMED = """
+import sys
+import numpy as np
+from numba.core import event
+
+names = []
+
+
+class Compiled(event.Listener):
+    def on_start(self, begun):
+        names.append(begun.data["dispatcher"].py_func.__qualname__)
+
+    def on_end(self, ended):
+        pass
+
+
+event.register("numba:compile", Compiled())
+import hnsw_gpu
+
+vectors = np.random.default_rng(1).normal(size=(500, 40)).astype(np.float32)
+index = hnsw_gpu.Index(40, "l2", "int8", refine=True)
+index.add(vectors[:400])
+index.add(vectors[400:])
+allow = np.arange(500) % 2 == 0
+index.search(vectors[:9], 5)
+index.search(vectors[:9], 5, allow=allow)
+index.search(vectors[:9], 5, allow=[1, 2, 3])
+index.search_radius(vectors[:9], radius=20)
+index.neighbor_graph(3)
+index.delete([1, 2])
+index.compact()
+index.save("i.hnsw")
+hnsw_gpu.load("i.hnsw", device="cpu").check()
+print(names)
+"""
+
+
+@pytest.mark.parametrize("command", ["library", "command line"])
+def test_nothing_is_compiled_after_warm(copy, command):
+    warm = "hnsw_gpu.warm('int8', 'l2')"
+    if command == "command line":
+        warm = "hnsw_gpu.cli.main(['warm', 'int8', '--metric', 'l2'], standalone_mode=False)"
+    printed, said = copy.run(f"import hnsw_gpu.cli\nprint({warm})")
+    assert re.search(r"int8\b.* \d", printed), printed
+    assert said == ""
+    assert copy.run(WARMED) == ("[]", "")
 
 
 def test_a_numba_without_a_place_for_a_cache(monkeypatch, caplog):

@@ -90,6 +90,13 @@ def replicas(cluster):
     return [replica for shard in cluster.status()["shards"] for replica in shard["replicas"]]
 
 
+def end_for_good(cluster, shard):
+    """End the one actor of a shard, which is then not made again."""
+    pid = cluster.status()["shards"][shard]["replicas"][0]["pid"]
+    ray.kill(cluster._calls.replicas[shard][0].handle)
+    wait(lambda: pid not in actors())
+
+
 def all_live(cluster):
     return all(replica["state"] == "live" for replica in replicas(cluster))
 
@@ -242,7 +249,7 @@ def test_a_shard_that_is_lost_for_good(folder):
         assert isinstance(found, PartialResult) and found.missing == () and same(found, expected)
         strict = pickle.loads(pickle.dumps(partial))
         strict._on_shard_error = "raise"
-        ray.kill(partial._calls.replicas[1][0].handle)
+        end_for_good(partial, 1)
         with pytest.raises(ShardLostError, match=r"shard-0001\.hnsw: no replica") as caught:
             strict.search(QUERIES, 5)
         assert pickle.loads(pickle.dumps(caught.value)).shards == ("shard-0001.hnsw",)
@@ -259,7 +266,7 @@ def test_a_shard_that_is_lost_for_good(folder):
             with pytest.raises(ShardLostError, match=r"shard-0001\.hnsw"):
                 ask()
         assert [replica["state"] for replica in replicas(partial)] == ["live", "lost"]
-        ray.kill(partial._calls.replicas[0][0].handle)
+        end_for_good(partial, 0)
         with pytest.raises(ShardLostError, match=r"shard-0000\.hnsw"):
             partial.search(QUERIES, 5)
 
@@ -486,7 +493,7 @@ def test_a_server_in_front(folder, tmp_path):
         assert (told["path"], told["n"], told["version"]) == ("other", 1200, 2)
         check(indexes[0].search(QUERIES, 5), "/v1/search?k=5")
         wait(lambda: not old & actors())
-        ray.kill(fresh.live.served.index._calls.replicas[0][0].handle)
+        end_for_good(fresh.live.served.index, 0)
         reply = fresh.call.search(QUERIES, "/v1/search?k=5")
         reply.refused(503, "shard-0000.hnsw: no replica answers")
     wait(lambda: actors() <= before)

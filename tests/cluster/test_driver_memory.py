@@ -1,4 +1,4 @@
-"""The process that drives a build or a deduplication on Ray holds names and counts."""
+"""What drives a build or a deduplication on Ray holds nothing of the size of the data."""
 
 import re
 import subprocess

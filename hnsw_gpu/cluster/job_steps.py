@@ -55,6 +55,8 @@ class StepsOnRay:
                     i = running.pop(ended)
                     results[i] = self._result(ended, do.__name__)
                     shown.update(rows[i])
+        except ray.exceptions.RayError as error:
+            raise RuntimeError(f"Ray was lost: {' '.join(str(error).split())[:300]}") from None
         finally:
             self._end(list(running))
         return results

@@ -90,8 +90,7 @@ class ResumableSteps:
 
     def close(self) -> None:
         """Let go of the files, and of the GPU, that steps of this process have opened."""
-        while _opened:
-            _, shards = _opened.popitem()
+        for shards in _opened.pop(self._job.checkpoints.place, {}).values():
             shards.join.close()
 
     def build(self, sources: Sources) -> None:
@@ -133,17 +132,18 @@ class ResumableSteps:
 
 def shards_of(job: Job, cut: Cut) -> Shards:
     """All shards, of which one is held; those opened last in this process, if it is them."""
-    key = (job.checkpoints.identity(cut.numbers), *job[1:], cut)
-    found = _opened.get(key)
+    place, key = job.checkpoints.place, (job.checkpoints.identity(cut.numbers), *job[1:], cut)
+    for other in [other for other in _opened if other != place]:
+        _opened.pop(other, None)
+    mine = _opened.setdefault(place, {})
+    found = mine.get(key)
     if found is None:
-        folder = str(Path(key[0][0]).parent)
-        for other in [other for other in _opened if str(Path(other[0][0]).parent) != folder]:
-            _opened.pop(other, None)
-        found = _opened[key] = _shards(job, cut)
+        found = mine[key] = _shards(job, cut)
     return found
 
 
-_opened: dict[tuple, Shards] = {}  # of one job: what a step opened, the next of its kind asks again
+# By work folder, of one: what a step opened, the next of its kind asks again.
+_opened: dict[str, dict[tuple, Shards]] = {}
 
 
 def _shards(job: Job, cut: Cut) -> Shards:

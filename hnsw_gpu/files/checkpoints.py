@@ -69,11 +69,15 @@ class Checkpoints:
         """The arrays of a step that is done; those of `mapped` stay on disk."""
         return read_arrays(self._path(step), mapped)[0]
 
-    def identity(self, step: str) -> tuple:
-        """What tells the file of a step from another one of its name, or anywhere else."""
-        path = self._path(step)
-        found = path.stat()
-        return str(path.absolute()), found.st_ino, found.st_size, found.st_mtime_ns
+    @property
+    def place(self) -> str:
+        """The work folder, as it is called from everywhere."""
+        return str(self._path("").parent.absolute())
+
+    def identity(self, step: str) -> tuple[int, ...]:
+        """What tells the file of a step from another one that was there under its name."""
+        found = self._path(step).stat()
+        return found.st_ino, found.st_size, found.st_mtime_ns
 
     def remove(self) -> None:
         """Remove our files and the folder; one that holds anything else stays, and is logged."""

@@ -377,21 +377,24 @@ def test_another_release_on_a_node():
         _do(("9.9", b"not looked at"))
 
 
-def test_progress(tmp_path, path, runner, monkeypatch):
-    """A bar of the rows that are done, of each stage."""
-    bars = []
+@pytest.mark.parametrize("where", ["here", "ray"])
+def test_progress(tmp_path, path, runner, monkeypatch, where):
+    """A bar of the rows that are done, of each stage; here it moves within a step too."""
+    runner, bars = HERE if where == "here" else runner, []
 
     @contextlib.contextmanager
     def bar(is_shown, total, text, unit="rows"):
-        bars.append([text, total, unit, 0])
-
         class Shown:
-            n = 0
+            n, moves = 0, 0
 
             def update(self, count):
-                bars[-1][3] += count
+                self.n += count
+                self.moves += 1
 
-        yield Shown()
+        shown = Shown()
+        yield shown
+        bars.append([text, total, unit, shown.n])
+        assert shown.moves > 3 or where == "ray"
 
     monkeypatch.setattr("hnsw_gpu.collection.building.bar", bar)
     monkeypatch.setattr("hnsw_gpu.deduplication.shard_steps.bar", bar)

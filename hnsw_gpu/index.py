@@ -189,10 +189,13 @@ class Index(StateSearching):
     def memory(self, queries: int = 10_000, *, ef: int = 64) -> dict[str, int]:
         """Bytes by name that the index takes on a GPU, and a batch of queries; needs no GPU.
 
-        Where less is free, a large batch is cut in parts, and an index is a MemoryError.
+        Where less is free, a large batch is cut in parts, and an index is a MemoryError. Of a query
+        for k = 10, with `rerank` as it is by default.
         """
         count = inputs.integer("queries", queries, 0)
-        keys = inputs.integer("ef", ef, 1) * (3 if self.refine else 1)  # found, compared, cut
+        ef = inputs.integer("ef", ef, 1)
+        kept = min(inputs.reranked("auto", 10, ef, self.dtype) or ef, ef)
+        keys = kept * (3 if self.refine else 1)  # found, compared, cut
         state = self._state
         parts = index_bytes(
             self.dtype, self.refine, self.dim, self.M, state.node_count, len(state.graph.nodes),

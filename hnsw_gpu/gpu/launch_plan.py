@@ -30,6 +30,7 @@ COMPARE_BLOCK = 256  # threads: eight warps, a query each
 COMPARE_STEP = 64  # ids that a warp of compare.cu may take at a time
 MOST_KEPT = 512  # keys that a warp of compare.cu keeps: 34 KB a block, which none must ask for
 THREAD_BLOCK = 128  # threads of encode.cu, keys_to_labels.cu: four warps, a query each
+UNASKED_SHARED = 48 * 1024  # bytes of shared memory, in which a block of encode.cu stays if it can
 
 
 class Limits(NamedTuple):
@@ -248,8 +249,25 @@ def compare_shared_mem(k: int) -> int:
 
 
 def warp_grid(queries: int) -> int:
-    """Blocks of encode.cu and of keys_to_labels.cu, of THREAD_BLOCK threads."""
+    """Blocks of keys_to_labels.cu, of THREAD_BLOCK threads."""
     return -(-queries * LANES // THREAD_BLOCK)
+
+
+def encode_launch(dtype: str, dim: int, queries: int, limits: Limits) -> tuple[int, int, int]:
+    """Blocks, threads and bytes of shared memory of encode.cu; RuntimeError where none fits.
+
+    A warp takes a query, and rotates one of int4 as floats in shared memory.
+    """
+    room = 4 * dim if dtype == "int4" else 0
+    if room > limits.shared_per_block:
+        raise RuntimeError(
+            f"dim={dim}: an int4 query is rotated in shared memory, of which this GPU gives a "
+            f"block {limits.shared_per_block:,} bytes; {limits.shared_per_block // 4} numbers fit"
+        )
+    per_block = THREAD_BLOCK // LANES
+    while per_block > 1 and per_block * room > UNASKED_SHARED:
+        per_block //= 2
+    return -(-queries // per_block), per_block * LANES, per_block * room
 
 
 def index_bytes(

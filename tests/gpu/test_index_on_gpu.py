@@ -102,7 +102,7 @@ def test_radius_and_neighbour_graph(device):
 def test_int4(device, tmp_path):
     """By default a part of the beam is re-ranked; whatever is asked, as on the CPU."""
     cpu, gpu = pair("l2", "int4", True)
-    masks = np.random.default_rng(3).random((9, ROWS)) < 0.7
+    masks = np.random.default_rng(3).random((9, 2 * ROWS)) < 0.7
     for turn in range(2):
         for rerank in ("auto", None, 9):
             assert_alike(cpu, gpu, ef=60, rerank=rerank)

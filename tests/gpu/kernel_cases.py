@@ -75,7 +75,9 @@ def launches() -> tuple[Row, ...]:
         if {name for name, _ in pair} == {"has_allowed_keys", "mode"}
         and dict(pair)["has_allowed_keys"] == (dict(pair)["mode"] == "plain")
     }
-    rows = covering(lambda: [draw() for _ in range(150)], all_pairs(both) - impossible - SAME_IN_INT4)
+    rows = covering(
+        lambda: [draw() for _ in range(150)], all_pairs(both) - impossible - SAME_IN_INT4
+    )
     rows.sort(key=lambda row: specialisations().index({name: row[name] for name in SPECIALISATION}))
     wide = {"metric": "l2", "dtype": "fp32", "dim": 4096, "warps": 4, "M": 4, "tag_bits": 16}
     wide |= {

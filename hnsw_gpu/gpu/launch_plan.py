@@ -152,9 +152,9 @@ def visited_cache(walk: BeamShape, nodes: int) -> tuple[int, int]:
     """Buckets, a power of two, and bits of a tag (visited.cuh).
 
     Up to an eighth fewer than TAGS numbers want, rather than nearly twice as many: so more queries
-    fit, for a row or two in a hundred that are read again. 16-bit tags are exact while there are few
-    enough nodes for the buckets; twice the buckets hold twice the nodes, or as many tags of 32 bits
-    as there were of 16.
+    fit, for a row or two in a hundred that are read again.
+    16-bit tags are exact while there are few enough nodes for the buckets; twice the buckets hold
+    twice the nodes, or as many tags of 32 bits as there were of 16.
     """
     fewest, most = BUCKETS
     wanted = TAGS * max(walk.ef, walk.k) // 8 * 7 // 8

@@ -425,9 +425,11 @@ def encoders():
         for dtype in DTYPES
         for dim in ((1, 20, 21) if dtype == "int8" else (20,))
     ] + [
-        emulated.Build(*of, 4)
-        for of in (("ip", "int8", 127), ("l2", "int4", 1), ("l2", "int4", 20), ("ip", "int4", 64))
-        + (("cosine", "int4", 101), ("l2", "int4", 3073))  # as one warp a block rotates alone
+        emulated.Build(metric, dtype, dim, 4)
+        for metric, dtype, dim in (
+            *(("ip", "int8", 127), ("l2", "int4", 1), ("l2", "int4", 20), ("ip", "int4", 64)),
+            *(("cosine", "int4", 101), ("l2", "int4", 3073)),  # the last with two warps a block
+        )
     ]
 
 

@@ -174,7 +174,7 @@ def test_encoding_in_shared_memory():
         grid, block, shared_mem = launch_plan.encode_launch("int4", dim, 9, limits)
         assert (grid, block, shared_mem) == (-(-9 // warps), 32 * warps, 4 * dim * warps)
         assert launch_plan.encode_launch("int8", dim, 9, limits) == (3, 128, 0)
-    with pytest.raises(RuntimeError, match="dim=16385: .* 65,536 bytes; 16384 numbers fit$"):
+    with pytest.raises(RuntimeError, match=r"dim=16385: .* 65,536 bytes; 16384 numbers fit$"):
         launch_plan.encode_launch("int4", 16_385, 1, limits)
 
 

@@ -49,7 +49,7 @@ class Index(StateSearching):
     metric: "cosine" ("cos", "angular"), "l2" ("sqeuclidean"), "euclidean" (its root), or "ip"
         ("inner_product", "dot"). Distances are 1 - cosine, squared l2, l2, and 1 - dot.
     dtype: how vectors are stored: "fp32", "fp16", "int8" or "int4" (an eighth of fp32: rotated,
-        four bits a number; searched on the CPU).
+        four bits a number).
     M: most links of a node on the layers above; twice as many on layer 0. 2 to 128.
     ef_construction: beam capacity while building.
     refine: also keep rows as "fp32" (True) or "fp16", finer than dtype: they re-rank the beam and
@@ -207,10 +207,13 @@ class Index(StateSearching):
     def memory(self, queries: int = 10_000, *, ef: int = 64) -> dict[str, int]:
         """Bytes by name that the index takes on a GPU, and a batch of queries; needs no GPU.
 
-        Where less is free, a large batch is cut in parts, and an index is a MemoryError.
+        Where less is free, a large batch is cut in parts, and an index is a MemoryError. Of a query
+        for k = 10, with `rerank` as it is by default.
         """
         count = inputs.integer("queries", queries, 0)
-        keys = inputs.integer("ef", ef, 1) * (3 if self.refine else 1)  # found, compared, cut
+        ef = inputs.integer("ef", ef, 1)
+        kept = min(inputs.reranked("auto", 10, ef, self.dtype) or ef, ef)
+        keys = kept * (3 if self.refine else 1)  # found, compared, cut
         state = self._state
         parts = index_bytes(
             self.dtype, self.refine, self.dim, self.M, state.node_count, len(state.graph.nodes),

@@ -8,7 +8,8 @@
 #include <cuda_fp16.h>
 
 constexpr int L2 = 0, IP = 1;
-constexpr int FP16 = 1, INT8 = 2;
+constexpr int FP16 = 1, INT8 = 2, INT4 = 3;
+constexpr bool HAS_CODES = DTYPE == INT8 || DTYPE == INT4;
 constexpr float ORTHOGONAL = METRIC == IP ? 0.0f : 1.0f;  // distance where the dot product is 0
 
 constexpr int CHUNKS = ROW_BYTES / 16;
@@ -17,8 +18,8 @@ constexpr int TEAMS = LANES / TEAM;                           // in a warp
 constexpr int PER_LANE = (CHUNKS + TEAM - 1) / TEAM;          // chunks of a row
 constexpr int AT_ONCE = PER_LANE < 8 ? PER_LANE : 8;          // of those
 constexpr int ROWS_AT_ONCE = 8 / AT_ONCE < TEAM ? 8 / AT_ONCE : TEAM;  // of one team
-constexpr int QUERY_BYTES = DTYPE == INT8 ? ROW_BYTES + 32 : DTYPE == FP16 ? 2 * ROW_BYTES : ROW_BYTES;
-constexpr int QUERY_CHUNKS = DTYPE == FP16 ? 2 : 1;           // that meet one chunk of a row
+constexpr int QUERY_CHUNKS = DTYPE == FP16 || DTYPE == INT4 ? 2 : 1;  // that meet one chunk of a row
+constexpr int QUERY_BYTES = QUERY_CHUNKS * ROW_BYTES + (HAS_CODES ? 32 : 0);
 constexpr bool IS_QUERY_HELD = PER_LANE * QUERY_CHUNKS <= 12; // in registers; else read again
 constexpr int HELD_CHUNKS = IS_QUERY_HELD ? PER_LANE * QUERY_CHUNKS : 0;
 
@@ -32,12 +33,14 @@ __device__ __forceinline__ uint4 no_chunk() { return make_uint4(0, 0, 0, 0); }
 struct Query {
     const unsigned char* bytes;  // (QUERY_BYTES,)
     uint4 held[IS_QUERY_HELD ? HELD_CHUNKS : 1];
-    float scale, norm;           // int8
+    float scale, norm;           // of codes
+    int offset;                  // int4: what twice the dot product of codes is too large by
 
     __device__ __forceinline__ uint4 load(int i, int half) const {
         const int chunk = i * TEAM + lane_number() % TEAM;
         if (chunk >= CHUNKS) return no_chunk();
-        uint4 part = load_chunk(bytes + (chunk * QUERY_CHUNKS + half) * 16);
+        const int place = DTYPE == INT4 ? half * CHUNKS + chunk : chunk * QUERY_CHUNKS + half;
+        uint4 part = load_chunk(bytes + place * 16);
         if (DTYPE == INT8) {  // codes are kept with offset 128; what meets a row's tail is nothing
             part.x ^= 0x80808080u;
             part.y ^= 0x80808080u;
@@ -61,15 +64,16 @@ __device__ __forceinline__ Query load_query(const unsigned char* queries, int q)
         for (int i = 0; i < HELD_CHUNKS; i++)
             query.held[i] = query.load(i / QUERY_CHUNKS, i % QUERY_CHUNKS);
     }
-    if (DTYPE == INT8) {
+    if (HAS_CODES) {
         const uint4 tail = load_chunk(query.bytes + QUERY_BYTES - 16);
         query.scale = __uint_as_float(tail.y);
         query.norm = __uint_as_float(tail.z);
+        query.offset = static_cast<int>(tail.w);
     }
     return query;
 }
 
-// Four sums of a float distance, or the sum of an int8 one and the row's tail.
+// Four sums of a float distance, or the sum of codes' products and the row's tail.
 struct Sums {
     float x, y, z, w;
     int codes;
@@ -95,14 +99,30 @@ __device__ __forceinline__ float4 floats_of_halves(uint32 low, uint32 high) {
     return make_float4(first.x, first.y, second.x, second.y);
 }
 
+// The sum and the products of 16 codes each, of a query and as they are stored.
+__device__ __forceinline__ int add_products(int sum, uint4 query, uint4 row) {
+    sum = __dp4a(static_cast<int>(query.x), static_cast<int>(row.x), sum);
+    sum = __dp4a(static_cast<int>(query.y), static_cast<int>(row.y), sum);
+    sum = __dp4a(static_cast<int>(query.z), static_cast<int>(row.z), sum);
+    return __dp4a(static_cast<int>(query.w), static_cast<int>(row.w), sum);
+}
+
+// The low four bits of each byte from a bit on.
+__device__ __forceinline__ uint4 nibbles(uint4 row, int from) {
+    constexpr uint32 LOW = 0x0f0f0f0fu;
+    return make_uint4(row.x >> from & LOW, row.y >> from & LOW, row.z >> from & LOW,
+                      row.w >> from & LOW);
+}
+
 // One chunk of a row; `i` counts the lane's chunks.
 __device__ __forceinline__ void add_chunk(Sums& sums, const Query& query, int i, uint4 row) {
-    if (DTYPE == INT8) {
-        const uint4 codes = query.chunk(i, 0);
-        sums.codes = __dp4a(static_cast<int>(codes.x), static_cast<int>(row.x), sums.codes);
-        sums.codes = __dp4a(static_cast<int>(codes.y), static_cast<int>(row.y), sums.codes);
-        sums.codes = __dp4a(static_cast<int>(codes.z), static_cast<int>(row.z), sums.codes);
-        sums.codes = __dp4a(static_cast<int>(codes.w), static_cast<int>(row.w), sums.codes);
+    if (HAS_CODES) {
+        if (DTYPE == INT4) {
+            sums.codes = add_products(sums.codes, query.chunk(i, 0), nibbles(row, 0));
+            sums.codes = add_products(sums.codes, query.chunk(i, 1), nibbles(row, 4));
+        } else {
+            sums.codes = add_products(sums.codes, query.chunk(i, 0), row);
+        }
         if (i == PER_LANE - 1) {  // for the member that holds the last chunk: its tail
             sums.scale = __uint_as_float(row.y);
             sums.norm = __uint_as_float(row.z);
@@ -125,7 +145,7 @@ __device__ __forceinline__ bool is_first_of_row() { return lane_number() % SHARE
 
 // The distance of a lane's own row, from the sums of all rows; the same bits in each of its lanes.
 __device__ __forceinline__ float finish(const Sums (&sums)[ROWS_AT_ONCE], const Query& query) {
-    if (DTYPE != INT8) {
+    if (!HAS_CODES) {
         float parts[ROWS_AT_ONCE];
 #pragma unroll
         for (int r = 0; r < ROWS_AT_ONCE; r++)
@@ -143,10 +163,16 @@ __device__ __forceinline__ float finish(const Sums (&sums)[ROWS_AT_ONCE], const 
         const float norm = from_member<TEAM>(sums[r].norm, LAST);
         if (r == own_row()) row_scale = scale, row_norm = norm;
     }
-    const float codes = static_cast<float>(own_team_sum<TEAM>(parts));
-    const float dot = __fmul_rn(__fmul_rn(query.scale, row_scale), codes);
+    const int sum = own_team_sum<TEAM>(parts);
+    const float scale = __fmul_rn(query.scale, row_scale);
+    const float norms = __fadd_rn(query.norm, row_norm);
+    if (DTYPE == INT4) {
+        const float codes = static_cast<float>(2 * sum - query.offset);
+        return METRIC == L2 ? fmaf(-2.0f * scale, codes, norms) : fmaf(-scale, codes, ORTHOGONAL);
+    }
+    const float dot = __fmul_rn(scale, static_cast<float>(sum));
     if (METRIC != L2) return __fsub_rn(ORTHOGONAL, dot);
-    const float distance = __fsub_rn(__fadd_rn(query.norm, row_norm), __fmul_rn(2.0f, dot));
+    const float distance = __fsub_rn(norms, __fmul_rn(2.0f, dot));
     return distance < 0 ? 0 : distance;  // NaN stays
 }
 

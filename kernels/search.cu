@@ -322,9 +322,10 @@ __device__ __forceinline__ void compute_keys(const Graph& graph, const Query& qu
 }
 
 // Blocks that the registers of an SM must hold: 20 queries of 96 registers a lane, or 16 of 128 where
-// much of a query is held.
+// much of a query is held. Of int4 less fits: beside an allowed list, or four warps.
 constexpr int THREADS = WARPS == 8 ? 256 : 128;
-constexpr int BLOCKS = WARPS == 8 ? 2 : HELD_CHUNKS > 8 ? 4 : 5;
+constexpr int MOST_HELD = DTYPE != INT4 ? 8 : WARPS == 4 ? 0 : HAS_ALLOWED_KEYS ? 7 : 8;
+constexpr int BLOCKS = WARPS == 8 ? 2 : HELD_CHUNKS > MOST_HELD ? 4 : 5;
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 search(const Graph graph, const Task task) {

@@ -105,13 +105,14 @@ def int4_row(vector: np.ndarray) -> Int4:
     if unit == 0:
         return Int4([-15] * len(values), np.float32(0), np.float32(0))
     best_cosine, best_dot, best = -1.0, 0, [0]
+    coordinates = np.array(numbers)
     for step in range(9):
         factor = round(2**16 * 7.5 / (2047 * (0.6 + 0.05 * step)))
-        codes = [2 * min(max((x * factor >> 16) + 8, 0), 15) - 15 for x in numbers]
-        dot = sum(a * b for a, b in zip(numbers, codes, strict=True))
-        cosine = dot / math.sqrt(sum(code * code for code in codes))
+        codes = 2 * np.clip((coordinates * factor >> 16) + 8, 0, 15) - 15
+        dot = int((coordinates * codes).sum())
+        cosine = dot / math.sqrt(int((codes * codes).sum()))
         if cosine > best_cosine:
-            best_cosine, best_dot, best = cosine, dot, codes
+            best_cosine, best_dot, best = cosine, dot, codes.tolist()
     return Int4(best, np.float32(square / (float(unit) * best_dot)), np.float32(square))
 
 

@@ -2,9 +2,9 @@
 
     python -m benchmarks.gpu.roofline
 
-Bytes, steps and instructions are counted, by executing the kernel's PTX on GloVe. What memory, the
-rate of issuing instructions and waiting allow follows from the data sheets in `CARDS`. README.md
-says how to read the results.
+Bytes, steps and instructions are counted, by executing the kernels' PTX on a data set, at the ef
+where each dtype reaches the recall of the others. What memory, the rate of issuing instructions and
+waiting allow follows from the data sheets in `CARDS`. README.md says how to read the results.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ import functools
 import importlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,16 +21,19 @@ import numpy as np
 
 import hnsw_gpu
 from benchmarks import datasets
+from benchmarks.gpu import run
 from benchmarks.gpu.stand_in import TESTS
 from benchmarks.record import RESULTS, SETTING, about, rounded
-from hnsw_gpu.engine import search
+from hnsw_gpu import inputs
+from hnsw_gpu.engine import CpuEngine, Queries, Walk, search_graph, thread_count
 from hnsw_gpu.engine.vectors import encode, encode_queries
 from hnsw_gpu.gpu import kernel_source, launch_plan
 
 K, EXPAND = 10, 4
-EFS = (64, 128, 256)
-DTYPES = ("fp32", "fp16", "int8")
-QUERIES = 100
+EFS = (64, 128, 256)  # of fp32, whose recall the others must reach
+REFINE = {"fp32": "", "fp16": "", "int8": "fp32", "int4": "fp16"}  # by dtype
+QUERIES = 100  # of which is counted
+JUDGED = 3_000  # by which recall is taken
 ARCH = 90  # whose PTX is executed
 MEMORY_SECONDS = 600e-9  # from a load to its value, under load
 WAITS_A_STEP = 2  # for the links, and then for the rows
@@ -82,8 +85,9 @@ def tools() -> Iterator[Tools]:
 class Instructions(NamedTuple):
     """Executed by a warp for a query."""
 
-    distances: float  # of distance.cuh
+    distances: float  # of distance.cuh, in a walk
     others: float
+    rerank: float  # by compare.cu, where there are refine rows
 
 
 class Counted(NamedTuple):
@@ -97,36 +101,77 @@ class Counted(NamedTuple):
     instructions: Instructions
 
 
-def count(tool: Tools, index: hnsw_gpu.Index, dtype: str, queries: np.ndarray, ef: int) -> Counted:
+def engine_of(index: hnsw_gpu.Index, dtype: str) -> CpuEngine:
+    """The graph of an fp32 index, with rows of a dtype and those that refine it."""
+    vectors, refine = index._state.rows[: index._state.node_count, : index.dim], REFINE[dtype]
+    fine = encode(vectors, "cosine", refine) if refine else None
+    rows = encode(vectors, "cosine", dtype)
+    return CpuEngine(index._state.graph, rows, fine, "cosine", dtype, refine)
+
+
+def walk(dtype: str, ef: int) -> Walk:
+    rerank = inputs.reranked("auto", K, ef, dtype) or 0
+    return Walk(K, ef, EXPAND, threads=thread_count(None), rerank=rerank)
+
+
+def shape(dtype: str, ef: int) -> launch_plan.BeamShape:
+    return launch_plan.BeamShape(ef=ef, k=walk(dtype, ef).kept(REFINE[dtype]), expand=EXPAND)
+
+
+def recall(index: hnsw_gpu.Index, engine: CpuEngine, dataset: datasets.Dataset, ef: int) -> float:
+    """By the CPU, whose walk is the kernel's."""
+    keys = engine.walk(Queries(dataset.queries), walk(engine.dtype, ef)).keys
+    labels, _ = index._state.labels.keys_to_labels(keys, K)
+    return datasets.recall(dataset, labels, K)
+
+
+def least_ef(recall_at: Callable[[int], float], target: float) -> int:
+    """The smallest ef that reaches a recall."""
+    low, high = 0, K
+    while recall_at(high) < target:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if recall_at(middle) >= target else (middle, high)
+    return high
+
+
+def count(tool: Tools, engine: CpuEngine, queries: np.ndarray, ef: int) -> Counted:
     """With one warp a query, and the plan's visited cache."""
-    graph = index._state.graph
-    nodes = len(graph.neighbors0)
-    rows = encode(index._state.rows[:nodes, : index.dim], "cosine", dtype)
-    asked = encode_queries(queries, "cosine", dtype)
-    buckets, tag_bits = launch_plan.visited_cache(walk(ef), nodes)
-    build = tool.emulated.Build("cosine", dtype, index.dim, index.M, tag_bits=tag_bits, arch=ARCH)
+    dim, nodes = queries.shape[1], engine.node_count
+    asked = encode_queries(queries, "cosine", engine.dtype)
+    beam = shape(engine.dtype, ef)
+    buckets, tag_bits = launch_plan.visited_cache(beam, nodes)
+    M = engine.graph.neighbors.shape[1]
+    build = tool.emulated.Build("cosine", engine.dtype, dim, M, tag_bits=tag_bits, arch=ARCH)
     read: dict[str, int] = {}
-    how = {"k": K, "ef": ef, "expand": EXPAND}
+    how = {"k": beam.k, "ef": ef, "expand": EXPAND}
     found = tool.emulated.search(
-        build, graph, rows, asked, **how, visited_buckets=buckets, bytes_read=read, seed=None
-    )
-    wanted = search.search_graph(graph, rows, asked, "cosine", **how)
+        build, engine.graph, engine.rows, asked, **how,
+        visited_buckets=buckets, bytes_read=read, seed=None,
+    )  # fmt: skip
+    wanted = search_graph(engine.graph, engine.rows, asked, "cosine", **how)
     assert (found.hops == wanted.hops).all(), "the executed walk is not the CPU's"
     profile = build.library("search").profile
     of_distances = tool.costs.distance_instructions(profile)
     others = int(profile.executions.sum()) - of_distances
+    rerank = 0
+    if engine.refine:
+        finer = build._replace(dtype=engine.refine)
+        tool.emulated.compare(
+            finer, engine.refine_rows, encode_queries(queries, "cosine", engine.refine),
+            candidates=found.keys, k=K, shares=1, seed=None, bytes_read=read,
+        )  # fmt: skip
+        rerank = int(finer.library("compare").profile.executions.sum())
+    executed = (of_distances, others, rerank)
     return Counted(
         hops=float(found.hops.mean()),
         distances=float(found.distances.mean()),
         exact_distances=float(wanted.distances.mean()),
         steps=tool.costs.steps(profile) / len(queries),
         bytes={name: size / len(queries) for name, size in read.items()},
-        instructions=Instructions(of_distances / len(queries), others / len(queries)),
+        instructions=Instructions(*(total / len(queries) for total in executed)),
     )
-
-
-def walk(ef: int) -> launch_plan.BeamShape:
-    return launch_plan.BeamShape(ef=ef, k=K, expand=EXPAND)
 
 
 # --- the model ---
@@ -155,15 +200,13 @@ class Held(NamedTuple):
     registers: int  # of a lane, as compiled
 
 
-def held(tool: Tools, index: hnsw_gpu.Index, dtype: str, ef: int, card: Card) -> Held:
-    limits = launch_plan.of_arch(card.arch)._replace(sms=card.sms)
-    nodes = len(index._state.graph.neighbors0)
+def held(tool: Tools, engine: CpuEngine, dim: int, ef: int, card: Card) -> Held:
     planned = functools.partial(
         launch_plan.plan,
-        *("cosine", dtype, index.dim, index.M, walk(ef)),
+        *("cosine", engine.dtype, dim, engine.graph.neighbors.shape[1], shape(engine.dtype, ef)),
         queries=10**6,
-        nodes=nodes,
-        limits=limits,
+        nodes=engine.node_count,
+        limits=launch_plan.of_arch(card.arch)._replace(sms=card.sms),
     )
     registers = compiled_registers(tool, tuple(planned().definitions.items()), card.arch)
     plan = planned(registers=registers)
@@ -179,57 +222,56 @@ def compiled_registers(tool: Tools, definitions: tuple[tuple[str, int], ...], ar
     return int(tool.cuda_toolkit.compile_one(str(toolkit.nvrtc), job).registers)
 
 
-def model(tool: Tools, index: hnsw_gpu.Index, dataset: datasets.Dataset) -> list[dict]:
-    """A point for each storage dtype and ef."""
-    points = []
-    for dtype in DTYPES:
-        for ef in EFS:
+def model(
+    tool: Tools, index: hnsw_gpu.Index, dataset: datasets.Dataset, recalls: tuple[float, ...]
+) -> list[dict]:
+    """A point for each storage dtype and recall, by default those that fp32 has at EFS."""
+    points, asked = [], part_of(dataset, QUERIES).queries
+    for dtype in REFINE:
+        engine = engine_of(index, dtype)
+        recall_at = functools.cache(functools.partial(recall, index, engine, dataset))
+        recalls = recalls or tuple(map(recall_at, EFS))
+        for target in recalls:
+            ef = least_ef(recall_at, target)
             click.echo(f"{dtype}, ef {ef} ...", err=True)
-            counted = count(tool, index, dtype, dataset.queries, ef)
-            points.append(point(tool, index, dataset, dtype, ef, counted))
+            counted = count(tool, engine, asked, ef)
+            points.append(point(tool, engine, index.dim, ef, recall_at(ef), counted))
     return points
 
 
 def point(
-    tool: Tools,
-    index: hnsw_gpu.Index,
-    dataset: datasets.Dataset,
-    dtype: str,
-    ef: int,
-    counted: Counted,
+    tool: Tools, engine: CpuEngine, dim: int, ef: int, reached: float, counted: Counted
 ) -> dict:
     size = sum(counted.bytes.values())
     cards = {}
     for name, card in CARDS.items():
-        own = held(tool, index, dtype, ef, card)
+        own = held(tool, engine, dim, ef, card)
         limits = bounds(card, own.resident, size, sum(counted.instructions), counted.steps)
         binding = min(limits, key=lambda bound: limits[bound])
         cards[name] = {**own._asdict(), "queries_per_s": limits, "bound_by": binding}
-    found = {
-        "dtype": dtype,
+    return {
+        "dtype": engine.dtype,
         "ef": ef,
+        "recall": reached,
         **counted._asdict(),
         "forgotten": counted.distances / counted.exact_distances - 1,
         "instructions": {
             "distance": counted.instructions.distances / counted.distances,
             "step": counted.instructions.others / counted.steps,
+            "rerank": counted.instructions.rerank,
             "query": sum(counted.instructions),
         },
         "cards": cards,
     }
-    if dtype == "fp32":
-        labels = index.search(dataset.queries, K, ef=ef, expand=EXPAND).labels
-        found["recall"] = datasets.recall(dataset, labels, K)
-    return found
 
 
 def report(points: list[dict]) -> None:
     """A line a point: counts, then thousand queries/s by each bound, the least one marked."""
     for one in points:
         told = one["instructions"]
-        recall = f", recall {one['recall']:.3f}" if "recall" in one else ""
         click.echo(
-            f"{one['dtype']}, ef {one['ef']}{recall}: {one['distances']:.0f} distances "
+            f"{one['dtype']}, ef {one['ef']}, recall {one['recall']:.3f}: "
+            f"{one['distances']:.0f} distances "
             f"(+{one['forgotten']:.1%}), {one['steps']:.1f} steps, "
             f"{sum(one['bytes'].values()) / 1e3:,.0f} kB a query; "
             f"{told['distance']:.1f} instructions a distance, {told['step']:.0f} a step"
@@ -251,18 +293,19 @@ def part_of(dataset: datasets.Dataset, queries: int) -> datasets.Dataset:
 
 
 @click.command()
-@click.option("--dataset", "name", default="glove", type=click.Choice(list(datasets.SOURCES)))
-@click.option("--queries", default=QUERIES, show_default=True, type=click.IntRange(min=1))
+@click.option("--dataset", "name", default="glove", type=click.Choice(list(run.SETS)))
+@click.option("--rows", default=run.ROWS, show_default=True, help="At most so many.")
+@click.option("--recall", "recalls", multiple=True, type=float, help="[default: fp32's at EFS]")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="[default: results]")
-def main(name: str, queries: int, out: Path | None) -> None:
-    """Count a search on GloVe-100, and say which limit binds where."""
-    dataset = part_of(datasets.load(name), queries)
+def main(name: str, rows: int, recalls: tuple[float, ...], out: Path | None) -> None:
+    """Count searches of a data set, and say which limit binds where."""
+    dataset = run.load(name, run.GPU._replace(rows=rows, queries=JUDGED, judged=JUDGED))
     index = hnsw_gpu.Index(dataset.base.shape[1], "cosine", device="cpu", **SETTING._asdict())
     index.add(dataset.base)
     with tools() as tool:
         if missing := tool.ptx.missing():
             raise click.ClickException(missing)
-        points = model(tool, index, dataset)
+        points = model(tool, index, dataset, recalls)
         version = tool.cuda_toolkit.find().version
     report(points)
     found = {
@@ -272,7 +315,9 @@ def main(name: str, queries: int, out: Path | None) -> None:
             "nvrtc": version,
             "dataset": name,
             "rows": len(dataset.base),
-            "queries": queries,
+            "dim": index.dim,
+            "queries": QUERIES,
+            "judged": JUDGED,
             "metric": "cosine",
             "k": K,
             "expand": EXPAND,
@@ -286,7 +331,7 @@ def main(name: str, queries: int, out: Path | None) -> None:
         },
         "points": points,
     }
-    path = out or RESULTS / "roofline.json"
+    path = out or RESULTS / ("roofline.json" if name == "glove" else f"roofline-{name}.json")
     path.write_text(json.dumps(rounded(found), indent=1) + "\n")
 
 

@@ -321,7 +321,7 @@ def check(engine: str, rows: int) -> None:
         import cupy
 
         cupy.cuda.set_allocator(None)  # so that who reads beyond an array leaves its memory
-        for dtype, refine in (("fp32", False), ("fp16", False), ("int8", True)):
+        for dtype, refine in (("fp32", False), ("fp16", False), ("int8", True), ("int4", True)):
             count = check_index(cupy, dtype, refine, rows)
             click.echo(f"{dtype}{' + refine' if refine else ''}: {count} answers as on the CPU")
 

@@ -438,6 +438,8 @@ def _as_query_of_dtype(rows, i, queries, q):
             for j in range(TAIL_BYTES):
                 queries[q, codes + j] = 0
                 queries[q, end + codes + j] = 0
+            for j in range(2 * end, query_end - TAIL_BYTES):
+                queries[q, j] = 0
             _store_float(queries, q, query_end - 12, _float_at(rows, i, end - 12))
             _store_float(queries, q, query_end - 8, _float_at(rows, i, end - 8))
             _store_int(queries, q, query_end - 4, np.int32(15) * _int_at(rows, i, end - 4))

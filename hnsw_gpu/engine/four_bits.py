@@ -8,8 +8,9 @@ one of STEPS whose decoded row has the best cosine to the vector, and the scale 
 the dot product of the two the squared length.
 
 A query is 2 B bytes, int8 codes as they meet the low and the high bits of a row (0 where they meet
-no code), float32 scale and squared length, and int32 fifteen times the sum of its codes: what twice
-the dot product of codes is too large by. Integers, so the same on every processor.
+no code), and QUERY_TAIL_BYTES, at whose end are float32 scale and squared length, and int32 fifteen
+times the sum of its codes: what twice the dot product of codes is too large by. Integers, so the
+same on every processor, and on a GPU, whose encode.cu makes the same queries.
 """
 
 import numpy as np
@@ -23,6 +24,7 @@ STEPS = np.linspace(0.6, 1.0, 9)  # of the largest coordinate, for 7.5 codes
 SHIFT = 16
 FACTORS = np.rint(2**SHIFT * 7.5 / (FINEST * STEPS)).astype(np.int32)  # of a coordinate, to codes
 LANES = 8
+QUERY_TAIL_BYTES = 32  # whole chunks of what a GPU reads at once
 
 
 def encode_int4(vectors, rows):
@@ -40,7 +42,7 @@ def decode_int4(rows, dim):
 
 
 def encode_int4_queries(vectors, queries):
-    """Write float32 vectors (q, dim) as `queries` int8 (q, 2 B + 12)."""
+    """Write float32 vectors (q, dim) as `queries` int8 (q, 2 B + QUERY_TAIL_BYTES)."""
     rotated = rotate(vectors)
     scales = np.abs(rotated).max(axis=1, initial=0) / np.float32(127)
     _encode_queries(rotated, scales, np.empty(LANES), queries)
@@ -128,8 +130,8 @@ def _encode(vectors, units, coordinates, totals, rows):
 @jit
 def _encode_queries(vectors, scales, totals, queries):
     dim = vectors.shape[1]
-    used = queries.shape[1] - TAIL_BYTES
-    held = used // 2 - TAIL_BYTES
+    row_bytes = (queries.shape[1] - QUERY_TAIL_BYTES) // 2
+    held = row_bytes - TAIL_BYTES
     for i in range(vectors.shape[0]):
         vector, query = vectors[i], queries[i]
         unit = scales[i] if scales[i] > 0 else np.float32(1)
@@ -138,8 +140,8 @@ def _encode_queries(vectors, scales, totals, queries):
         for j in range(dim):
             code = np.int32(vector[j] / unit + np.float32(127.5)) - 127
             total += code
-            query[j if j < held else used // 2 + j - held] = code
-        tail = query[used:]
+            query[j if j < held else row_bytes + j - held] = code
+        tail = query[len(query) - TAIL_BYTES :]
         tail[:8].view(np.float32)[0] = scales[i]
         tail[:8].view(np.float32)[1] = _square(vector, totals)
         tail[8:].view(np.int32)[0] = 15 * total

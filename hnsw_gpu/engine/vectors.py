@@ -118,7 +118,7 @@ def empty_queries(count, rows):
 
 
 def _empty_int4_queries(count, row_bytes):
-    return empty_aligned((count, 2 * row_bytes + TAIL_BYTES), np.int8)
+    return empty_aligned((count, 2 * row_bytes + four_bits.QUERY_TAIL_BYTES), np.int8)
 
 
 def rows_as_queries(rows):

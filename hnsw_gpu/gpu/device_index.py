@@ -145,7 +145,8 @@ class DeviceIndex:
             figures = ", ".join(f"{name} {gigabytes(size)}" for name, size in parts.items() if size)
             raise MemoryError(
                 f"the index takes {gigabytes(sum(parts.values()))} of GPU memory ({figures}), "
-                f"and {gigabytes(available)} of {gigabytes(self.device.mem_info[1])} are free"
+                f"and {gigabytes(available)} of {gigabytes(self.device.mem_info[1])} are free; "
+                "a smaller dtype or refine takes less, and the CPU has its own memory"
             )
 
     def _put(self, name: str, array: np.ndarray, first: int) -> None:
@@ -271,7 +272,8 @@ class DeviceIndex:
         kernel(grid, (launch_plan.COMPARE_BLOCK,), (task,), shared_mem=shared_mem)
 
     def compile_encoder(self) -> None:
-        """The smallest kernel: RuntimeError where kernels cannot be compiled here."""
+        """The smallest kernel: RuntimeError where kernels cannot be compiled or launched here."""
+        launch_plan.encode_launch(self._dtype, self._dim, 1, self.limits)
         with self.device:
             self._kernel("encode", self._definitions(self._dtype))
 
@@ -294,7 +296,10 @@ class DeviceIndex:
             queries = self._cupy.empty((len(vectors), size), np.uint8)
             task = argument("Encoding", vectors=vectors, queries=queries, count=len(vectors))
             kernel = self._kernel("encode", self._definitions(dtype))
-            kernel((launch_plan.warp_grid(len(vectors)),), (launch_plan.THREAD_BLOCK,), (task,))
+            grid, block, shared_mem = launch_plan.encode_launch(
+                dtype, self._dim, len(vectors), self.limits
+            )
+            kernel((grid,), (block,), (task,), shared_mem=shared_mem)
             return queries
 
         coarse = encoded(self._dtype)
@@ -337,7 +342,7 @@ class DeviceIndex:
         except Exception as error:  # of CuPy, of NVRTC, of a library that is not there
             advice = newer_nvrtc(self._cupy)
             raise RuntimeError(f"kernels cannot be compiled here: {error}{advice}") from error
-        if name == "search":  # the plan reckons with all of the shared memory
+        if name in ("search", "encode"):  # the plan reckons with all of the shared memory
             kernel.max_dynamic_shared_size_bytes = self.limits.shared_per_block
             kernel.preferred_shared_memory_carveout = 100
         seconds = time.perf_counter() - start

@@ -14,7 +14,7 @@ from hnsw_gpu.engine import METRICS, STORAGE, row_length
 # extern "C" functions, each in a file of its name, and the most registers a thread of it may take,
 # which is what the launch plan reckons with. The compile test holds the kernels to it.
 REGISTERS_CAP = {"search": 128, "compare": 128, "encode": 128, "keys_to_labels": 128}
-DTYPES = {"fp32": 0, "fp16": 1, "int8": 2}
+DTYPES = {"fp32": 0, "fp16": 1, "int8": 2, "int4": 3}
 
 _INCLUDE = re.compile(r'\s*#\s*include\s*"([^"]+)"')
 _PRAGMA_ONCE = re.compile(r"\s*#\s*pragma\s+once\b")

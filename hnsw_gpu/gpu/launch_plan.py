@@ -30,6 +30,7 @@ COMPARE_BLOCK = 256  # threads: eight warps, a query each
 COMPARE_STEP = 64  # ids that a warp of compare.cu may take at a time
 MOST_KEPT = 512  # keys that a warp of compare.cu keeps: 34 KB a block, which none must ask for
 THREAD_BLOCK = 128  # threads of encode.cu, keys_to_labels.cu: four warps, a query each
+UNASKED_SHARED = 48 * 1024  # bytes of shared memory, in which a block of encode.cu stays if it can
 
 
 class Limits(NamedTuple):
@@ -150,11 +151,13 @@ def search_variants(metric: str, dtype: str, dim: int, M: int, nodes: int) -> li
 def visited_cache(walk: BeamShape, nodes: int) -> tuple[int, int]:
     """Buckets, a power of two, and bits of a tag (visited.cuh).
 
+    Up to an eighth fewer than TAGS numbers want, rather than nearly twice as many: so more queries
+    fit, for a row or two in a hundred that are read again.
     16-bit tags are exact while there are few enough nodes for the buckets; twice the buckets hold
     twice the nodes, or as many tags of 32 bits as there were of 16.
     """
     fewest, most = BUCKETS
-    wanted = TAGS * max(walk.ef, walk.k) // 8
+    wanted = TAGS * max(walk.ef, walk.k) // 8 * 7 // 8
     buckets = min(max(_power_of_two(wanted), fewest), most)
     if nodes > MOST_TAG * buckets:
         buckets = min(2 * buckets, most)
@@ -248,8 +251,25 @@ def compare_shared_mem(k: int) -> int:
 
 
 def warp_grid(queries: int) -> int:
-    """Blocks of encode.cu and of keys_to_labels.cu, of THREAD_BLOCK threads."""
+    """Blocks of keys_to_labels.cu, of THREAD_BLOCK threads."""
     return -(-queries * LANES // THREAD_BLOCK)
+
+
+def encode_launch(dtype: str, dim: int, queries: int, limits: Limits) -> tuple[int, int, int]:
+    """Blocks, threads and bytes of shared memory of encode.cu; RuntimeError where none fits.
+
+    A warp takes a query, and rotates one of int4 as floats in shared memory.
+    """
+    room = 4 * dim if dtype == "int4" else 0
+    if room > limits.shared_per_block:
+        raise RuntimeError(
+            f"dim={dim}: an int4 query is rotated in shared memory, of which this GPU gives a "
+            f"block {limits.shared_per_block:,} bytes; {limits.shared_per_block // 4} numbers fit"
+        )
+    per_block = THREAD_BLOCK // LANES
+    while per_block > 1 and per_block * room > UNASKED_SHARED:
+        per_block //= 2
+    return -(-queries // per_block), per_block * LANES, per_block * room
 
 
 def index_bytes(

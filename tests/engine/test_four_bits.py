@@ -52,6 +52,12 @@ def test_a_spike_is_spread_over_all_coordinates():
         assert (spikes**4).mean() < 3.3, dim  # theirs is 3
 
 
+def halves(queries: np.ndarray) -> list[np.ndarray]:
+    """What meets the low and the high bits of rows; zeros are between them and the tail."""
+    assert queries.shape[1] % 32 == 0 and not queries[:, -32:-12].any()
+    return np.split(queries[:, :-32], 2, axis=1)
+
+
 def tail(rows: np.ndarray) -> tuple:
     """Scales, squared lengths and sums of encoded rows or queries."""
     numbers = np.ascontiguousarray(rows[:, -12:])
@@ -84,7 +90,7 @@ def test_queries_are_those_of_the_reference(dim, metric):
     given = drawn(dim)
     queries = encode_queries(given, metric, "int4")
     scales, squares, sums = tail(queries)
-    low, high = np.split(queries[:, :-12], 2, axis=1)
+    low, high = halves(queries)
     found = np.concatenate([low[:, :-12], high[:, :-12]], axis=1)
     assert not low[:, -12:].any() and not high[:, -12:].any()  # what meets the tail of a row
     for i, expected in enumerate(reference.asked(row, metric, "int4") for row in given):
@@ -97,7 +103,7 @@ def test_queries_are_those_of_the_reference(dim, metric):
 def test_a_row_as_a_query_is_the_row():
     rows = vectors.encode(drawn(100), "l2", "int4")
     queries = rows_as_queries(rows)
-    low, high = np.split(queries[:, :-12], 2, axis=1)
+    low, high = halves(queries)
     codes = np.concatenate([low[:, :-12], high[:, :-12]], axis=1)[:, :100]
     nibbles = np.concatenate([rows[:, :-12] & 15, rows[:, :-12] >> 4], axis=1)[:, :100]
     np.testing.assert_array_equal(codes, 2 * nibbles.astype(int) - 15)

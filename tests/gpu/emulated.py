@@ -13,7 +13,7 @@ import ptx
 
 from hnsw_gpu.engine.keys import KEY_NONE
 from hnsw_gpu.engine.search import Result
-from hnsw_gpu.gpu import kernel_source, kernel_structs
+from hnsw_gpu.gpu import kernel_source, kernel_structs, launch_plan
 
 LANES = 32
 
@@ -163,17 +163,28 @@ def search(
 
 
 def compare(
-    build: Build, rows, queries, *, ids=None, candidates=None, k=0, shares=2, seed: int | None = 0
+    build: Build,
+    rows,
+    queries,
+    *,
+    ids=None,
+    candidates=None,
+    k=0,
+    shares=2,
+    seed: int | None = 0,
+    bytes_read: dict[str, int] | None = None,
 ) -> np.ndarray:
     """Sorted keys (q, m) of ids (m,), or of each query's candidates (q, m), by compare.cu.
 
-    k: keys kept of each share, the k smallest of which are returned; 0: all.
+    k: keys kept of each share, the k smallest of which are returned; 0: all. `bytes_read` takes
+    what was read of "refine_rows" (PTX, seed None).
     """
+    rows = own_memory(rows)
     count = len(ids) if candidates is None else candidates.shape[1]
     keys = np.full((len(queries), shares * k or count), 7, np.uint64)
     task, held = struct(
         "Comparison",
-        rows=own_memory(rows),
+        rows=rows,
         queries=own_memory(queries),
         ids=None if ids is None else own_memory(ids, np.int32),
         candidates=None if candidates is None else own_memory(candidates),
@@ -186,6 +197,8 @@ def compare(
     build.launch(
         "compare", grid, (256,), (task,), held, shared_mem=8 * (256 + 8 * k) if k else 0, seed=seed
     )
+    if bytes_read is not None:
+        bytes_read["refine_rows"] = build.library("compare").profile.read_of(rows)[0]
     if k:  # each share is sorted
         assert (np.diff(keys.reshape(-1, k).astype(object), axis=1) >= 0).all()
     return np.sort(keys, axis=1)[:, : k or count]
@@ -197,7 +210,10 @@ def encode(build: Build, vectors: np.ndarray, width: int, seed: int | None = 0) 
     task, held = struct(
         "Encoding", vectors=own_memory(vectors), queries=queries, count=len(vectors)
     )
-    build.launch("encode", (-(-len(vectors) // 4),), (128,), (task,), held, seed=seed)
+    grid, block, shared_mem = launch_plan.encode_launch(
+        build.dtype, build.dim, len(vectors), launch_plan.of_arch(build.arch or 90)
+    )
+    build.launch("encode", (grid,), (block,), (task,), held, shared_mem=shared_mem, seed=seed)
     return queries
 
 

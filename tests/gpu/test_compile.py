@@ -42,7 +42,7 @@ READ_ROWS = ("search", "compare")
 FACTORS = {
     "dim": (1, 31, 100, 128, 768, 1536, 4096),
     "metric": ("l2", "ip", "cosine"),
-    "dtype": ("fp32", "fp16", "int8"),
+    "dtype": ("fp32", "fp16", "int8", "int4"),
     "M": (8, 16, 32),
     "warps": (1, 4, 8),
     "tag_bits": (16, 32),

@@ -36,7 +36,7 @@ M = 4
 DIM = 16
 NODES = 200
 QUERIES = 9
-FORMS = [("l2", "fp32", ""), ("cosine", "int8", ""), ("ip", "fp16", ""), ("l2", "int8", "fp32")]
+FORMS = [("l2", "fp32", ""), ("cosine", "int8", ""), ("ip", "fp16", ""), ("l2", "int4", "fp16")]
 
 
 def searches(machine: cupy_stand_in.Machine) -> list[cupy_stand_in.Launch]:
@@ -120,7 +120,8 @@ def test_walk_and_compare(device: str, metric: str, dtype: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "refine"), [("int8", "fp32"), ("int8", "fp16"), ("fp16", "fp32")]
+    ("dtype", "refine"),
+    [("int8", "fp32"), ("int8", "fp16"), ("fp16", "fp32"), ("int4", "fp16")],
 )
 def test_refine(device: str, dtype: str, refine: str) -> None:
     case = make_case("l2", dtype, refine).upload()
@@ -130,14 +131,35 @@ def test_refine(device: str, dtype: str, refine: str) -> None:
     assert (dtype == "fp16") == (
         key_nodes(coarse) == key_nodes(fine)
     ).all()  # integers are exact in fp16
-    for k, ef in ((4, 15), (15, 15), (4, 3)):
-        wanted = walked(case.cpu, case.queries, k, ef)
-        np.testing.assert_array_equal(walked(case.gpu, case.queries, k, ef), wanted)
-        wanted = walked(case.cpu, None, k, ef, own=own)
-        np.testing.assert_array_equal(walked(case.gpu, None, k, ef, own=own), wanted)
+    for k, ef, rerank in ((4, 15, 0), (4, 15, 6), (15, 15, 0), (4, 3, 0)):
+        wanted = walked(case.cpu, case.queries, k, ef, rerank=rerank)
+        np.testing.assert_array_equal(walked(case.gpu, case.queries, k, ef, rerank=rerank), wanted)
+        wanted = walked(case.cpu, None, k, ef, own=own, rerank=rerank)
+        np.testing.assert_array_equal(walked(case.gpu, None, k, ef, own=own, rerank=rerank), wanted)
     wanted = compared(case.cpu, case.queries, np.arange(NODES), 9)
     np.testing.assert_array_equal(compared(case.gpu, case.queries, np.arange(NODES), 9), wanted)
     np.testing.assert_array_equal(case.gpu.own_keys(own), case.cpu.own_keys(own))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_keys_of_int4_are_the_cpus_on_any_data(device: str, metric: str) -> None:
+    """Bit for bit: queries that a kernel rotates, and stored nodes; one filter, and one a query."""
+    rng = np.random.default_rng(6)
+    vectors = rng.normal(size=(NODES, DIM)) * 10.0 ** rng.integers(-3, 4, (NODES, 1)) + 0.3
+    vectors = vectors.astype(np.float32)
+    queries = (vectors[:40] + rng.normal(size=(40, DIM)) * 0.1).astype(np.float32)
+    rows = vectors_module.encode(vectors, metric, "int4")
+    graph = reference.random_graph(vectors, M, 6)
+    case = Case(CpuEngine(graph, rows, None, metric, "int4", ""),
+                GpuEngine(metric, "int4", "", DIM, M), queries).upload()  # fmt: skip
+    own = np.arange(40) * 5
+    bits = [None, pack_bits(rng.random(NODES) < 0.3), pack_bits(rng.random((40, NODES)) < 0.3)]
+    for allowed in bits:
+        for settings in ({"k": 7, "ef": 30}, {"k": 7, "ef": 9, "expand": 4, "ef_upper": 3}):
+            for asking in ({"queries": queries}, {"queries": None, "own": own}):
+                wanted = walked(case.cpu, **asking, **settings, allowed=allowed)
+                found = walked(case.gpu, **asking, **settings, allowed=allowed)
+                np.testing.assert_array_equal(found, wanted)
 
 
 @pytest.mark.parametrize("shape", [(NODES,), (1, NODES), (QUERIES, NODES)], ids=str)
@@ -489,7 +511,7 @@ def test_an_index_that_cannot_fit_is_refused_with_figures(machine: cupy_stand_in
 
 
 def test_memory_is_what_the_arrays_take(machine: cupy_stand_in.Machine) -> None:
-    for dtype, refine in (("fp32", ""), ("fp16", ""), ("int8", "fp16")):
+    for dtype, refine in (("fp32", ""), ("fp16", ""), ("int8", "fp16"), ("int4", "fp32")):
         case = make_case("l2", dtype, refine).upload()
         graph = case.cpu.graph
         parts = launch_plan.index_bytes(dtype, refine, DIM, M, NODES, len(graph.nodes))

@@ -116,24 +116,41 @@ def test_radius_and_neighbour_graph(device):
     oracle.assert_same(cpu.neighbor_graph(5, ef=ROWS), gpu.neighbor_graph(5, ef=ROWS))
 
 
-def test_int4_stays_on_the_cpu_and_says_why(machine, caplog, tmp_path):
-    """The kernels do not know it."""
-    why = "dtype='int4': the GPU searches fp32, fp16, int8"
-    with pytest.raises(RuntimeError, match=f"device='cuda': {why}"):
-        hnsw_gpu.Index(DIM, "l2", "int4", device="cuda")
-    index = hnsw_gpu.Index(DIM, "l2", "int4")
-    index.add(vectors(ROWS, seed=1))
-    with pytest.raises(RuntimeError, match=f"device='cuda': {why}"):
-        index.to("cuda")
-    assert index.device == "cpu"
-    expected = index.search(vectors(9, seed=2), 7)
-    index.save(tmp_path / "x.hnsw")
-    with caplog.at_level(logging.INFO, "hnsw_gpu"):
-        assert index.to("auto").device == "cpu"
-    assert f"device='auto': searching on the CPU: {why}" in caplog.text
+def test_int4(device, tmp_path):
+    """By default a part of the beam is re-ranked; whatever is asked, as on the CPU."""
+    cpu, gpu = pair("l2", "int4", True)
+    masks = np.random.default_rng(3).random((9, 2 * ROWS)) < 0.7
+    for turn in range(2):
+        for rerank in ("auto", None, 9):
+            assert_alike(cpu, gpu, ef=60, rerank=rerank)
+            assert_alike(cpu, gpu, ef=60, rerank=rerank, allow=np.arange(0, ROWS, 3))
+        assert_alike(cpu, gpu, allow=masks)
+        queries = vectors(9, seed=2)
+        for one, other in zip(
+            cpu.search_radius(queries, 60.0, ef=2000),
+            gpu.search_radius(queries, 60.0, ef=2000),
+            strict=True,
+        ):
+            np.testing.assert_array_equal(one, other)
+        oracle.assert_same(cpu.neighbor_graph(5, ef=2000), gpu.neighbor_graph(5, ef=2000))
+        oracle.assert_same(cpu.exact_search(queries, 7), gpu.exact_search(queries, 7))
+        for index in (cpu, gpu):
+            index.add(vectors(70, seed=20 + turn) * 2)
+            index.delete(np.arange(40 * turn, 40 * turn + 40))
+    gpu.save(tmp_path / "x.hnsw")
     loaded = hnsw_gpu.load(tmp_path / "x.hnsw")  # "auto"
-    assert loaded.device == "cpu"
-    oracle.assert_same(loaded.search(vectors(9, seed=2), 7), expected)
+    assert loaded.device == "cuda"
+    assert_alike(cpu, loaded, ef=60)
+
+
+def test_int4_of_more_dimensions_than_shared_memory_holds_stays_on_the_cpu(machine, caplog):
+    dim = machine.limits.shared_per_block // 4 + 1
+    why = f"dim={dim}: an int4 query is rotated in shared memory"
+    with pytest.raises(RuntimeError, match=f"device='cuda': {why}"):
+        hnsw_gpu.Index(dim, "l2", "int4", device="cuda")
+    with caplog.at_level(logging.INFO, "hnsw_gpu"):
+        assert hnsw_gpu.Index(dim, "l2", "int4", device="auto").device == "cpu"
+    assert f"device='auto': searching on the CPU: {why}" in caplog.text
 
 
 def test_the_default_of_expand_is_the_devices(device):
@@ -283,15 +300,16 @@ def test_gpu_arrays_where_they_do_not_belong(device):
         gpu.search(vectors(9, seed=2), stream=cupy.cuda.get_current_stream())
 
 
-def test_memory_says_what_is_uploaded(machine):
-    _, gpu = pair("l2", "int8", True)
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_memory_says_what_is_uploaded(machine, dtype):
+    _, gpu = pair("l2", dtype, True)
     parts = gpu.memory(queries=0)
     gpu.search(cupy_stand_in.asarray(vectors(3, seed=2)))  # labels go up with device queries
     held = gpu._gpu.nbytes
     assert sum(parts.values()) == pytest.approx(held, abs=64)  # the starts of layers
     more = gpu.memory(queries=1000, ef=200)
     assert more["queries"] == 1000 * (gpu.memory(queries=1, ef=200)["queries"])
-    assert more["queries"] > 1000 * 200 * 8
+    assert more["queries"] > 1000 * 200 * (8 if dtype == "int8" else 2)  # rerank: a quarter
 
 
 def test_a_batcher_has_two_batches_in_flight(device):

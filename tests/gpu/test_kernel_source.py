@@ -125,14 +125,14 @@ def test_the_package_folder_comes_before_the_checkout(is_installed, tmp_path, mo
 # --- specialisation -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "fp16", "int8"])
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "int8", "int4"])
 @pytest.mark.parametrize("metric", ["l2", "ip", "cosine"])
 @pytest.mark.parametrize("dim", [1, 7, 16, 20, 21, 100, 768])
 def test_definitions(dim, metric, dtype):
     row = vectors.encode(np.ones((1, dim), np.float32), metric, dtype)
     assert kernel_source.definitions(metric, dtype, dim, 12, 4, 32, True) == {
         "METRIC": ["l2", "ip", "cosine"].index(metric),
-        "DTYPE": ["fp32", "fp16", "int8"].index(dtype),
+        "DTYPE": ["fp32", "fp16", "int8", "int4"].index(dtype),
         "DIM": dim,
         "ROW_BYTES": row.nbytes,
         "M": 12,

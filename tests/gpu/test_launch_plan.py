@@ -39,7 +39,7 @@ walks = st.builds(
 @settings(max_examples=300, deadline=None)
 @given(walk=walks, arch=st.sampled_from(ARCHS), queries=st.integers(1, 10**6),
        nodes=st.integers(1, 2**31 - 1), dim=st.integers(1, 5000),
-       dtype=st.sampled_from(["fp32", "fp16", "int8"]))  # fmt: skip
+       dtype=st.sampled_from(["fp32", "fp16", "int8", "int4"]))  # fmt: skip
 def test_a_plan_can_be_launched(walk, arch, queries, nodes, dim, dtype):
     limits = launch_plan.of_arch(arch)
     largest = launch_plan.largest_ef(walk, nodes, limits)
@@ -113,7 +113,8 @@ def test_visited_cache():
     for ef, nodes, expected in [
         (1, 10**6, (32, 16)),
         (64, 10**6, (128, 16)),
-        (65, 10**6, (256, 16)),
+        (73, 10**6, (128, 16)),
+        (74, 10**6, (256, 16)),
         (512, 10**6, (1024, 16)),
         (5000, 10**6, (1024, 16)),
         (64, 65535 * 128, (128, 16)),
@@ -149,7 +150,7 @@ def test_smaller_blocks_where_shared_memory_is_short():
 
 
 def test_sizes_of_queries():
-    for dtype in ("fp32", "fp16", "int8"):
+    for dtype in ("fp32", "fp16", "int8", "int4"):
         for dim in (1, 7, 8, 20, 21, 32, 100, 768):
             encoded = vectors.encode_queries(np.ones((3, dim), np.float32), "l2", dtype)
             assert 3 * launch_plan.query_bytes(dtype, dim) == encoded.nbytes
@@ -164,6 +165,17 @@ def test_compare_grid(queries, ids):
         assert 1 <= y <= min(65535, -(-ids // 64))
         assert x * y >= min(8 * limits.sms, x * -(-ids // 64))  # enough, where there is enough
     assert launch_plan.warp_grid(4) == 1 and launch_plan.warp_grid(5) == 2
+
+
+def test_encoding_in_shared_memory():
+    """A warp of int4 rotates in 4 * dim bytes: fewer warps a block where they are many."""
+    limits = launch_plan.of_arch(75)
+    for dim, warps in ((1, 4), (3072, 4), (3073, 2), (6144, 2), (6145, 1), (16_384, 1)):
+        grid, block, shared_mem = launch_plan.encode_launch("int4", dim, 9, limits)
+        assert (grid, block, shared_mem) == (-(-9 // warps), 32 * warps, 4 * dim * warps)
+        assert launch_plan.encode_launch("int8", dim, 9, limits) == (3, 128, 0)
+    with pytest.raises(RuntimeError, match=r"dim=16385: .* 65,536 bytes; 16384 numbers fit$"):
+        launch_plan.encode_launch("int4", 16_385, 1, limits)
 
 
 def test_limits_of_a_device():

@@ -25,6 +25,7 @@ import numpy as np
 import ptx
 import pytest
 
+from hnsw_gpu.engine import vectors as vectors_module
 from hnsw_gpu.engine.labels import Labels
 from hnsw_gpu.gpu import kernel_source
 
@@ -76,12 +77,14 @@ SETTINGS = {
     "self": NARROW | {"mode": "self"},
     "self per query": NARROW | {"mode": "self per query"},
     "int8": NARROW | {"dtype": "int8"},
+    "int4": NARROW | {"dtype": "int4"},
     "part of a chunk": NARROW | {"metric": "ip", "dim": 100},
     "odd": NARROW | {"ef": 31, "k": 1, "ef_upper": 1},
     "far": NARROW | {"tag_bits": 32},
-    # of the two other kernels: the data, and k beyond what there is
+    # of the other kernels: the data, and k beyond what there is
     "compare": NARROW | {"k": 100},
     "keys to labels": NARROW | {"k": 100},
+    "encode": NARROW | {"dtype": "int4", "dim": 100},
 }
 
 FAULTS = [
@@ -508,7 +511,43 @@ FAULTS = [
         "keys",
         "int8",
     ),
+    Fault(
+        "the high bits of an int4 row are its low ones",
+        "distance.cuh",
+        "nibbles(row, 4)",
+        "nibbles(row, 0)",
+        "parity",
+        "keys",
+        "int4",
+    ),
     # --- the other kernels ---
+    Fault(
+        "a query is transformed before its signs are there",
+        "encode.cu",
+        "sign_of(turn * DIM + j));\n        sync_warp();",
+        "sign_of(turn * DIM + j));",
+        "seeds",
+        "race",
+        "encode",
+    ),
+    Fault(
+        "a step of the transform begins before the last one ends",
+        "encode.cu",
+        "        }\n        sync_warp();\n    }\n}",
+        "        }\n    }\n}",
+        "seeds",
+        "race",
+        "encode",
+    ),
+    Fault(
+        "pairs are read before they are turned",
+        "encode.cu",
+        "__fmul_rn(__fsub_rn(a, b), HALF_ROOT);\n    }\n    sync_warp();",
+        "__fmul_rn(__fsub_rn(a, b), HALF_ROOT);\n    }",
+        "seeds",
+        "race",
+        "encode",
+    ),
     Fault(
         "the kept keys begin with one that nobody wrote",
         "compare.cu",
@@ -601,6 +640,14 @@ def asked_of(setting: str, build) -> Asked:
             return emulated.keys_to_labels(build, keys, offsets, labels.labels, k, seed=seed)
 
         return Asked(build.library("keys_to_labels"), of_keys, labels.keys_to_labels(keys, k))
+    if setting == "encode":
+        given = (made.vectors[:8], row["metric"], row["dtype"])
+        wanted = vectors_module.encode_queries(*given).view(np.uint8)
+
+        def encode(seed: int) -> tuple[np.ndarray]:
+            return (emulated.encode(build, made.vectors[:8], wanted.shape[1], seed=seed),)
+
+        return Asked(build.library("encode"), encode, (wanted,))
     if setting == "far":
         asked = asked._replace(settings=asked.settings | {"k": 100})
 

@@ -86,6 +86,9 @@ def run_others(sanitizer: str) -> int:
     encoded = emulated.encode(build, asked, width)
     wanted = vectors_module.encode_queries(asked[:1], "cosine", "int8")
     np.testing.assert_array_equal(encoded[:1], wanted)
+    wanted = vectors_module.encode_queries(asked[:1], "cosine", "int4").view(np.uint8)
+    encoded = emulated.encode(build._replace(dtype="int4"), asked, wanted.shape[1])
+    np.testing.assert_array_equal(encoded[:1], wanted)
     offsets = np.arange(len(made.rows) + 1, dtype=np.int64)
     labels, _ = emulated.keys_to_labels(build, keys, offsets, offsets[:-1] * 2, 150, root=True)
     np.testing.assert_array_equal(labels[:, :101], 2 * key_nodes(keys).astype(np.int64))
@@ -95,7 +98,7 @@ def run_others(sanitizer: str) -> int:
         found = emulated.keys_to_labels(build, keys, carried.offsets, carried.labels, k)
         for mine, wanted in zip(found, carried.keys_to_labels(keys, k), strict=True):
             np.testing.assert_array_equal(mine, wanted)
-    return 9
+    return 10
 
 
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
@@ -104,7 +107,7 @@ def test_no_report(sanitizer) -> None:
     if missing:
         pytest.skip(missing)
     said = emulator.run_sanitized(sanitizer, __file__, sanitizer)
-    assert said.split() == [str(2 * len(ROWS + smaller_half()) + 1), "9"]
+    assert said.split() == [str(2 * len(ROWS + smaller_half()) + 1), "10"]
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ Each for compute capability 8.0 or 9.0 or both, in the converged schedule and at
 executor has something against a kernel (a race, an address, ...), it is an error.
 """
 
+import itertools
+
 import pytest
 
 import ptx
@@ -71,9 +73,9 @@ def test_search_beyond_31_bits(mode, dtype, warps) -> None:
         np.testing.assert_array_equal(found.keys, asked.wanted().keys)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [*DTYPES, "int4"])
 def test_warps_change_no_bit(dtype) -> None:
-    """R11, on vectors whose sums round."""
+    """R11, on vectors whose sums round; those of codes are the CPU's bits too."""
     rng = np.random.default_rng(3)
     vectors, asked = rng.normal(size=(300, 100)), rng.normal(size=(5, 100))
     rows = vectors_module.encode(vectors.astype(np.float32), "l2", dtype)
@@ -92,14 +94,19 @@ def test_warps_change_no_bit(dtype) -> None:
         emulated.Build("l2", dtype, 100, 4), graph, rows, queries, k=10, ef=40, expand=2
     )
     np.testing.assert_array_equal(emulator.keys, results[0].keys)
+    if dtype in ("int8", "int4"):
+        wanted = search_graph(graph, rows, queries, "l2", k=10, ef=40, expand=2)
+        np.testing.assert_array_equal(wanted.keys, results[0].keys)
 
 
 # --- compare.cu -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dim", [3, 31, 100, 768])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize(
+    ("metric", "dtype", "dim"),
+    [*itertools.product(METRICS, DTYPES, (3, 31, 100, 768)),
+     ("l2", "int4", 3), ("cosine", "int4", 100), ("ip", "int4", 768)],
+)  # fmt: skip
 def test_compare(metric, dtype, dim) -> None:
     made = kernel_cases.data(metric, dtype, dim)
     rng = np.random.default_rng(4)
@@ -135,9 +142,11 @@ def test_subnormal_numbers_are_zero() -> None:
 # --- encode.cu ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dim", [1, 20, 33, 100])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize(
+    ("metric", "dtype", "dim"),
+    [*itertools.product(METRICS, DTYPES, (1, 20, 33, 100)),
+     ("ip", "int4", 1), ("cosine", "int4", 33), ("l2", "int4", 128), ("l2", "int4", 768)],
+)  # fmt: skip
 def test_encode(metric, dtype, dim) -> None:
     rng = np.random.default_rng(dim)
     vectors = rng.normal(size=(13, dim)).astype(np.float32)
@@ -152,7 +161,7 @@ def test_encode(metric, dtype, dim) -> None:
         np.testing.assert_array_equal(found, wanted)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [*DTYPES, "int4"])
 def test_queries_without_an_answer(dtype) -> None:
     made = kernel_cases.data("cosine", dtype, 32)
     asked = made.vectors[:4].copy()

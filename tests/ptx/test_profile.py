@@ -21,7 +21,7 @@ import numpy as np
 
 import hnsw_gpu
 from hnsw_gpu.engine.search import search_graph
-from hnsw_gpu.engine.vectors import encode, encode_queries, row_length
+from hnsw_gpu.engine.vectors import empty_rows, encode, encode_queries
 from hnsw_gpu.gpu import kernel_source, launch_plan
 from ptx import costs
 
@@ -29,6 +29,7 @@ pytestmark = pytest.mark.slow
 
 ROWS, QUERIES, K, M, EXPAND, ARCH = 10_000, 32, 10, 16, 4, 90
 CASES = [("fp32", 100, 64), ("fp32", 100, 128), ("fp16", 768, 64), ("fp16", 768, 128)]
+CASES += [("int4", 100, 64), ("int4", 768, 128)]
 LINES = 24  # of a case
 BASELINE = Path(__file__).parent / "baselines" / "profile.txt"
 HOW_TO_WRITE = "HNSW_GPU_WRITE_BASELINES=1 python -m pytest tests/ptx/test_profile.py"
@@ -146,7 +147,7 @@ def test_profile_is_that_of_the_baseline(profiles) -> None:
 def test_rows_are_read_whole_and_once(profiles) -> None:
     """Each row in as many sectors as it has: nothing is fetched in vain."""
     for (dtype, dim, _), (found, profile) in profiles.items():
-        row_bytes = row_length(dim, dtype) * (4 if dtype == "fp32" else 2)
+        row_bytes = empty_rows(1, dim, dtype).nbytes
         (rows,) = (one for one in profile.memory if one.nbytes == ROWS * row_bytes)
         wanted = int(found.distances.sum()) * row_bytes
         assert profile.read_of(rows) == (wanted, wanted // 32)

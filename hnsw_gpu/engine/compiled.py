@@ -60,7 +60,10 @@ COMPILING = (
 )
 SAID: set[str] = set()  # warnings that this process has given
 QUIET_S = 60  # after it was said that something is compiled
-INNER = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}  # numba's options of inner functions
+INNER: dict[str, Any] = {
+    "no_cpython_wrapper": True,
+    "no_cfunc_wrapper": True,
+}  # numba's options of inner functions
 if PartCompiler is not None:
     INNER["pipeline_class"] = PartCompiler
 
@@ -109,7 +112,7 @@ def jit(
     options = options | ({} if allocates else {"_nrt": False})
     compiled = njit(nogil=True, fastmath=fastmath, forceinline=is_inlined, **options)(function)
     if is_inner:
-        compiled.__class__ = _inner(type(compiled))
+        compiled.__class__ = _inner(compiled.__class__)
     elif MISSING or not hasattr(compiled, "_cache"):
         _say_once(NOT_KEPT, MISSING or f"numba {numba.__version__} has no place for a cache")
     elif function.__closure__ is None:

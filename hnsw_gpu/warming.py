@@ -1,4 +1,4 @@
-"""Compiling beforehand what an index needs: in images, in servers before their first caller."""
+"""Compiling beforehand what an index needs: for images of containers, and for servers."""
 
 import tempfile
 import time

@@ -1,5 +1,6 @@
-"""What tests of pages share: a Chromium."""
+"""What all tests share: how many run at once; and tests of pages, a Chromium."""
 
+import os
 import shutil
 
 import pytest
@@ -7,6 +8,11 @@ import pytest
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
 )
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than processors: tests of servers and of Ray wait for much of their time."""
+    return (os.cpu_count() or 1) + 1
 
 
 @pytest.fixture(scope="module")

@@ -390,7 +390,7 @@ def _select(growth, layer, keys, row, candidates, limit, factor, selection):
     The candidates are keys[row, :candidates], ascending by distance to the point; at most `limit`
     are kept. `rejected` gets the nearest others that are no near copies, then KEY_NONE.
     """
-    count, rejected = 0, 0
+    count, rejected = np.int64(0), np.int64(0)
     for i in range(candidates):
         key = keys[row, i]
         node = _node(growth.graph, layer, key_node(key))

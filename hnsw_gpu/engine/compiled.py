@@ -112,7 +112,7 @@ def jit(
     options = options | ({} if allocates else {"_nrt": False})
     compiled = njit(nogil=True, fastmath=fastmath, forceinline=is_inlined, **options)(function)
     if is_inner:
-        compiled.__class__ = _inner(type(compiled))  # type: ignore[arg-type]
+        compiled.__class__ = _inner(compiled.__class__)
     elif MISSING or not hasattr(compiled, "_cache"):
         _say_once(NOT_KEPT, MISSING or f"numba {numba.__version__} has no place for a cache")
     elif function.__closure__ is None:

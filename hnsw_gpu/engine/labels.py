@@ -280,6 +280,7 @@ def _keys_to_labels(keys, offsets, entry_labels, allowed, skipped, labels, dista
     for q in range(keys.shape[0]):
         count = 0
         row = q if allowed.shape[0] > 1 else 0
+        skip = skipped[q] if len(skipped) else -1
         for i in range(keys.shape[1]):
             key = keys[q, i]
             if key == KEY_NONE or count == k:
@@ -288,7 +289,7 @@ def _keys_to_labels(keys, offsets, entry_labels, allowed, skipped, labels, dista
             for entry in range(offsets[node], offsets[node + 1]):
                 if count == k:
                     break
-                if len(skipped) and skipped[q] == entry:
+                if entry == skip:
                     continue
                 if allowed.shape[0]:
                     bits = allowed[row, entry >> 5]

@@ -45,6 +45,8 @@ def count_worn(exact: np.ndarray, rows: np.ndarray, metric: str, dim: int, dtype
 @jit
 def _count_worn(exact, stored, mean, has_mean, is_cosine):
     count = 0
+    without_mean = 0.0 if has_mean else np.inf  # numbers in place of branches, each of which
+    of_cosine = 1.0 if is_cosine else 0.0  # would double the loop for the compiler
     for i in range(exact.shape[0]):
         lost = along = apart = squares = largest = 0.0
         for j in range(exact.shape[1]):
@@ -55,12 +57,8 @@ def _count_worn(exact, stored, mean, has_mean, is_cosine):
             apart += (value - mean[j]) ** 2
             squares += value * value
             largest = max(largest, abs(value))
-        least = squares - largest * largest
-        if has_mean:
-            least = min(least, apart)
+        least = min(squares - largest * largest, apart + without_mean)
         is_worn = lost > LOST_SHARE**2 * least
-        if is_cosine:
-            is_worn |= max(abs(along), EPSILON) > LOST_SHARE * least / 2
-        if is_worn and least > LEAST_APART * squares:
-            count += 1
+        is_worn |= of_cosine * max(abs(along), EPSILON) > LOST_SHARE * least / 2
+        count += is_worn & (least > LEAST_APART * squares)
     return count

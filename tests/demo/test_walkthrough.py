@@ -180,6 +180,22 @@ def test_what_is_printed_is_what_is_returned(part, tmp_path, capsys):
     assert figures["threads"] == 1
 
 
+def test_the_first_answer_comes_from_the_first_bible(part, tmp_path, capsys):
+    """Nearest by brute force; before the others are indexed."""
+    figures = walkthrough.run_demo(tmp_path, threads=2, verses=part, query_count=5)
+    before, after = capsys.readouterr().out.split("First answer, ")
+    assert "2/6" in before
+    answer = [line.strip() for line in after.split("3/6")[0].splitlines()]
+    indexed = np.flatnonzero(part.translation == 0)
+    assert answer[0].endswith(f"from {len(indexed):,} verses:")
+    (row,) = np.flatnonzero((part.translation == 4) & (part.ids == walkthrough.EXAMPLES[0]))
+    assert answer[1] == f"{part.source(row)}: {part.texts[row]}"
+    distances = oracle.distances(part.vectors[[row]], part.vectors[indexed], "cosine")
+    (nearest,), ((distance,),) = oracle.nearest(distances, 1)
+    assert answer[2].startswith(f"{distance:.3f}  {part.source(indexed[nearest[0]])}  ")
+    assert figures["seconds"]["first_answer"] > 0
+
+
 def test_the_plot_is_a_picture(done):
     from matplotlib.image import imread
 

@@ -10,6 +10,7 @@ CHROMIUM = next(
 )
 
 
+@pytest.hookimpl(optionalhook=True)  # there may be no xdist
 def pytest_xdist_auto_num_workers() -> int:
     """One more than processors: tests of servers and of Ray wait for much of their time."""
     return (os.cpu_count() or 1) + 1

@@ -176,6 +176,7 @@ def test_a_node_that_is_lost(tmp_path):
     nodes = Nodes(initialize_head=True, head_node_args={"num_cpus": 1})
     try:
         lost = nodes.add_node(num_cpus=1)
+        nodes.wait_for_nodes()
         with hnsw_gpu.Cluster(tmp_path / "c", replicas=2, address=nodes.address) as cluster:
             raylet = lost.all_processes["raylet"][0].process.pid
             parents = [

@@ -234,7 +234,7 @@ finally:
         assert len(hnsw_gpu.load(tmp_path / "out")) == len(rows)
         most[shards] = int(done.stdout.split()[-1])
         (tmp_path / "out").rename(tmp_path / f"out of {shards}")
-    assert most[20] < most[4] + (40 << 20)
+    assert most[20] < most[4] + (100 << 20)  # of 330 MB more
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 BASELINE = Path(__file__).parent / "baselines" / "first_use.txt"
-DTYPES = ("fp32", "fp16", "int8", "int4")
+DTYPES = ("fp32", "int4")  # the first that is used, and the one that compiles most
 MOST_MORE = 1.02  # a processor without a dtype's instructions is told longer what to do
 DESCRIPTION = f"""\
 # What the first add and the first search of a process compile, with nothing kept on disk: cosine.

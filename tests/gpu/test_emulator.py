@@ -411,7 +411,7 @@ MISUSES = {  # the kernel's lines from line 4 on; threads; what the message says
         "exited",
     ),
     "trap": ("if (threadIdx.x == 7)\n__trap();", 32, "trial.cu:5", "thread (7,", "__trap"),
-    "below memory": ("out[-(1 << 28)] = 1;", 1, "memory that is not there", "thread (0,"),
+    "below memory": ("out[-(1LL << 42)] = 1;", 1, "memory that is not there", "thread (0,"),
     "above shared memory": (
         "DYNAMIC_SHARED(int, s);\n__syncthreads(); s[32 + threadIdx.x] = 1;",
         1,

@@ -12,8 +12,8 @@ CHROMIUM = next(
 
 @pytest.hookimpl(optionalhook=True)  # there may be no xdist
 def pytest_xdist_auto_num_workers() -> int:
-    """One more than processors: tests of servers and of Ray wait for much of their time."""
-    return (os.cpu_count() or 1) + 1
+    """Two more than processors: tests of servers and of Ray wait for much of their time."""
+    return (os.cpu_count() or 1) + 2
 
 
 @pytest.fixture(scope="module")

@@ -54,7 +54,7 @@ def run_page(page: Path) -> None:
                     pytest.skip(f"block {number} and those after it need {', '.join(absent)}")
                 exec(compile(text, f"{page.name}, block {number}", "exec"), names)
             for line in text.splitlines() if kind == "sh" else []:
-                if line.startswith(RUN) and not missing(line):
+                if line.startswith(RUN) and "--ray" not in line and not missing(line):
                     if line.startswith("hnsw-gpu serve "):
                         servers.enter_context(serving(line, port))
                     else:
@@ -80,7 +80,6 @@ def missing(text: str, modules: Iterable[str] = ()) -> list[str]:
         "hnsw-gpu dedup ": ["pyarrow"],
         ".parquet": ["pyarrow"],
         "hnsw_gpu.Cluster": ["ray", "pyarrow", "pandas"],
-        "--ray": ["ray", "pyarrow"],
         **dict.fromkeys(["hnsw-gpu serve", "hnsw_gpu.Client(", "curl "], SERVER),
     }
     found = {*modules, *(name for word, of in needed.items() if word in text for name in of)}

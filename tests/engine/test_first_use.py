@@ -1,8 +1,8 @@
 """What the first `add` and `search` on a new machine compile: counted, and held.
 
-Each dtype begins in a process of its own with nothing kept; fp32 is held, the others are told. The counts are of functions and of
-lines that numba writes for LLVM, which reads, optimises and translates them; they depend on numba,
-not on the machine:
+Each dtype begins in a process of its own with nothing kept; fp32 is held, the others are told. The
+counts are of functions and of lines that numba writes for LLVM, which reads, optimises and
+translates them; they depend on numba, not on the machine:
 
     HNSW_GPU_WRITE_BASELINES=1 python -m pytest tests/engine/test_first_use.py
 """

@@ -21,7 +21,7 @@ from hnsw_gpu.engine.labels import Labels
 pytestmark = pytest.mark.slow
 
 # Chosen to meet: every mode, a query held in registers and not, caches that forget. An instrumented
-# build takes seconds, so of the pairwise design only the smaller third of the specialisations joins.
+# build takes seconds, so of the pairwise design only the specialisations of least dimension join.
 BASE = {"metric": "l2", "dtype": "fp32", "dim": 31, "warps": 1, "M": 16, "tag_bits": 16}
 BASE |= {"mode": "plain", "expand": 8, "ef": 200, "ef_upper": 4, "k": 12}
 BASE |= {"layout": (2, 2), "buckets": 1}
@@ -37,7 +37,7 @@ ROWS = [
 
 
 def smaller_third() -> list[pairwise.Row]:
-    """One launch of each of the specialisations with the fewest dimensions."""
+    """One launch of each of the third of specialisations with the fewest dimensions."""
     names = kernel_cases.SPECIALISATION
     specialised = sorted(kernel_cases.specialisations(), key=lambda row: row["dim"])
     return [

@@ -17,6 +17,7 @@ import pytest
 ray = pytest.importorskip("ray", reason="needs the extra `ray`")
 
 from collections_of import make, manifest_of
+from processes import processes
 
 import hnsw_gpu
 from hnsw_gpu import CorruptIndexError, PartialResult, SearchResult, ShardLostError
@@ -65,18 +66,6 @@ def actors() -> set[int]:
         pid for pid, parent, name in processes() if parent == os.getpid() and "raylet" in name
     ]
     return {pid for pid, parent, name in processes() if parent in raylets and "ShardActor" in name}
-
-
-def processes():
-    for place in Path("/proc").iterdir():
-        if place.name.isdecimal():
-            try:
-                stat, name = (place / "stat").read_text(), (place / "cmdline").read_text()
-            except (OSError, UnicodeDecodeError):
-                continue
-            state, parent = stat.rpartition(")")[2].split()[:2]
-            if state != "Z":
-                yield int(place.name), int(parent), name
 
 
 def wait(is_true, seconds=60.0):

@@ -19,6 +19,8 @@ ray = pytest.importorskip("ray", reason="needs the extra `ray`")
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
 
+from processes import processes
+
 import hnsw_gpu
 from hnsw_gpu import cli
 from hnsw_gpu.cluster import steps_on_ray
@@ -70,18 +72,6 @@ def files_of(folder):
 
 def tables_of(out):
     return {name: (out / name).read_bytes() for name in TABLES}
-
-
-def processes():
-    for place in Path("/proc").iterdir():
-        if place.name.isdecimal():
-            try:
-                stat, name = (place / "stat").read_text(), (place / "cmdline").read_text()
-            except (OSError, UnicodeDecodeError):
-                continue
-            state, parent = stat.rpartition(")")[2].split()[:2]
-            if state != "Z":
-                yield int(place.name), int(parent), name
 
 
 def workers(step):

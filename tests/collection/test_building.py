@@ -11,6 +11,7 @@ import oracle
 import pytest
 from click.testing import CliRunner
 from collections_of import make
+from processes import most_memory
 
 import hnsw_gpu
 from hnsw_gpu import cli
@@ -203,36 +204,17 @@ main(sys.argv[1:])
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_is_that_of_one_shard(tmp_path):
-    """Twenty shards, 400 MB as float32, take what four take, but for 8 bytes a row of ids."""
+    """Twenty shards, 400 MB as float32, take what four take."""
     distinct, most = RNG.normal(size=(500, 512)).astype(np.float16), {}
-    program = """
-import sys, threading, time
-from hnsw_gpu.cli import main
-most = [0]
-def watch():
-    while True:
-        for line in open("/proc/self/status"):
-            if line.startswith("RssAnon"):
-                most[0] = max(most[0], int(line.split()[1]) * 1024)
-        time.sleep(0.002)
-threading.Thread(target=watch, daemon=True).start()
-try:
-    main(sys.argv[1:])
-finally:
-    print("most", most[0])
-"""
     for shards in (4, 20):
         rows = distinct[RNG.integers(len(distinct), size=10_000 * shards)]
         lists = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(rows.reshape(-1)), 512)
         table = pyarrow.table({"embedding": lists, "id": np.arange(len(rows))})
         path = tmp_path / f"{shards}.parquet"
         parquet.write_table(table, path, row_group_size=5000, compression="none")
-        command = [sys.executable, "-c", program, "build", str(path), "-o", str(tmp_path / "out")]
-        command += ["--shard-rows", "10000", "--id-column", "id", "--M", "4"]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        how = ["--shard-rows", 10_000, "--id-column", "id", "--M", 4]
+        most[shards] = most_memory("build", path, "-o", tmp_path / "out", *how)
         assert len(hnsw_gpu.load(tmp_path / "out")) == len(rows)
-        most[shards] = int(done.stdout.split()[-1])
         (tmp_path / "out").rename(tmp_path / f"out of {shards}")
     assert most[20] < most[4] + (100 << 20)  # of 330 MB more
 

@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from processes import most_memory
 from test_in_memory import made
 
 from hnsw_gpu import Index, cli, dedup
@@ -334,32 +335,14 @@ def test_memory_stays_within_the_limit(tmp_path) -> None:
             pyarrow.table({"embedding": lists}), tmp_path / f"{place}.parquet",
             row_group_size=20_000, compression="none", use_dictionary=False,
         )  # fmt: skip
-    program = """
-import sys, threading, time
-from hnsw_gpu.cli import main
-most = [0]
-def watch():
-    while True:
-        for line in open("/proc/self/status"):
-            if line.startswith("RssAnon"):
-                most[0] = max(most[0], int(line.split()[1]) * 1024)
-        time.sleep(0.01)
-threading.Thread(target=watch, daemon=True).start()
-try:
-    main(sys.argv[1:])
-finally:
-    print("most", most[0])
-"""
     limit = 600 << 20
     files = [str(path) for path in sorted(tmp_path.glob("*.parquet"))]
-    command = [sys.executable, "-c", program, "dedup", *files, "-o", str(tmp_path / "out")]
-    done = subprocess.run(
-        [*command, "--memory-limit", "600M", "--threshold", "0.99", "--method", "hnsw"],
-        capture_output=True, text=True, env={**os.environ, "OPENBLAS_NUM_THREADS": "2"},
+    most = most_memory(
+        "dedup", *files, "-o", tmp_path / "out", "--memory-limit", "600M", "--threshold", "0.99",
+        "--method", "hnsw", env={**os.environ, "OPENBLAS_NUM_THREADS": "2"},
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
     assert sum(os.path.getsize(path) for path in files) * 2 > 2 * limit  # as float32
-    assert int(done.stdout.split()[-1]) < limit
+    assert most < limit
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["kept"] == len(distinct) and report["shards"]["count"] > 3
 

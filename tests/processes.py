@@ -1,0 +1,44 @@
+"""What tests ask of /proc: the processes there are, and the most memory that a command takes."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+WATCHED = """
+import sys, threading, time
+from hnsw_gpu.cli import main
+most = [0]
+def watch():
+    while True:
+        for line in open("/proc/self/status"):
+            if line.startswith("RssAnon"):
+                most[0] = max(most[0], int(line.split()[1]) * 1024)
+        time.sleep(0.002)
+threading.Thread(target=watch, daemon=True).start()
+try:
+    main(sys.argv[1:])
+finally:
+    print("most", most[0])
+"""
+
+
+def most_memory(*arguments: object, **how: object) -> int:
+    """Runs `hnsw-gpu ARGUMENTS`, which must succeed: most bytes of its own, mapped files aside."""
+    command = [sys.executable, "-c", WATCHED, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, **how)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout.split()[-1])
+
+
+def processes() -> Iterator[tuple[int, int, str]]:
+    """Number, parent's number and command line of every process that has not ended."""
+    for place in Path("/proc").iterdir():
+        if place.name.isdecimal():
+            try:
+                stat, name = (place / "stat").read_text(), (place / "cmdline").read_text()
+            except (OSError, UnicodeDecodeError):
+                continue
+            state, parent = stat.rpartition(")")[2].split()[:2]
+            if state != "Z":
+                yield int(place.name), int(parent), name

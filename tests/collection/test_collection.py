@@ -7,6 +7,9 @@ import numpy as np
 import oracle
 import pytest
 from collections_of import in_turn, make
+
+pytest.importorskip("hypothesis", reason="properties are tested with the extra `test`")
+
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -8,6 +8,9 @@ import zlib
 import numpy as np
 import pytest
 from collections_of import make, manifest_of
+
+pytest.importorskip("hypothesis", reason="properties are tested with the extra `test`")
+
 from hypothesis import given
 from hypothesis import strategies as st
 

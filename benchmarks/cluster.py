@@ -1,13 +1,15 @@
-"""A cluster's search: two workers against one on this machine, and a model of larger ones.
+"""A cluster: two workers against one on this machine, and a model of larger ones.
 
     python -m benchmarks.cluster --out benchmarks/results/cluster.json
 
 Measured: queries/s of a collection in this process and of one actor and two (a replica each, one
-thread each), the time of single calls, and of merging the answers of up to 64 shards. The model
-takes these, and says for 1 to 64 shards of up to 100 million rows what a shard holds, what a query
-sends, and how long callers wait by the number of replicas: every shard is a queue with a server a
-replica, arrivals are Poisson, a search takes a measured time, longer by the logarithm of the rows,
-and an answer is there when the last shard's is. Nothing of the network but its bytes is in it.
+thread each), the time of single calls, and of merging the answers of up to 64 shards; seconds of a
+build and of a deduplication by one worker and by two, and in this process; bytes of a row by dtype.
+The model takes the searches, and says for 1 to 64 shards of up to 100 million rows what a shard
+holds, what a query sends, and how long callers wait by the number of replicas: every shard is a
+queue with a server a replica, arrivals are Poisson, a search takes a measured time, longer by the
+logarithm of the rows, and an answer is there when the last shard's is. Nothing of the network but
+its bytes is in it.
 """
 
 import functools
@@ -19,6 +21,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import click
@@ -26,8 +29,11 @@ import numpy as np
 
 import hnsw_gpu
 from benchmarks.record import about, rounded
+from hnsw_gpu.cluster import steps_on_ray
 from hnsw_gpu.collection import merged_answers
 from hnsw_gpu.collection.building import build_collection
+from hnsw_gpu.deduplication import Settings, dedup_files
+from hnsw_gpu.files import Here, StepRunner
 
 BATCH, K, CALLERS = 256, 10, 4  # rows a call, results a query, threads that ask
 SHARDS = (1, 2, 4, 8, 16, 32, 64)
@@ -35,6 +41,12 @@ REPLICAS = (1, 2, 3)
 SHARD_ROWS = (1_000_000, 10_000_000, 100_000_000)
 LOAD = 0.7  # of what one replica of a shard can answer
 ARRIVALS = 2000
+JOB_SHARDS = 6
+WORKERS = (1, 2)
+DEDUP = Settings(threshold=0.97, method="hnsw", ef_construction=64, ef=32)
+DIMS = (100, 256, 768)
+STORED = (("fp32", ""), ("int8", "fp32"), ("int4", "fp16"))  # dtype and refine
+SIZED_ROWS = 3_000
 
 
 def latencies(
@@ -111,7 +123,7 @@ def measure(folder: Path, queries: np.ndarray, seconds: float) -> dict[str, Any]
         rates[f"in_process_{threads}_threads"] = rate_of(
             functools.partial(index.search, k=K, threads=threads), queries, seconds
         )
-    for workers in (1, 2):
+    for workers in WORKERS:
         with hnsw_gpu.Cluster(folder, replicas=workers, address="local", cpus=1) as cluster:
             cluster.search(queries, K)
             rates[f"{workers}_workers"] = rate_of(
@@ -134,6 +146,78 @@ def measure(folder: Path, queries: np.ndarray, seconds: float) -> dict[str, Any]
         found["merge_s"][str(shards)] = (time.perf_counter() - started) / 20
     found["queries_per_s"] = rates
     found["efficiency_of_two_workers"] = rates["2_workers"] / rates["1_workers"] / 2
+    return found
+
+
+def job_seconds(rows: Path, place: Path, shard_rows: int, runner: StepRunner) -> dict[str, float]:
+    """Of a build and of a deduplication of the same shards."""
+    begun = time.perf_counter()
+    build_collection([rows], place / "docs", shard_rows=shard_rows, runner=runner)
+    built = time.perf_counter()
+    dedup_files([rows], place / "unique", DEDUP, shard_rows=shard_rows, runner=runner)
+    return {"build": built - begun, "dedup": time.perf_counter() - built}
+
+
+def on_ray(workers: int, work: Callable[[StepRunner], dict[str, float]]) -> dict[str, float]:
+    """By so many workers of one thread, whose code is loaded: the second time counts."""
+    import ray
+
+    ray.init("local", num_cpus=workers, include_dashboard=False, log_to_driver=False)
+    try:
+        with steps_on_ray() as runner:
+            work(runner)
+            return work(runner)
+    finally:
+        ray.shutdown()
+
+
+def measure_jobs(rows: Path, shard_rows: int, rounds: int) -> dict[str, Any]:
+    """A build and a deduplication by one worker, by two, and in this process, in turn."""
+
+    def work(runner: StepRunner) -> dict[str, float]:
+        with tempfile.TemporaryDirectory() as place:
+            return job_seconds(rows, Path(place), shard_rows, runner)
+
+    sides: dict[str, Callable[[], dict[str, float]]] = {
+        **{f"{w}_workers": functools.partial(on_ray, w, work) for w in WORKERS},
+        **{f"in_process_{w}_threads": functools.partial(work, Here(w)) for w in WORKERS},
+    }
+    work(Here(1))  # code is compiled
+    turns = [{name: side() for name, side in sides.items()} for _ in range(rounds)]
+    found: dict[str, Any] = {"shards": JOB_SHARDS, "shard_rows": shard_rows, "rounds": rounds}
+    for job in ("build", "dedup"):
+        found[job] = {
+            "seconds": {name: median(turn[name][job] for turn in turns) for name in sides},
+            "efficiency_of_two_workers": median(
+                turn["1_workers"][job] / turn["2_workers"][job] / 2 for turn in turns
+            ),
+            "two_workers_over_two_threads": median(
+                turn["2_workers"][job] / turn["in_process_2_threads"][job] for turn in turns
+            ),
+        }
+    return found
+
+
+def sizes() -> list[dict[str, Any]]:
+    """Bytes of a row: in memory, of these refine rows, which a map leaves on disk; in a file."""
+    found = []
+    with tempfile.TemporaryDirectory() as place:
+        for dim in DIMS:
+            vectors = np.random.default_rng(dim).normal(size=(SIZED_ROWS, dim)).astype(np.float32)
+            for dtype, refine in STORED:
+                index = hnsw_gpu.Index(dim, dtype=dtype, refine=refine)
+                index.add(vectors)
+                index.save(file := Path(place) / "index.hnsw")
+                found.append(
+                    {
+                        "dim": dim,
+                        "dtype": dtype,
+                        "refine": refine,
+                        "bytes_a_row": index.nbytes / SIZED_ROWS,
+                        "refine_bytes_a_row": index.memory(0)["refine rows"] / SIZED_ROWS,
+                        "file_bytes_a_row": file.stat().st_size / SIZED_ROWS,
+                    }
+                )
     return found
 
 
@@ -165,9 +249,10 @@ def draw(result: dict[str, Any], out: Path) -> None:
 @click.option("--rows", default=200_000, show_default=True)
 @click.option("--dim", default=64, show_default=True)
 @click.option("--seconds", default=10.0, show_default=True, help="Of every measured rate.")
+@click.option("--rounds", default=3, show_default=True, help="Turns of each timed job.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="The .json to write.")
-def main(rows: int, dim: int, seconds: float, out: Path) -> None:
-    """Measure two workers against one; model more."""
+def main(rows: int, dim: int, seconds: float, rounds: int, out: Path) -> None:
+    """Measure two workers against one, and bytes of a row; model more."""
     rng = np.random.default_rng(0)
     centres = rng.normal(size=(1000, dim))
     vectors = centres[rng.integers(0, len(centres), rows + BATCH)]
@@ -177,10 +262,21 @@ def main(rows: int, dim: int, seconds: float, out: Path) -> None:
         folder = Path(place) / "docs.collection"
         build_collection([Path(place) / "rows.npy"], folder, shard_rows=rows)
         measured = measure(folder, vectors[rows:], seconds)
-    result = {"about": about([]), "dim": dim, "measured": measured, "model": model(measured, dim)}
+        few = rows // 2 // JOB_SHARDS  # rows of a shard: jobs are repeated
+        np.save(Path(place) / "fewer.npy", vectors[: few * JOB_SHARDS])
+        jobs = measure_jobs(Path(place) / "fewer.npy", few, rounds)
+    result = {
+        "about": about([]),
+        "dim": dim,
+        "measured": measured,
+        "jobs": jobs,
+        "sizes": sizes(),
+        "model": model(measured, dim),
+    }
     out.write_text(json.dumps(rounded(result), indent=1) + "\n")
     draw(result, out.with_suffix(".png"))
-    click.echo(f"efficiency of two workers: {measured['efficiency_of_two_workers']:.2f}")
+    for name, of in (("search", measured), ("build", jobs["build"]), ("dedup", jobs["dedup"])):
+        click.echo(f"{name}: efficiency of two workers {of['efficiency_of_two_workers']:.2f}")
 
 
 if __name__ == "__main__":

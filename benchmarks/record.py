@@ -37,15 +37,29 @@ def about(peers: list[str]) -> dict:
 
 
 def processor() -> str:
-    """Model and the vector extensions that matter here."""
+    """Model and the vector extensions that matter here; those that were left unused are named."""
     model, flags = cpuinfo()
     present = [flag for flag in ("avx2", "avx512f", "avx512_vnni") if flag in flags]
-    return f"{model} ({', '.join(present)})"
+    unused = [flag for flag in present if flag not in usable(flags)]
+    used = ", ".join(flag for flag in present if flag not in unused)
+    return f"{model} ({used}{'; without its ' * bool(unused)}{', '.join(unused)})"
+
+
+def usable(flags: list[str]) -> list[str]:
+    """Of a processor's flags those that our code may use: NUMBA_CPU_FEATURES can name fewer.
+
+    So one that has more stands in for a kind that is not at hand.
+    """
+    allowed = os.environ.get("NUMBA_CPU_FEATURES")
+    if allowed is None:
+        return flags
+    named = {feature.removeprefix("+") for feature in allowed.split(",")}
+    return [flag for flag in flags if flag.replace("_", "") in named]
 
 
 def kind() -> str:
     """Of processor: ratios of one say little about another, so their results lie side by side."""
-    _, flags = cpuinfo()
+    flags = usable(cpuinfo()[1])
     kinds = {"avx512_vnni": "AVX-512 VNNI", "avx512f": "AVX-512", "avx2": "AVX2"}
     return next((name for flag, name in kinds.items() if flag in flags), platform.machine())
 

@@ -459,6 +459,85 @@ def roofline() -> str:
     )
 
 
+# ---------------------------------------------------------------- clusters
+
+CLUSTER = "python -m benchmarks.cluster --out benchmarks/results/cluster.json"
+
+
+def sizes() -> str:
+    """What a shard of ten million rows takes."""
+    found = results("cluster")
+
+    def gigabytes(value: float) -> str:
+        return f"{value * 1e7 / 1e9:.1f}"
+
+    return table(
+        ["ten million rows", "memory, GB", "with refine rows left on disk, GB", "on disk, GB"],
+        [
+            [
+                f"{of['dim']}-d, {of['dtype']}" + f" + refine {of['refine']}" * bool(of["refine"]),
+                gigabytes(of["bytes_a_row"]),
+                gigabytes(of["bytes_a_row"] - of["refine_bytes_a_row"]),
+                gigabytes(of["file_bytes_a_row"]),
+            ]
+            for of in found["sizes"]
+        ],
+    ) + source("cluster", found["about"], CLUSTER)
+
+
+def workers() -> str:
+    """One worker against two, and against the same machine without Ray."""
+    found = results("cluster")
+    jobs, search = found["jobs"], found["measured"]
+    rates = search["queries_per_s"]
+    sides = ("1_workers", "2_workers", "in_process_1_threads", "in_process_2_threads")
+
+    def cells(job: str) -> list[str]:
+        seconds = jobs[job]["seconds"]
+        one = seconds["1_workers"]
+        return [f"{one / seconds[side]:.2f}" for side in sides]
+
+    searches = [f"{rates[side] / rates['1_workers']:.2f}" for side in sides]
+    heads = ["one worker", "two workers", "no Ray, one thread", "no Ray, two threads"]
+    return table(
+        ["speed, of one worker's", *heads],
+        [
+            [f"search, {search['rows']:,} rows", *searches],
+            *(
+                [f"{job}, {jobs['shards']} shards of {jobs['shard_rows']:,} rows", *cells(job)]
+                for job in ("build", "dedup")
+            ),
+        ],
+    ) + source("cluster", found["about"], CLUSTER, f"{found['dim']}-d, drawn; a thread a worker.")
+
+
+def waits() -> str:
+    """The model: how long callers wait by the number of shards and replicas."""
+    found = results("cluster")
+    points = {(p["shard_rows"], p["shards"], p["replicas"]): p for p in found["model"]}
+    rows = max(rows for rows, _, _ in points)
+    shards = sorted({shards for _, shards, _ in points})
+    replicas = sorted({replicas for _, _, replicas in points})
+    return table(
+        ["shards", *(f"{r} replica{'s' * (r > 1)}" for r in replicas), "bytes sent a query"],
+        [
+            [str(count)]
+            + [
+                ", ".join(f"{points[rows, count, r][q] * 1e3:.1f}" for q in ("p50_s", "p99_s"))
+                for r in replicas
+            ]
+            + [f"{points[rows, count, 1]['sent_bytes_a_query']:,}"]
+            for count in shards
+        ],
+    ) + source(
+        "cluster",
+        found["about"],
+        CLUSTER,
+        f"A model. Wait for an answer, ms, p50 and p99; shards of {rows:,} rows, of {found['dim']} "
+        "dimensions, at 0.7 of what one replica can answer.",
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "speed": speed,
     "race": race,
@@ -474,6 +553,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "dedup": dedup,
     "serving": serving,
     "roofline": roofline,
+    "sizes": sizes,
+    "workers": workers,
+    "waits": waits,
 }
 
 

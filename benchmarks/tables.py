@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from statistics import median as median_of
 
 import click
 
@@ -383,6 +384,21 @@ def _over_removed(sides: dict) -> str:
     return f"{max(side['over_removed'] for side in sides.values()):,}"
 
 
+def dedup_thresholds() -> str:
+    """Precision and recall by threshold, where a person can judge."""
+    found = results("dedup-thresholds")
+    of = found["results"]
+    return table(
+        ["threshold", *of],
+        [[name, *(f"{at[name]:.2f}" for at in of.values())] for name in ("precision", "recall")],
+    ) + source(
+        "dedup-thresholds",
+        found["about"],
+        "python -m benchmarks.dedup translations --out benchmarks/results/dedup-thresholds.json",
+        f"{found['rows']:,} verses.",
+    )
+
+
 def serving() -> str:
     """Batching, and what HTTP costs."""
     found = results("serve")
@@ -497,6 +513,13 @@ def workers() -> str:
         one = seconds["1_workers"]
         return [f"{one / seconds[side]:.2f}" for side in sides]
 
+    apart = [median_of(search[name]) for name in ("call_s", "call_in_process_s")]
+    beside = search["actor_bytes_beside_shard"]
+    more = (
+        f"{found['dim']}-d, drawn; a thread a worker. A call of one query takes an actor "
+        f"{1e3 * (apart[0] - apart[1]):.1f} ms more; it holds {beside / 2**20:.0f} MiB beside its "
+        "shard."
+    )
     searches = [f"{rates[side] / rates['1_workers']:.2f}" for side in sides]
     heads = ["one worker", "two workers", "no Ray, one thread", "no Ray, two threads"]
     return table(
@@ -508,7 +531,25 @@ def workers() -> str:
                 for job in ("build", "dedup")
             ),
         ],
-    ) + source("cluster", found["about"], CLUSTER, f"{found['dim']}-d, drawn; a thread a worker.")
+    ) + source("cluster", found["about"], CLUSTER, more)
+
+
+def cut() -> str:
+    """Recall and distances of one index, and of the same rows in shards."""
+    found = results("cluster")
+    cells: dict[int, list[str]] = {}
+    for of in found["cut"]["results"]:
+        cells.setdefault(of["ef"], []).append(f"{of['recall']:.3f}, {of['distances']:,.0f}")
+    shards = sorted({of["shards"] for of in found["cut"]["results"]})
+    return table(
+        ["ef", *("one index" if s == 1 else f"{s} shards" for s in shards)],
+        [[str(ef), *row] for ef, row in cells.items()],
+    ) + source(
+        "cluster",
+        found["about"],
+        CLUSTER,
+        f"Recall@10, distances a query. {found['cut']['rows']:,} × {found['dim']}, drawn.",
+    )
 
 
 def waits() -> str:
@@ -551,10 +592,12 @@ TABLES: dict[str, Callable[[], str]] = {
     "inner-product": inner_product,
     "adding": adding,
     "dedup": dedup,
+    "dedup-thresholds": dedup_thresholds,
     "serving": serving,
     "roofline": roofline,
     "sizes": sizes,
     "workers": workers,
+    "cut": cut,
     "waits": waits,
 }
 

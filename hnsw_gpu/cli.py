@@ -677,7 +677,7 @@ def dedup_preview(
 
 
 @main.command()
-@click.argument("index", type=click.Path(exists=True, path_type=Path))
+@click.argument("index", type=SAVED)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to bind to.")
 @click.option(
     "--port",
@@ -729,16 +729,18 @@ def dedup_preview(
 @click.option("--token-file", type=FILE, help="File with the token that requests must carry.")
 @click.option(
     "--root",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    type=PathOrUrl(exists=True, file_okay=False, path_type=Path),
     help="Folder that swaps are confined to.  [default: that of INDEX]",
 )
+@storage_option
 @threads_option
 def serve(
-    index: Path,
+    index: Path | str,
     host: str,
     port: int,
     token_file: Path | None,
-    root: Path | None,
+    root: Path | str | None,
+    storage_options: dict[str, Any] | None,
     max_body: int,
     allowed_hosts: tuple[str, ...],
     log_format: str,
@@ -746,7 +748,7 @@ def serve(
     replicas: int | None,
     **settings: Any,
 ) -> None:
-    """Serve searches of INDEX, or of a collection, over HTTP.
+    """Serve searches of INDEX, or of a collection here or at a URL, over HTTP.
 
     POST /v1/search takes queries as .npy, safetensors or JSON; / is a live status page, /metrics
     serves Prometheus, /openapi.json describes the API. Requests that arrive while the engine is
@@ -759,7 +761,7 @@ def serve(
     \b
     Example:
       hnsw-gpu serve docs.hnsw --port 8080
-      hnsw-gpu serve docs.collection --ray 10.0.0.1:6379 --replicas 2
+      hnsw-gpu serve s3://bucket/docs.collection --ray 10.0.0.1:6379 --replicas 2
     """
     started = time.perf_counter()
 
@@ -770,14 +772,22 @@ def serve(
             click.echo(text, err=True)
 
     try:
-        from hnsw_gpu.serve import OnRay, ServerSettings, listen, log_to_stderr, serve
+        from hnsw_gpu.serve import (
+            OnRay,
+            ServerSettings,
+            listen,
+            log_to_stderr,
+            name_within,
+            saved_at,
+            serve,
+        )
     except ImportError as error:
         raise ImportError(f'{error}: pip install "hnsw-gpu[serve]"') from None
 
     token = None if token_file is None else _token(token_file)
-    path = index.resolve()
-    folder = (root or index.parent).resolve()
-    if not path.is_relative_to(folder):
+    path = saved_at(index, storage_options)
+    folder = path.parent if root is None else saved_at(root, storage_options)
+    if name_within(path, folder) is None:
         raise click.UsageError(f"{index} is not within --root {root}")
     if replicas is not None and address is None:
         raise click.UsageError("--replicas are actors on a Ray cluster: --ray says on which")

@@ -15,6 +15,7 @@ from hnsw_gpu import Index
 from hnsw_gpu.serve import formats
 from hnsw_gpu.serve.live_index import LiveIndex
 from hnsw_gpu.serve.process import Process, listen
+from hnsw_gpu.serve.saved_place import saved_at
 from hnsw_gpu.serve.server import Server
 from hnsw_gpu.serve.settings import ServerSettings
 
@@ -116,9 +117,9 @@ def saved(folder: Path, name: str = "docs.hnsw", vectors: np.ndarray = VECTORS) 
 
 
 @contextmanager
-def running(path: Path, **settings: Any) -> Iterator[Running]:
-    """Serves `path` until the block ends."""
-    path = path.resolve()
+def running(place: Path | str, **settings: Any) -> Iterator[Running]:
+    """Serves what lies at a path or a URL until the block ends."""
+    path = saved_at(place)
     server = Server(ServerSettings(path, path.parent, **{"drain_s": 0.0, **settings}))
     process, live = Process(server), server.live
     listening = listen("127.0.0.1", 0)

@@ -20,7 +20,7 @@ from hnsw_gpu.cluster.shard_actor import ShardActor, ShardFacts
 from hnsw_gpu.cluster.shard_calls import LOOK, ShardCalls, ShardLostError
 from hnsw_gpu.collection import Manifest, Sharded, merged_answers, read_manifest
 from hnsw_gpu.engine import Walk
-from hnsw_gpu.files import Folder, LocalFolder, folder_at
+from hnsw_gpu.files import Folder, LocalFolder, Place, folder_at
 from hnsw_gpu.index import Index
 from hnsw_gpu.results import PartialResult, SearchResult, reported
 
@@ -55,7 +55,7 @@ class Cluster(Sharded):
 
     def __init__(
         self,
-        path: str | os.PathLike[str],
+        path: Place,
         replicas: int = 2,
         *,
         address: str | None = None,

@@ -3,6 +3,7 @@
 from hnsw_gpu.collection.building import build_collection, interrupted_state
 from hnsw_gpu.collection.collection import (
     Collection,
+    load_collection,
     open_shard,
     saved_checksum,
     shard_path,
@@ -20,6 +21,7 @@ __all__ = [
     "interrupted_state",
     "is_collection",
     "load",
+    "load_collection",
     "merged_answers",
     "open_shard",
     "read_manifest",

@@ -129,9 +129,9 @@ def shard_path(place: Place, entry: ShardEntry) -> Path:
     return folder.copy(entry.file, f"{entry.checksum} {entry.bytes}", verify_arrays)
 
 
-def saved_checksum(path: Path) -> str:
+def saved_checksum(place: Place) -> str:
     """8 hexadecimal digits of a saved collection: equal ones."""
-    return read_manifest(path).checksum
+    return read_manifest(folder_at(place)).checksum
 
 
 def open_shard(path: Path, entry: ShardEntry, manifest: Manifest, mmap: bool) -> Index:

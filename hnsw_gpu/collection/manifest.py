@@ -12,7 +12,6 @@ import os
 import re
 import zlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from hnsw_gpu import inputs
@@ -96,9 +95,9 @@ def read_manifest(place: Place) -> Manifest:
     return manifest
 
 
-def is_collection(path: Path) -> bool:
+def is_collection(place: Place) -> bool:
     """Does a manifest lie in this folder?"""
-    return (path / MANIFEST).is_file()
+    return folder_at(place).has(MANIFEST)
 
 
 def entry_of(place: Place, name: str) -> ShardEntry:

@@ -2,7 +2,7 @@
 
 from hnsw_gpu.files.arrow_columns import filtered, ordered_values, taken, texts
 from hnsw_gpu.files.checkpoints import Checkpoints
-from hnsw_gpu.files.folders import Folder, LocalFolder, Place, folder_at, is_url
+from hnsw_gpu.files.folders import Folder, LocalFolder, Place, RemoteFolder, folder_at, is_url
 from hnsw_gpu.files.output_folder import held
 from hnsw_gpu.files.page import read_page
 from hnsw_gpu.files.sources import Sources, file_checksum, list_files, open_sources
@@ -33,6 +33,7 @@ __all__ = [
     "Here",
     "LocalFolder",
     "Place",
+    "RemoteFolder",
     "Shown",
     "Sources",
     "StepRunner",

@@ -68,7 +68,7 @@ class LocalFolder:
 
     def has(self, name: str) -> bool:
         """Is there such a file?"""
-        return (self.path / name).exists()
+        return os.path.lexists(self.path / name)  # a link that leads nowhere is told when opened
 
     def make(self) -> None:
         """Make it, unless it is there."""
@@ -121,6 +121,16 @@ class RemoteFolder:
 
     def __str__(self) -> str:
         return self._url
+
+    @property
+    def name(self) -> str:
+        """The last part of the URL."""
+        return self._url.rpartition("/")[2]
+
+    @property
+    def parent(self) -> "RemoteFolder":
+        """The folder that it lies in."""
+        return RemoteFolder(self._url.rpartition("/")[0], self._options)
 
     def place(self, name: str) -> str:
         return f"{self._url}/{name}"

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from hnsw_gpu.serve.client import AnswerError, Client, ServerError
     from hnsw_gpu.serve.logs import log_to_stderr
     from hnsw_gpu.serve.process import listen, serve
+    from hnsw_gpu.serve.saved_place import name_within, saved_at
     from hnsw_gpu.serve.served_index import ServedIndex
     from hnsw_gpu.serve.settings import OnRay, ServerSettings
 
@@ -27,6 +28,8 @@ __all__ = [
     "ServerSettings",
     "listen",
     "log_to_stderr",
+    "name_within",
+    "saved_at",
     "serve",
 ]
 
@@ -42,6 +45,8 @@ _HOME = {
     "ServerSettings": "settings",
     "listen": "process",
     "log_to_stderr": "logs",
+    "name_within": "saved_place",
+    "saved_at": "saved_place",
     "serve": "process",
 }
 

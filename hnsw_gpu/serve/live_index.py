@@ -4,16 +4,14 @@ import asyncio
 import contextlib
 import gc
 import logging
-import os
 from collections.abc import AsyncIterator, Callable
-from pathlib import Path
 
-from hnsw_gpu.collection import is_collection
 from hnsw_gpu.engine import memory_free
 from hnsw_gpu.searching import Searching
 from hnsw_gpu.serve.batcher import Batcher, QueueFullError
 from hnsw_gpu.serve.metrics import Metrics
 from hnsw_gpu.serve.problem import Problem, message_of
+from hnsw_gpu.serve.saved_place import Saved, named_within
 from hnsw_gpu.serve.served_index import (
     ServedIndex,
     close_index,
@@ -126,10 +124,15 @@ class LiveIndex:
         """Load the index at `name`, relative to the root, beside the current one; then serve it.
 
         Problem 404: no such file in the root. 409: another swap is running. 422: it cannot be
-        loaded, or has another dim or metric and the swap is not forced. 507: memory does not hold
-        both.
+        loaded, or has another dim or metric and the swap is not forced. 502: the URL of the root
+        does not answer. 507: memory does not hold both.
         """
-        path = self._path_in_root(name)
+        try:
+            path = await asyncio.to_thread(named_within, self._settings.root, name)
+        except FileNotFoundError:
+            raise Problem(404, f"no index at {name!r:.200}") from None
+        except OSError as error:
+            raise Problem(502, message_of(error)) from None
         if self._swapping.locked():
             raise Problem(409, "wait until the swap that runs is done")
         outcome = "failed"
@@ -153,21 +156,7 @@ class LiveIndex:
         self.served = served
         self._metrics.served(served)
 
-    def _path_in_root(self, name: str) -> Path:
-        """The path of an index or a collection in the root; else 404 as if it were missing."""
-        root = self._settings.root
-        try:
-            given = os.path.join(root, name)
-            os.stat(given)  # as the system sees it: neither FILE/ nor MISSING/../FILE
-            path = Path(given).resolve()
-            is_inside = path.is_relative_to(root) and (path.is_file() or is_collection(path))
-        except (ValueError, OSError, RuntimeError):  # a null byte, a name too long, a loop of links
-            is_inside = False
-        if not is_inside:
-            raise Problem(404, f"no index at {name!r:.200}")
-        return path
-
-    def _load_beside(self, path: Path, is_forced: bool) -> ServedIndex:
+    def _load_beside(self, path: Saved, is_forced: bool) -> ServedIndex:
         """Load the next index if memory holds it beside the current one."""
         assert self.served is not None
         try:
@@ -193,9 +182,9 @@ class LiveIndex:
     def _without_root(self, message: str) -> str:
         """The message, with the names of files relative to the root."""
         root = str(self._settings.root)
-        return message if root == os.sep else message.replace(root + os.sep, "")
+        return message if root == "/" else message.replace(root + "/", "")
 
-    def _load(self, path: Path, version: int) -> ServedIndex:
+    def _load(self, path: Saved, version: int) -> ServedIndex:
         settings = self._settings
         return load_served_index(
             path, version, device=settings.device, mmap=settings.mmap, threads=settings.threads,

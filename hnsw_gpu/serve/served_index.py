@@ -4,19 +4,19 @@ Beside `docs.hnsw` may lie `docs.filters/NAME.npy`, a filter of that name (a boo
 int labels of what may be returned), and `docs.canary.npy`, queries (q, dim) that measure recall.
 """
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
 
 from hnsw_gpu.cluster import Cluster
-from hnsw_gpu.collection import is_collection, load, saved_checksum
-from hnsw_gpu.files import arrays_checksum, read_vectors
+from hnsw_gpu.collection import is_collection, load, load_collection, saved_checksum
+from hnsw_gpu.files import arrays_checksum
 from hnsw_gpu.results import SearchResult
 from hnsw_gpu.searching import Searching
 from hnsw_gpu.serve import formats
+from hnsw_gpu.serve.saved_place import Saved, beside, content
 from hnsw_gpu.serve.settings import OnRay
 
 CANARY_ROWS = 64
@@ -40,7 +40,7 @@ class ServedIndex:
     """What is served, from one swap to the next."""
 
     version: int  # 1, 2, ... since the server began
-    path: Path
+    path: Saved
     checksum: str
     index: Searching
     filters: dict[str, np.ndarray]
@@ -48,7 +48,7 @@ class ServedIndex:
 
 
 def load_served_index(
-    path: Path,
+    path: Saved,
     version: int,
     *,
     device: str = "auto",
@@ -57,12 +57,15 @@ def load_served_index(
     on_ray: OnRay | None = None,
 ) -> ServedIndex:
     """Load an index and the files beside it; compile its kernels, run a search of each kind."""
-    checksum = saved_checksum(path) if is_collection(path) else arrays_checksum(path)
+    is_one = isinstance(path, Path) and not is_collection(path)
+    checksum = arrays_checksum(path) if is_one else saved_checksum(path)  # type: ignore[arg-type]
     index: Searching
-    if on_ray is None:
+    if on_ray is not None:
+        index = _on_ray(path, on_ray, device, threads)
+    elif isinstance(path, Path):
         index = load(path, mmap=mmap or None, device=device)
     else:
-        index = _on_ray(path, on_ray, device, threads)
+        index = load_collection(path, device=device)
     try:
         filters = _filters(path, index)
         canary = _canary(path, index, threads)
@@ -73,7 +76,7 @@ def load_served_index(
     return ServedIndex(version, path, checksum, index, filters, canary)
 
 
-def _on_ray(path: Path, on_ray: OnRay, device: str, threads: int | None) -> Cluster:
+def _on_ray(path: Saved, on_ray: OnRay, device: str, threads: int | None) -> Cluster:
     gpus = 0 if device in ("auto", "cpu") else 1
     cpus = 2 if threads is None else threads
     return Cluster(
@@ -88,37 +91,32 @@ def close_index(index: Searching) -> None:
         index.close()
 
 
-def _filters(path: Path, index: Searching) -> dict[str, np.ndarray]:
-    filters = {}
-    for file in sorted(path.with_suffix(".filters").glob("*.npy")):
-        _require_file(file)
+def _filters(path: Saved, index: Searching) -> dict[str, np.ndarray]:
+    around, name = beside(path, ".filters")
+    folder, filters = around.within(name), {}
+    for name in folder.names():
+        if not name.endswith(".npy"):
+            continue
         try:
-            allow = formats.read_npy(file.read_bytes())
+            allow = formats.read_npy(content(folder, name))
             if allow.ndim != 1:
                 raise ValueError(f"shape {allow.shape}, expected (n,)")
             index.search(np.empty((0, index.dim), np.float32), 1, allow=allow)
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{file}: {error}") from None
-        filters[file.stem] = allow
+            raise ValueError(f"{folder.place(name)}: {error}") from None
+        filters[PurePosixPath(name).stem] = allow
     return filters
 
 
-def _require_file(path: Path) -> None:
-    """ValueError for a folder, a link that leads nowhere, or a pipe, on which reading waits."""
-    if not path.is_file():
-        raise ValueError(f"{path}: is not a file")
-
-
-def _canary(path: Path, index: Searching, threads: int | None) -> Canary | None:
+def _canary(path: Saved, index: Searching, threads: int | None) -> Canary | None:
     if not len(index):
         return None
-    file = path.with_suffix(".canary.npy")
-    if os.path.lexists(file):
-        _require_file(file)
+    folder, name = beside(path, ".canary.npy")
+    if folder.has(name):
         try:
-            queries = index.checked_queries(read_vectors(file))
+            queries = index.checked_queries(formats.read_npy(content(folder, name)))
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{file}: {error}") from None
+            raise ValueError(f"{folder.place(name)}: {error}") from None
     else:
         queries = index.vectors(index.some_labels(CANARY_ROWS))
     k = min(CANARY_K, len(index))
@@ -126,8 +124,8 @@ def _canary(path: Path, index: Searching, threads: int | None) -> Canary | None:
     return Canary(queries, truth.distances[:, -1:], k)
 
 
-def memory_needed(path: Path) -> int:
+def memory_needed(path: Saved) -> int:
     """Roughly the bytes that loading an index takes; 0 of a collection, which is mapped."""
-    if is_collection(path):
+    if not isinstance(path, Path) or is_collection(path):
         return 0
     return path.stat().st_size * 5 // 4

@@ -53,6 +53,7 @@ from hnsw_gpu.serve.request import (
     search_parameters,
 )
 from hnsw_gpu.serve.request_body import BodyReader
+from hnsw_gpu.serve.saved_place import name_within
 from hnsw_gpu.serve.served_index import ServedIndex
 from hnsw_gpu.serve.settings import ServerSettings
 
@@ -201,7 +202,7 @@ class Server:
             "parameters": {name: getattr(index, name) for name in names},
             "checksum": served.checksum,
             "version": served.version,
-            "path": _shown(str(served.path.relative_to(self.settings.root))),
+            "path": _shown(name_within(served.path, self.settings.root) or str(served.path)),
             "filters": sorted(map(_shown, served.filters)),
             "limits": {"k": MOST_K, "ef": MOST_EF, "results": MOST_RESULTS}
             | {"body_bytes": self.settings.most_body},

@@ -1,7 +1,8 @@
 """Settings of the server."""
 
-from pathlib import Path
 from typing import NamedTuple
+
+from hnsw_gpu.serve.saved_place import Saved
 
 
 class OnRay(NamedTuple):
@@ -15,8 +16,8 @@ class OnRay(NamedTuple):
 class ServerSettings(NamedTuple):
     """How to serve."""
 
-    path: Path  # of the saved index
-    root: Path  # swaps are confined to this folder
+    path: Saved  # index or collection
+    root: Saved  # swaps are confined to this folder
     on_ray: OnRay | None = None
     device: str = "auto"
     mmap: bool = False

@@ -270,17 +270,23 @@ main(sys.argv[1:])
 """
 
 
-def begun(path, out):
-    arguments = ["dedup", path, "-o", out, "--threshold", "0.97", "--method", "hnsw",
-                 "--ef-construction", "40", "--shard-rows", "80", "--ray", "local"]  # fmt: skip
+COMMANDS = {
+    "build": ["build", "--M", "8"],
+    "dedup": ["dedup", "--threshold", "0.97", "--method", "hnsw"],
+}
+
+
+def begun(name, path, out):
+    arguments = [*COMMANDS[name], path, "-o", out, "--ef-construction", "40",
+                 "--shard-rows", "80", "--ray", "local"]  # fmt: skip
     command = [sys.executable, "-c", COMMAND, *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def ended(path, out, step, how, code):
+def ended(name, path, out, step, how, code):
     """End a driver once a step is there, see its Ray end too, and return what was told."""
-    driver = begun(path, out)
-    wait(lambda: list((out / WORK).glob(f"{step}*")) or driver.poll() is not None)
+    driver = begun(name, path, out)
+    wait(lambda: list(out.rglob(f"{step}*")) or driver.poll() is not None)
     assert of_ray(driver.pid)
     driver.send_signal(how)
     _, told = driver.communicate(timeout=60)
@@ -291,10 +297,16 @@ def ended(path, out, step, how, code):
 
 @pytest.mark.slow
 def test_interrupted_and_killed_drivers_leave_no_ray_and_go_on(tmp_path, path, runner):
-    out = tmp_path / "out"
-    told = ended(path, out, "shard-0001", signal.SIGINT, 130)
-    assert re.search(r"\d+ shards built, \d+ blocks joined: the same command goes on", told)
-    ended(path, out, "block-0000", signal.SIGKILL, -signal.SIGKILL)
+    docs, out = tmp_path / "docs", tmp_path / "out"
+    told = ended("build", path, docs, "shard-0001", signal.SIGINT, 130)
+    assert re.search(r"\d+ shards built: the same command goes on", told)
+    shards = {file: file.stat().st_mtime_ns for file in docs.glob("shard-*.hnsw")}
+    assert 1 <= len(shards) < 10
+    build_collection([path], docs, shard_rows=80, runner=runner, **HOW)
+    assert shards == {file: file.stat().st_mtime_ns for file in shards}
+    build_collection([path], tmp_path / "here", shard_rows=80, **HOW)
+    assert files_of(docs) == files_of(tmp_path / "here")
+    ended("dedup", path, out, "block-0000", signal.SIGKILL, -signal.SIGKILL)
     times = {file: file.stat().st_mtime_ns for file in (out / WORK).glob("[sb]*.safetensors")}
     assert 10 < len(times) < 66
     with pytest.raises(KeyboardInterrupt):

@@ -13,6 +13,7 @@ from collections_of import make
 from served import running
 
 import hnsw_gpu
+from hnsw_gpu.files.folders import CACHE
 
 RNG = np.random.default_rng(2)
 ROWS = RNG.normal(size=(600, 8)).astype(np.float32)
@@ -64,3 +65,47 @@ def test_swaps_between_an_index_and_collections(tmp_path):
         refused = fresh.call.as_json({"path": "four.collection"}, "/v1/index:swap")
         refused.refused(422, "four.collection/shard-0003.hnsw: is missing")
         assert fresh.call("GET", "/v1/index").json["path"] == "docs.hnsw"
+
+
+def test_a_collection_at_a_url(tmp_path, monkeypatch):
+    """With what lies beside it; swaps stay in its folder, whatever a name says."""
+    fsspec = pytest.importorskip("fsspec", reason="needs the extra `remote`")
+    monkeypatch.setenv(CACHE, str(tmp_path / "copies"))
+    make(tmp_path / "docs", ROWS, LABELS)
+    make(tmp_path / "other", ROWS[::-1].copy(), LABELS, shards=1)
+    make(tmp_path / "elsewhere", ROWS, LABELS, shards=1)
+    (tmp_path / "docs.filters").mkdir()
+    np.save(tmp_path / "docs.filters" / "fifth.npy", LABELS[::5])
+    np.save(tmp_path / "docs.canary.npy", QUERIES[:3])
+    memory = fsspec.filesystem("memory")
+    for name in ("docs", "other", "docs.filters", "docs.canary.npy"):
+        memory.put(str(tmp_path / name), f"/bucket/{name}", recursive=True)
+    memory.put(str(tmp_path / "elsewhere"), "/elsewhere", recursive=True)
+    try:
+        with running("memory://bucket/docs") as fresh:
+            for target, name, how in (
+                ("/v1/search?k=7&ef=40", "docs", {"ef": 40}),
+                ("/v1/search?k=7&allow=fifth", "docs", {"allow": LABELS[::5]}),
+                ("/v1/search?k=7", "other", {}),
+            ):
+                if name == "other":
+                    told = fresh.call.as_json({"path": name}, "/v1/index:swap").json
+                    assert (told["path"], told["version"]) == (name, 2)
+                answer = fresh.call.search(QUERIES, target, Accept="application/json").json
+                expected = hnsw_gpu.load(tmp_path / name).search(QUERIES, 7, **how)
+                assert answer["labels"] == expected.labels.tolist()
+            assert fresh.call("GET", "/v1/index").json["path"] == "other"
+            there = f"file://{tmp_path}/elsewhere"
+            for name in (
+                "../elsewhere", "/elsewhere", "docs/../../elsewhere", "docs/", "", ".", "none",
+                f"docs::{there}", there, "docs?x", "docs.canary.npy", "docs\\x", "a\nb", "d*",
+            ):  # fmt: skip
+                reply = fresh.call.as_json({"path": name}, "/v1/index:swap")
+                assert reply.status in (404, 422), name
+            assert fresh.call("GET", "/v1/index").json["version"] == 2
+        memory.pipe("/bucket/docs.canary.npy", b"no array")
+        with running("memory://bucket/docs") as fresh:
+            assert "memory://bucket/docs.canary.npy: " in str(fresh.live.error)
+    finally:
+        memory.rm("/bucket", recursive=True)
+        memory.rm("/elsewhere", recursive=True)

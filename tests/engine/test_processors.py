@@ -83,10 +83,11 @@ print("done")
 
 
 def run(cpu, cache, *command):
-    """A job in a process that compiles for `cpu`, or for the processor that is there."""
-    environment = {**os.environ, "NUMBA_CACHE_DIR": str(cache)}
+    """A job in a process that compiles for `cpu`, or as all others do."""
+    environment = dict(os.environ)
     if cpu != "host":
         environment |= {"NUMBA_CPU_NAME": cpu, "NUMBA_CPU_FEATURES": LEVELS[cpu]}
+        environment["NUMBA_CACHE_DIR"] = str(cache)
     command = [sys.executable, "-c", *map(str, command)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")

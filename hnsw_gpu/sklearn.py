@@ -30,9 +30,7 @@ MODES = ("distance", "connectivity")
 FLOATS = (np.float64, np.float32)
 
 
-class HNSWTransformer(  # type: ignore[misc]  # scikit-learn is untyped
-    ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator
-):
+class HNSWTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     """Rows (m, dim) into the sparse graph of their nearest fitted rows, found by an `Index`.
 
     mode: what the graph holds, "distance" or "connectivity" (ones).
@@ -91,7 +89,7 @@ class HNSWTransformer(  # type: ignore[misc]  # scikit-learn is untyped
         return self
 
     def transform(self, X: ArrayLike) -> csr_matrix:
-        """The graph of rows (m, dim): float64 CSR (m, n_samples_fit_), nearest first in each row.
+        """The graph of rows (m, dim): float64 CSR (m, n_samples_fit_), in each row nearest first.
 
         ValueError where fewer rows were fitted than one of the graph holds.
         """
@@ -119,7 +117,7 @@ class HNSWTransformer(  # type: ignore[misc]  # scikit-learn is untyped
         )
 
     def _row_length(self, asked: int | None = None) -> int:
-        """Neighbours in a row of the graph; `asked` rows, unless none are searched."""
+        """Neighbours in a row of the graph, of `asked` rows if the index is there to be asked."""
         length = inputs.integer("n_neighbors", self.n_neighbors, 1)
         length += inputs.one_of("mode", self.mode, MODES) == "distance"
         if asked is not None and length > self.n_samples_fit_:
@@ -130,11 +128,15 @@ class HNSWTransformer(  # type: ignore[misc]  # scikit-learn is untyped
         return length
 
     def _graph(self, labels: np.ndarray, distances: np.ndarray) -> csr_matrix:
-        """Neighbours (m, length) as a graph."""
+        """Neighbours (m, length) as a graph.
+
+        1 - cosine of copies may round to less than 0, which nobody takes for a distance. A graph of
+        float32 would be converted by estimators, and SciPy sorts by column what it converts.
+        """
         count, length = labels.shape
         if self.mode == "connectivity":
             weights = np.ones(labels.size)
-        else:  # 1 - cosine of copies may round to less than 0, which nobody takes for a distance
+        else:
             weights = np.maximum(distances.ravel(), 0).astype(np.float64)
         starts = np.arange(0, labels.size + 1, length)
         return csr_matrix((weights, labels.ravel(), starts), shape=(count, self.n_samples_fit_))

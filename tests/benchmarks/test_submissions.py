@@ -11,8 +11,7 @@ import pytest
 
 yaml = pytest.importorskip("yaml", reason="PyYAML comes with the extra `ray`")
 
-BASE = oracle.gaussian(900, 16, seed=1, clusters=12)
-QUERIES = oracle.gaussian(40, 16, seed=2, clusters=12)
+BASE, QUERIES = oracle.gaussian(900, 32, seed=1), oracle.gaussian(40, 32, seed=2)
 K = 10
 MEANING = {  # of the harnesses' names of distances
     "angular": "cosine",
@@ -73,7 +72,7 @@ def test_it_runs_as_it_is_configured(submission):
             if harness == "ann_benchmarks":
                 algorithm.batch_query(QUERIES, K)
                 np.testing.assert_array_equal(algorithm.get_batch_results(), found)
-        assert recalls[0] <= recalls[-1] and recalls[-1] > 0.99
+        assert recalls[0] <= recalls[-1] and recalls[-1] >= 0.98
         assert len(names) == 2
         assert algorithm.get_additional() == {"index_bytes": algorithm.index.nbytes}
 
@@ -88,4 +87,4 @@ def test_metrics_order_as_the_harness_does(submission):
         algorithm.set_query_arguments(200, None)
         found = np.stack([algorithm.query(query, K) for query in QUERIES])
         truth = oracle.distances(QUERIES, rows, MEANING[theirs])
-        assert oracle.recall(found, truth, K) > 0.99, theirs
+        assert oracle.recall(found, truth, K) >= 0.98, theirs

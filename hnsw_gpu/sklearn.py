@@ -89,7 +89,7 @@ class HNSWTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         return self
 
     def transform(self, X: ArrayLike) -> csr_matrix:
-        """The graph of rows (m, dim): float64 CSR (m, n_samples_fit_), in each row nearest first.
+        """The graph of rows (m, dim): float64 CSR (m, fitted rows), in each row nearest first.
 
         ValueError where fewer rows were fitted than one of the graph holds.
         """

@@ -66,7 +66,7 @@ def test_a_graph_of_connections_may_hold_each_row_alone():
 def test_copies_are_no_nearer_than_the_row_itself():
     """1 - cosine of float32 rows rounds to either side of 0, and below it estimators refuse."""
     rows = np.repeat(ROWS[:40], 5, axis=0) * np.tile(np.float32([1, 1.1, 1.7, 3, 3]), 40)[:, None]
-    graph = HNSWTransformer(n_neighbors=4, metric="cosine").fit_transform(rows)
+    graph = HNSWTransformer(n_neighbors=4, metric="cosine", ef=200).fit_transform(rows)
     assert graph.indices[::5].tolist() == list(range(200))
     assert (np.sort(graph.indices.reshape(200, 5)) // 5 == np.arange(200)[:, None] // 5).all()
     assert graph.data.min() == 0 and graph.data.max() < 1e-6

@@ -21,6 +21,7 @@ CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 ON_THE_GROUND = {
     "cli": {"__main__", "cli", "terminal", "doctor"},
     "hnswlib": {"hnswlib"},
+    "sklearn": {"sklearn"},
     "index": {
         *("index", "searching", "inputs", "results", "exhaustive", "recall", "progress"),
         *("conversion", "tuning", "warming"),
@@ -41,6 +42,7 @@ EXTRAS = {
     "process": {"uvicorn"},
     "protocol": {"httptools", "uvicorn"},
     "metrics": {"prometheus_client"},
+    "sklearn": {"joblib", "scipy", "sklearn"},
 }
 
 BANNED_FILES = {"utils", "util", "helpers", "common", "base", "types", "config", "manager"}
@@ -323,7 +325,7 @@ assert index.search(rows, 1).labels[:, 0].tolist() == list(range(8))
 def test_works_without_the_extras():
     banned = [
         *("cupy", "faiss", "hnswlib", "hypothesis", "matplotlib", "psutil", "pyarrow", "pynvml"),
-        *("scipy", "tokenizers", "torch", "usearch", "wordllama"),
+        *("scipy", "sklearn", "tokenizers", "torch", "usearch", "wordllama"),
     ]
     code = WITHOUT_EXTRAS.format(banned=set(banned))
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

@@ -1,0 +1,1 @@
+"""What ann-benchmarks takes: this folder, as its `ann_benchmarks/algorithms/hnsw_gpu`."""

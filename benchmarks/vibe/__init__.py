@@ -1,0 +1,1 @@
+"""What VIBE takes: this folder, as its `vibe/algorithms/hnsw_gpu`."""

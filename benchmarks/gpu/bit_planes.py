@@ -6,18 +6,20 @@ writes `results/bit-planes.json`: of the rows that walks score on layer 0, the s
 than the worst key of the full beam at the step's start, the share that a gate can tell so from one
 or two of the four planes of its codes, and the bytes that this saves. README.md has the outcome.
 
-In a row's first planes (and its tail) lie its values' middles: 8 or -8 where the first bit is all
-that is known of -15, -13, ..., 15. A gate that is certain changes no answer:
+The first planes tell the middle of the values that share them: 8 or -8, of -15, -13, ..., 15, where
+only the first bit is known. A gate is the least distance that a row can have. Two are certain:
 
     interval  no value is further from its middle than RADIUS
-    angle     no row is nearer to the query than its middles' angle to the query less its own to its
-              middles, which is kept beside them
+    angle     the query is not nearer to a row than to its middles, less the angle between the row
+              and its middles, which is kept beside them
 
-and one that may be wrong does: SIGMAS standard deviations of RaBitQ's estimate (Gao and Long 2024).
+and SIGMAS standard deviations of RaBitQ's estimate (Gao and Long 2024) are not: recall with these is
+that of walks that believe them.
 """
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,92 +40,74 @@ from hnsw_gpu.engine.vectors import encode_queries
 
 K, EXPAND = 10, 4  # as a GPU walks
 EFS = (64, 128, 256)
-RADIUS = {1: 7, 2: 3}  # of the values that share their first planes, by how many these are
+RADIUS = {1: 7, 2: 3}  # by the number of first planes
 SIGMAS = (3, 4)
-GATES = ("interval", "angle", *(f"{sigmas} sigma" for sigmas in SIGMAS))
-INTERVAL, ANGLE, NO_GATE = 0, 1, -1
+CERTAIN = ("interval", "angle")
+GATES = (*CERTAIN, *(f"{sigmas} sigma" for sigmas in SIGMAS))
 SECTOR = 32  # bytes, the least that a GPU reads
+BATCH = 50  # queries
 
 
-class Rows(NamedTuple):
-    """int4 rows as a gate has them."""
+class Planes(NamedTuple):
+    """The first bit planes of int4 rows, and what is kept of the others."""
 
-    values: np.ndarray  # int8 (n, dim): -15, -13, ..., 15
-    middles: np.ndarray  # int8 (n, dim): of the values that share the first planes
-    lengths: np.ndarray  # float64 (n, 2): of values, and of middles
-    cosines: np.ndarray  # float64 (n,): between the two
-    scales: np.ndarray  # float32 (n,)
+    middles: np.ndarray  # float32 (n, dim)
+    middle_lengths: np.ndarray  # (n,)
+    lengths: np.ndarray  # (n,) of all the values
+    cosines: np.ndarray  # (n,) between the values and their middles
+    scales: np.ndarray  # (n,)
+    radius: int
 
 
-def rows_of(encoded: np.ndarray, dim: int, planes: int) -> Rows:
-    held = encoded[:, :-TAIL_BYTES]
-    codes = np.hstack([held & 15, held >> 4])[:, :dim].astype(np.int8)
-    values = 2 * codes - 15
-    lost = 4 - planes
-    middles = 2 * (codes >> lost << lost) - 15 + RADIUS[planes]
-    lengths = np.stack(
-        [np.linalg.norm(part.astype(np.float32), axis=1) for part in (values, middles)], 1
+def planes_of(rows: np.ndarray, dim: int, count: int) -> Planes:
+    held = rows[:, :-TAIL_BYTES]
+    codes = np.hstack([held & 15, held >> 4])[:, :dim].astype(np.int32)
+    values, lost, radius = (2 * codes - 15).astype(np.float32), 4 - count, RADIUS[count]
+    middles = (2 * (codes >> lost << lost) - 15 + radius).astype(np.float32)
+    lengths, middle_lengths = (
+        np.sqrt(np.einsum("nd,nd->n", part, part).astype(np.float64)) for part in (values, middles)
     )
-    dots = np.einsum("nd,nd->n", values, middles, dtype=np.int32)
-    return Rows(
-        values, middles, lengths.astype(np.float64), dots / lengths.prod(axis=1), scales_of(encoded)
-    )
+    cosines = np.einsum("nd,nd->n", values, middles) / (lengths * middle_lengths)
+    return Planes(middles, middle_lengths, lengths, np.minimum(cosines, 1), scales_of(rows), radius)
 
 
 def scales_of(encoded: np.ndarray) -> np.ndarray:
     tail = np.ascontiguousarray(encoded[:, -TAIL_BYTES:]).view(np.float32)
-    return tail[:, 0].copy()
+    return tail[:, 0].astype(np.float64)
 
 
-def query_values(encoded: np.ndarray, row_bytes: int, dim: int) -> tuple[np.ndarray, np.ndarray]:
-    """int8 (q, dim) codes of encoded queries, and float32 (q,) scales."""
-    held = row_bytes - TAIL_BYTES
-    codes = np.hstack([encoded[:, :held], encoded[:, row_bytes : row_bytes + held]])[:, :dim]
-    return np.ascontiguousarray(codes), scales_of(encoded)
-
-
-@jit(is_inner=True)
-def dot(a, b):
-    total = np.int32(0)
-    for j in range(len(a)):
-        total += np.int32(a[j]) * np.int32(b[j])
-    return total
-
-
-@jit(is_inner=True)
-def judge(query, scale, length, slack, rows, node, worst, rejects):
-    """rejects[g] = gate g says that the node's distance is above `worst`, by its first planes."""
-    size = length * rows.lengths[node, 0]  # of the dot product, if the two are parallel
-    needed = (1.0 - worst) / (np.float64(scale) * rows.scales[node] * size)  # cosine
-    known = np.float64(dot(query, rows.middles[node]))
-    rejects[INTERVAL] = (known + slack) / size < needed
-    to_middles = known / (length * rows.lengths[node, 1])
-    kept = rows.cosines[node]
-    between = math.acos(min(max(to_middles, -1.0), 1.0)) - math.acos(min(kept, 1.0))
-    rejects[ANGLE] = math.cos(max(between, 0.0)) < needed
-    deviation = math.sqrt(max(1 - needed * needed, 0.0) * (1 - kept * kept) / (len(query) - 1))
-    for g in range(len(SIGMAS)):
-        rejects[ANGLE + 1 + g] = to_middles < kept * needed - SIGMAS[g] * deviation
+def least_distances(
+    planes: Planes, products: np.ndarray, codes: np.ndarray, scale: float
+) -> np.ndarray:
+    """(GATES, n): of a query's codes (dim,), whose dot products with the middles are given."""
+    length, (dim,) = np.linalg.norm(codes.astype(np.float64)), codes.shape
+    size, kept = length * planes.lengths, planes.cosines
+    to_middles = np.clip(products / (length * planes.middle_lengths), -1, 1)
+    most = [(products + planes.radius * np.abs(codes.astype(np.int32)).sum()) / size]  # cosines
+    angles = [np.arccos(to_middles) - np.arccos(kept)]
+    for sigmas in SIGMAS:  # to_middles = kept * cosine +- deviation * sqrt(1 - cosine^2)
+        deviation = sigmas * np.sqrt((1 - kept**2) / (dim - 1))
+        largest = np.minimum(to_middles / np.hypot(kept, deviation), 1)
+        angles.append(np.arccos(largest) - np.arctan2(deviation, kept))
+    most += [np.cos(np.maximum(angle, 0)) for angle in angles]
+    return 1 - scale * planes.scales * size * np.stack(most)
 
 
 @jit(allocates=True)
-def walk(links, encoded, queries, q, query, scale, seed, ef, rows, radius, gate, visited, counts):
-    """Keys (ef,) of layer 0, R4-R6, where `gate` decides whether a row is read to its end.
+def walk(links, rows, queries, q, seed, ef, least, believed, visited, counts):
+    """Keys (ef,) of layer 0, R4-R6; rows that gate `believed` rejects stay unread, -1 for none.
 
-    counts: rows scored, of these beside a full beam, of these worse than it, wrongly rejected by a
-    gate that is certain, and rejected by each gate.
+    counts: rows scored, of these beside a full beam, of these worse than it; then rejected by each
+    gate, of these wrongly.
     """
     beam = np.full((1, ef), KEY_NONE, np.uint64)
     beam[0, 0] = seed
-    rejects = np.zeros(len(GATES), np.bool_)
-    length, slack = math.sqrt(np.float64(dot(query, query))), np.int32(0)
-    for code in query:
-        slack += np.int32(radius) * abs(np.int32(code))
     seen, fresh = [key_node(seed)], [np.int64(0) for _ in range(0)]
     visited[key_node(seed)] = True
-    while True:
-        fresh.clear()
+    picked = 1
+    while picked:
         picked = 0
+        fresh.clear()
         for i in range(ef):
             if picked == EXPAND or beam[0, i] == KEY_NONE:
                 break
@@ -135,122 +119,128 @@ def walk(links, encoded, queries, q, query, scale, seed, ef, rows, radius, gate,
                     visited[node] = True
                     fresh.append(np.int64(node))
             beam[0, i] |= EXPANDED
-        if picked == 0:
-            break
         last = beam[0, ef - 1]
-        worst = np.float64(key_distance(last))
+        is_full, worst = last != KEY_NONE, key_distance(last)
         for node in fresh:
             seen.append(node)
-            key = make_key(distance(COSINE, queries, q, encoded, node), node)
+            key = make_key(distance(COSINE, queries, q, rows, node), node)
             counts[0] += 1
-            rejects[:] = False
-            if last != KEY_NONE:
-                judge(query, scale, length, slack, rows, node, worst, rejects)
-                counts[1] += 1
-                counts[2] += key > last
-                counts[3] += key < last and (rejects[INTERVAL] or rejects[ANGLE])
-                for g in range(len(GATES)):
-                    counts[4 + g] += rejects[g]
-            if gate == NO_GATE or not rejects[gate]:
+            counts[1] += is_full
+            counts[2] += is_full and key > last
+            for g in range(len(least)):
+                is_rejected = is_full and least[g, node] > worst
+                counts[3 + 2 * g] += is_rejected
+                counts[4 + 2 * g] += is_rejected and key < last
+            if believed < 0 or not (is_full and least[believed, node] > worst):
                 insert(beam, 0, ef, key)
     for node in seen:
         visited[node] = False
     return beam[0] & ~EXPANDED
 
 
-class Asked(NamedTuple):
-    """A data set, and its queries as they are asked."""
+class Walked(NamedTuple):
+    """With one gate believed, or none."""
 
-    dataset: datasets.Dataset
-    index: hnsw_gpu.Index
-    encoded: np.ndarray
-    seeds: np.ndarray  # uint64 (q,)
+    keys: np.ndarray  # (q, ef)
+    counts: np.ndarray  # as `walk` has them
 
 
-def ask(dataset: datasets.Dataset) -> Asked:
-    index = hnsw_gpu.Index(
-        dataset.base.shape[1], "cosine", "int4", device="cpu", **SETTING._asdict()
-    )
-    index.add(dataset.base)
-    encoded = encode_queries(dataset.queries, "cosine", "int4")
-    rows = index._state.rows[: index._state.node_count]
-    return Asked(
-        dataset, index, encoded, counting.trace(index._state.graph, rows, encoded, COSINE, 1).seeds
-    )
+class Asked:
+    """A data set in an index, and queries."""
 
+    def __init__(self, dataset: datasets.Dataset) -> None:
+        self.dataset, self.dim = dataset, dataset.base.shape[1]
+        index = hnsw_gpu.Index(self.dim, "cosine", "int4", device="cpu", **SETTING._asdict())
+        index.add(dataset.base)
+        self.state = index._state
+        self.rows = self.state.rows[: self.state.node_count]
+        self.queries = encode_queries(dataset.queries, "cosine", "int4")
+        held, row_bytes = self.rows.shape[1] - TAIL_BYTES, self.rows.shape[1]
+        halves = self.queries[:, :held], self.queries[:, row_bytes : row_bytes + held]
+        self.codes = np.hstack(halves)[:, : self.dim]
+        self.seeds = counting.trace(self.state.graph, self.rows, self.queries, COSINE, 1).seeds
 
-def walks(asked: Asked, rows: Rows, radius: int, ef: int, gate: int) -> tuple[np.ndarray, dict]:
-    """Keys (q, ef), and counts."""
-    state = asked.index._state
-    encoded = state.rows[: state.node_count]
-    codes, scales = query_values(asked.encoded, encoded.shape[1], asked.index.dim)
-    visited, counts = np.zeros(len(encoded), np.bool_), np.zeros(4 + len(GATES), np.int64)
-    keys = np.stack(
-        [
-            walk(
-                state.graph.neighbors0, encoded, asked.encoded, q, codes[q], scales[q],
-                asked.seeds[q], ef, rows, radius, gate, visited, counts,
+    def gates(self, planes: Planes) -> Iterator[np.ndarray]:
+        """`least_distances` of each query."""
+        scales = scales_of(self.queries)
+        for start in range(0, len(self.codes), BATCH):
+            part = self.codes[start : start + BATCH]
+            products = part.astype(np.float32) @ planes.middles.T  # whole numbers: exact
+            for i, own in enumerate(products):
+                yield least_distances(planes, own.astype(np.float64), part[i], scales[start + i])
+
+    def walks(self, planes: Planes) -> dict[tuple[int, int], Walked]:
+        """By ef and the gate believed."""
+        believed = [-1, *range(len(CERTAIN), len(GATES))]
+        walks = [(ef, gate) for ef in EFS for gate in believed]
+        found = {
+            (ef, gate): Walked(
+                np.empty((len(self.codes), ef), np.uint64), np.zeros(3 + 2 * len(GATES), np.int64)
             )
-            for q in range(len(codes))
-        ]
-    )  # fmt: skip
-    assert counts[3] == 0, "a gate that is certain was wrong"
-    names = ("scored", "full", "worse", "wrong", *GATES)
-    return keys, dict(zip(names, counts.tolist(), strict=True))
-
-
-def recall(asked: Asked, keys: np.ndarray) -> float:
-    """Of the nearest that the finer rows decide among, as an int4 index has it."""
-    kept = inputs.reranked("auto", K, keys.shape[1], "int4")
-    labels, _ = asked.index._state.labels.keys_to_labels(keys[:, :kept], kept)
-    exact = np.einsum("qd,qkd->qk", asked.dataset.queries, asked.dataset.base[labels])
-    best = np.take_along_axis(labels, np.argsort(-exact, axis=1)[:, :K], axis=1)
-    return datasets.recall(asked.dataset, best, K)
-
-
-def sizes(dim: int, planes: int) -> tuple[int, int]:
-    """Bytes of the first planes with a row's tail, and of the others, in whole sectors."""
-    first, others = planes * dim / 8 + TAIL_BYTES, (4 - planes) * dim / 8
-    return tuple(math.ceil(size / SECTOR) * SECTOR for size in (first, others))
-
-
-def measure(asked: Asked, planes: int, ef: int) -> dict:
-    """Shares of the rows scored, recall, and bytes a query of rows on layer 0, by gate."""
-    state, queries = asked.index._state, len(asked.encoded)
-    encoded = state.rows[: state.node_count]
-    rows = rows_of(encoded, asked.index.dim, planes)
-    keys, counts = walks(asked, rows, RADIUS[planes], ef, NO_GATE)
-    engine = search_graph(state.graph, encoded, asked.encoded, "cosine", k=ef, ef=ef, expand=EXPAND)
-    assert (keys == engine.keys).all(), "the walk is not the engine's"
-    first, others = sizes(asked.index.dim, planes)
-    plain, plain_bytes = recall(asked, keys), counts["scored"] * encoded.shape[1]
-    gates = {}
-    for gate, name in enumerate(GATES):
-        found, own = plain, counts
-        if gate > ANGLE:
-            gated, own = walks(asked, rows, RADIUS[planes], ef, gate)
-            found = recall(asked, gated)
-        read = own["scored"] * first + (own["scored"] - own[name]) * others
-        gates[name] = {
-            "rejected": own[name] / own["scored"],
-            "bytes": read / queries,
-            "saved": 1 - read / plain_bytes,
-            "recall": found,
+            for ef, gate in walks
         }
-    most = counts["worse"] * others - counts["scored"] * (first + others - encoded.shape[1])
-    return {
-        "ef": ef,
-        "planes": planes,
-        "first_bytes": first,
-        "other_bytes": others,
-        "recall": plain,
-        "scored": counts["scored"] / queries,
-        "bytes": plain_bytes / queries,
-        "beside_full_beam": counts["full"] / counts["scored"],
-        "worse": counts["worse"] / counts["scored"],
-        "most_saved": most / plain_bytes,
-        "gates": gates,
-    }
+        visited = np.zeros(len(self.rows), np.bool_)
+        for q, least in enumerate(self.gates(planes)):
+            for ef, gate in walks:
+                keys, counts = found[ef, gate]
+                keys[q] = walk(
+                    self.state.graph.neighbors0, self.rows, self.queries, q, self.seeds[q],
+                    ef, least, gate, visited, counts,
+                )  # fmt: skip
+        return found
+
+    def recall(self, keys: np.ndarray) -> float:
+        """Of the nearest, among which finer rows decide as an int4 index has it."""
+        kept = inputs.reranked("auto", K, keys.shape[1], "int4")
+        labels, _ = self.state.labels.keys_to_labels(keys[:, :kept], kept)
+        cosines = np.einsum("qd,qkd->qk", self.dataset.queries, self.dataset.base[labels])
+        best = np.argsort(-cosines, axis=1)[:, :K]
+        return datasets.recall(self.dataset, np.take_along_axis(labels, best, axis=1), K)
+
+
+def in_sectors(size: float) -> int:
+    return math.ceil(size / SECTOR) * SECTOR
+
+
+def measure(asked: Asked, count: int) -> list[dict]:
+    """By ef: shares of the rows scored, bytes of rows a query, recall; `count` planes are first."""
+    found, points = asked.walks(planes_of(asked.rows, asked.dim, count)), []
+    first = in_sectors(count * asked.dim / 8 + TAIL_BYTES)  # their tail is there too
+    others = in_sectors((4 - count) * asked.dim / 8)
+    how = {"expand": EXPAND, "threads": 2}
+    for ef in EFS:
+        keys, counts = found[ef, -1]
+        graph = asked.state.graph
+        engine = search_graph(graph, asked.rows, asked.queries, "cosine", k=ef, ef=ef, **how)
+        assert (keys == engine.keys).all(), "the walk is not the engine's"
+        scored, full, worse = counts[:3].tolist()
+        size, gates = scored * asked.rows.shape[1], {}
+        for g, name in enumerate(GATES):
+            gated = found.get((ef, g), found[ef, -1])
+            rejected, wrong = gated.counts[3 + 2 * g :][:2].tolist()
+            assert name not in CERTAIN or wrong == 0
+            read = gated.counts[0] * first + (gated.counts[0] - rejected) * others
+            gates[name] = {
+                "rejected": rejected / int(gated.counts[0]),
+                "wrong": wrong / max(rejected, 1),
+                "bytes": float(read / len(keys)),
+                "saved": float(1 - read / size),
+                "recall": asked.recall(gated.keys),
+            }
+        points.append({
+            "planes": count,
+            "ef": ef,
+            "first_bytes": first,
+            "other_bytes": others,
+            "recall": asked.recall(keys),
+            "scored": scored / len(keys),
+            "bytes": size / len(keys),
+            "beside_full_beam": full / scored,
+            "worse": worse / scored,
+            "saved_if_all_worse": 1 - (scored * first + (scored - worse) * others) / size,
+            "gates": gates,
+        })  # fmt: skip
+    return points
 
 
 @click.command()
@@ -262,14 +252,13 @@ def main(rows: int, queries: int, names: str, out: Path) -> None:
     """What a gate of the first bit planes would save."""
     results = {**about([]), "k": K, "expand": EXPAND, "queries": queries, "sets": {}}
     for name in names.split(","):
-        asked = ask(datasets.load(name, rows, queries))
-        points = [measure(asked, planes, ef) for planes in RADIUS for ef in EFS]
-        n, dim = asked.dataset.base.shape
-        row_bytes = asked.index._state.rows.shape[1]
-        results["sets"][name] = {"rows": n, "dim": dim, "row_bytes": row_bytes, "points": points}
-        for one in points:
-            click.echo(f"{name}: {rounded(one)}")
-    out.write_text(json.dumps(rounded(results), indent=1) + "\n")
+        asked = Asked(datasets.load(name, rows, queries))
+        points = [one for count in RADIUS for one in measure(asked, count)]
+        n, row_bytes = asked.rows.shape
+        own = {"rows": n, "dim": asked.dim, "row_bytes": row_bytes, "points": points}
+        results["sets"][name] = rounded(own)
+        click.echo(json.dumps(results["sets"][name]))
+    out.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ only the first bit is known. A gate is the least distance that a row can have. T
     angle     the query is not nearer to a row than to its middles, less the angle between the row
               and its middles, which is kept beside them
 
-and SIGMAS standard deviations of RaBitQ's estimate (Gao and Long 2024) are not: recall with these is
-that of walks that believe them.
+and SIGMAS standard deviations of RaBitQ's estimate (Gao and Long 2024) are not: recall with these
+is that of walks that believe them.
 """
 
 import json

@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu.bit_planes
 
-writes `results/bit-planes.json`: of the rows that walks score on layer 0, the share that is worse
+writes `results/bit-planes.json`: of the rows that walks compare on layer 0, the share that is worse
 than the worst key of the full beam at the step's start, the share that a gate can tell so from one
 or two of the four planes of its codes, and the bytes that this saves. README.md has the outcome.
 
@@ -94,11 +94,11 @@ def least_distances(
 
 
 @jit(allocates=True)
-def walk(links, rows, queries, q, seed, ef, least, believed, visited, counts):
+def walk(links, rows, queries, q, seed, ef, least, believed, visited, compared, rejected):
     """Keys (ef,) of layer 0, R4-R6; rows that gate `believed` rejects stay unread, -1 for none.
 
-    counts: rows scored, of these beside a full beam, of these worse than it; then rejected by each
-    gate, of these wrongly.
+    Added to: `compared` (3,), rows compared, of these beside a full beam, of these worse than it;
+    `rejected` (GATES, 2), by each gate, of these wrongly.
     """
     beam = np.full((1, ef), KEY_NONE, np.uint64)
     beam[0, 0] = seed
@@ -124,13 +124,13 @@ def walk(links, rows, queries, q, seed, ef, least, believed, visited, counts):
         for node in fresh:
             seen.append(node)
             key = make_key(distance(COSINE, queries, q, rows, node), node)
-            counts[0] += 1
-            counts[1] += is_full
-            counts[2] += is_full and key > last
+            compared[0] += 1
+            compared[1] += is_full
+            compared[2] += is_full and key > last
             for g in range(len(least)):
                 is_rejected = is_full and least[g, node] > worst
-                counts[3 + 2 * g] += is_rejected
-                counts[4 + 2 * g] += is_rejected and key < last
+                rejected[g, 0] += is_rejected
+                rejected[g, 1] += is_rejected and key < last
             if believed < 0 or not (is_full and least[believed, node] > worst):
                 insert(beam, 0, ef, key)
     for node in seen:
@@ -142,7 +142,8 @@ class Walked(NamedTuple):
     """With one gate believed, or none."""
 
     keys: np.ndarray  # (q, ef)
-    counts: np.ndarray  # as `walk` has them
+    compared: np.ndarray  # and
+    rejected: np.ndarray  # as `walk` has them
 
 
 class Asked:
@@ -175,17 +176,19 @@ class Asked:
         walks = [(ef, gate) for ef in EFS for gate in believed]
         found = {
             (ef, gate): Walked(
-                np.empty((len(self.codes), ef), np.uint64), np.zeros(3 + 2 * len(GATES), np.int64)
+                np.empty((len(self.codes), ef), np.uint64),
+                np.zeros(3, np.int64),
+                np.zeros((len(GATES), 2), np.int64),
             )
             for ef, gate in walks
         }
         visited = np.zeros(len(self.rows), np.bool_)
         for q, least in enumerate(self.gates(planes)):
             for ef, gate in walks:
-                keys, counts = found[ef, gate]
+                keys, *counts = found[ef, gate]
                 keys[q] = walk(
                     self.state.graph.neighbors0, self.rows, self.queries, q, self.seeds[q],
-                    ef, least, gate, visited, counts,
+                    ef, least, gate, visited, *counts,
                 )  # fmt: skip
         return found
 
@@ -203,28 +206,28 @@ def in_sectors(size: float) -> int:
 
 
 def measure(asked: Asked, count: int) -> list[dict]:
-    """By ef: shares of the rows scored, bytes of rows a query, recall; `count` planes are first."""
+    """By ef: shares of the rows compared, their bytes a query, recall. `count` planes are first."""
     found, points = asked.walks(planes_of(asked.rows, asked.dim, count)), []
     first = in_sectors(count * asked.dim / 8 + TAIL_BYTES)  # their tail is there too
     others = in_sectors((4 - count) * asked.dim / 8)
     how = {"expand": EXPAND, "threads": 2}
     for ef in EFS:
-        keys, counts = found[ef, -1]
+        keys, plain, _ = found[ef, -1]
         graph = asked.state.graph
         engine = search_graph(graph, asked.rows, asked.queries, "cosine", k=ef, ef=ef, **how)
         assert (keys == engine.keys).all(), "the walk is not the engine's"
-        scored, full, worse = counts[:3].tolist()
-        size, gates = scored * asked.rows.shape[1], {}
+        compared, full, worse = plain.tolist()
+        size, gates = compared * asked.rows.shape[1], {}
         for g, name in enumerate(GATES):
             gated = found.get((ef, g), found[ef, -1])
-            rejected, wrong = gated.counts[3 + 2 * g :][:2].tolist()
+            asked_about, (rejected, wrong) = int(gated.compared[0]), gated.rejected[g].tolist()
             assert name not in CERTAIN or wrong == 0
-            read = gated.counts[0] * first + (gated.counts[0] - rejected) * others
+            read = asked_about * first + (asked_about - rejected) * others
             gates[name] = {
-                "rejected": rejected / int(gated.counts[0]),
+                "rejected": rejected / asked_about,
                 "wrong": wrong / max(rejected, 1),
-                "bytes": float(read / len(keys)),
-                "saved": float(1 - read / size),
+                "bytes": read / len(keys),
+                "saved": 1 - read / size,
                 "recall": asked.recall(gated.keys),
             }
         points.append({
@@ -233,11 +236,11 @@ def measure(asked: Asked, count: int) -> list[dict]:
             "first_bytes": first,
             "other_bytes": others,
             "recall": asked.recall(keys),
-            "scored": scored / len(keys),
+            "compared": compared / len(keys),
             "bytes": size / len(keys),
-            "beside_full_beam": full / scored,
-            "worse": worse / scored,
-            "saved_if_all_worse": 1 - (scored * first + (scored - worse) * others) / size,
+            "beside_full_beam": full / compared,
+            "worse": worse / compared,
+            "saved_if_all_worse": 1 - (compared * first + (compared - worse) * others) / size,
             "gates": gates,
         })  # fmt: skip
     return points

@@ -163,7 +163,7 @@ def test_encode(metric, dtype, dim) -> None:
 
 
 # What flushed subnormal numbers leave of R1: below, a query's scale, squared, is 0 (int8), or the
-# square of its length (int4), and so is the norm in its tail; nothing else, ten decades further down.
+# square of its length (int4), and so is the norm in its tail; nothing else, ten decades further.
 LEAST = {"int8": 127 * 2.0**-63, "int4": 2.0**-63}  # largest number; length
 
 

@@ -1,5 +1,5 @@
-// Float32 queries encoded as vectors.py encodes them, bit for bit (but subnormal numbers, which CuPy's
-// -ftz makes zero).
+// Float32 queries encoded as vectors.py encodes them, bit for bit; but CuPy's -ftz makes subnormal numbers
+// zero, and so the norm of a query whose scale, squared (int8), or squared length (int4) is one.
 //
 // One warp a query. Its sum of squares has the order of vectors.py: every lane adds all values, which
 // go round by shuffles. A query that inputs.py would refuse (not finite, zero under cosine, too long, or

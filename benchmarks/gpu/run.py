@@ -49,7 +49,12 @@ SETS = {
     "glove": Set(100, "fp32", is_drawn=False),
     "synthetic-128": Set(128, "fp32"),
     "synthetic-768": Set(768, "fp16"),
+    "verses768": Set(768, "fp16", is_drawn=False),
 }
+
+
+# What loading a data set raises where a package, a program, the network or memory lacks.
+CANNOT_BE_HAD = (ImportError, OSError, MemoryError, subprocess.CalledProcessError)
 
 
 def default_rows() -> int:
@@ -198,7 +203,7 @@ class Run:
                 self._begin(name)
                 loaded[name] = load(name, self.sizes)
                 self.results[name] = ours(loaded[name], SETS[name].dtype, self.sizes, self.recall)
-            except (LeftOut, OSError, MemoryError, subprocess.CalledProcessError) as error:
+            except (LeftOut, *CANNOT_BE_HAD) as error:
                 self.leave_out(f"{name}: {error}")
         for name in self.results:
             for peer in peers:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 
 import emulator
@@ -182,13 +183,18 @@ def test_chosen_ef() -> None:
 
 
 def test_what_cannot_be_had_is_left_out(tmp_path, monkeypatch) -> None:
-    def offline() -> None:
-        raise FileNotFoundError("npm")
+    def lacking(error: Exception) -> Callable[[], None]:
+        def load() -> None:
+            raise error
 
-    monkeypatch.setitem(datasets.SOURCES, "glove", offline)
-    printed = race(tmp_path, "--datasets", "glove", "--peers", "")
+        return load
+
+    monkeypatch.setitem(datasets.SOURCES, "glove", lacking(FileNotFoundError("npm")))
+    monkeypatch.setitem(datasets.SOURCES, "verses768", lacking(ImportError("no sklearn")))
+    printed = race(tmp_path, "--datasets", "glove,verses768", "--peers", "")
     results = json.loads((tmp_path / "gpu.json").read_text())
-    assert (results["results"], results["left_out"]) == ({}, ["glove: npm"])
+    lines = ["glove: npm", "verses768: no sklearn"]
+    assert (results["results"], results["left_out"]) == ({}, lines)
     assert "left out: glove: npm" in printed
     race(tmp_path, "--datasets", "synthetic-128", "--peers", "", "--seconds", "0")
     results = json.loads((tmp_path / "gpu.json").read_text())

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 ROWS = {  # of what is committed, by data set
     "glove": 331_479,
-    "synthetic-768": 50_000,
+    "verses768": 50_000,
     "synthetic-128": 1_000_000,
 }
 

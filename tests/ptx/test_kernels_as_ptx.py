@@ -5,6 +5,7 @@ executor has something against a kernel (a race, an address, ...), it is an erro
 """
 
 import itertools
+import re
 
 import pytest
 
@@ -159,6 +160,40 @@ def test_encode(metric, dtype, dim) -> None:
         build = emulated.Build(metric, dtype, dim, 4, arch=ARCHS[seed is None])
         found = emulated.encode(build, vectors, wanted.shape[1], seed)
         np.testing.assert_array_equal(found, wanted)
+
+
+# What flushed subnormal numbers leave of R1: below, a query's scale, squared, is 0 (int8), or the
+# square of its length (int4), and so is the norm in its tail; nothing else, ten decades further.
+LEAST = {"int8": 127 * 2.0**-63, "int4": 2.0**-63}  # largest number; length
+
+
+@pytest.mark.parametrize(("dtype", "dim"), [("int8", 33), ("int4", 128)])
+def test_encode_small_numbers(dtype, dim) -> None:
+    """To the least the CPU's bytes, and below it but for a norm of 0."""
+    rng = np.random.default_rng(dim)
+    vectors = rng.normal(size=(40, dim))
+    vectors /= np.linalg.norm(vectors, np.inf if dtype == "int8" else 2, axis=1, keepdims=True)
+    above, below = 1 + rng.random(20) + 1e-6, 10.0 ** -rng.uniform(1e-6, 10, 20)
+    vectors *= LEAST[dtype] * np.concatenate([above, below])[:, None]
+    vectors = vectors.astype(np.float32)
+    wanted = vectors_module.encode_queries(vectors, "l2", dtype).view(np.uint8)
+    norms = wanted[:, -8:-4]
+    assert norms[20:].any()
+    norms[20:] = 0
+    for arch in ARCHS:
+        build = emulated.Build("l2", dtype, dim, 4, arch=arch)
+        found = emulated.encode(build, vectors, wanted.shape[1], seed=None)
+        np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize(("dtype", "dim"), [("int8", 33), ("int4", 33)])
+def test_encoding_is_rounded_as_it_is_written(dtype, dim) -> None:
+    """No multiplication and addition became one, and none may: ptxas leaves `.rn` alone."""
+    build = emulated.Build("cosine", dtype, dim, 4, arch=90)
+    text = build.library("encode").program.text
+    floats = [line for line in text if re.search(r"\b(add|sub|mul|fma|mad)\.\S*f(32|64)\b", line)]
+    assert floats
+    assert [line for line in floats if not re.search(r"\b(add|sub|mul)\.rn\.", line)] == []
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, "int4"])

@@ -12,6 +12,7 @@ from benchmarks.peers import PEERS, Setting
 
 RESULTS = Path(__file__).parent / "results"
 SETTING = Setting()
+MAKERS = ("AMD", "Intel")  # whose AVX-512 is not alike: ratios on one are twice those on the other
 
 
 def about(peers: list[str]) -> dict:
@@ -59,14 +60,18 @@ def usable(flags: list[str]) -> list[str]:
 
 def kind() -> str:
     """Of processor: ratios of one say little about another, so their results lie side by side."""
-    flags = usable(cpuinfo()[1])
+    model, flags = cpuinfo()
     kinds = {"avx512_vnni": "AVX-512 VNNI", "avx512f": "AVX-512", "avx2": "AVX2"}
-    return next((name for flag, name in kinds.items() if flag in flags), platform.machine())
+    here = usable(flags)
+    found = next((name for flag, name in kinds.items() if flag in here), platform.machine())
+    maker = next((f", {name}" for name in MAKERS if model.startswith(name)), "")
+    return found + maker
 
 
 def file_of_kind(stem: str) -> Path:
-    """Such as results/cpu-avx512-vnni.json."""
-    return RESULTS / f"{stem}-{kind().lower().replace('avx-', 'avx').replace(' ', '-')}.json"
+    """Such as results/cpu-avx512-vnni-amd.json."""
+    words = kind().lower().replace("avx-", "avx").replace(",", "").split()
+    return RESULTS / f"{'-'.join([stem, *words])}.json"
 
 
 def cpuinfo() -> tuple[str, list[str]]:

@@ -20,7 +20,12 @@ from benchmarks.record import RESULTS
 ROOT = Path(__file__).parents[1]
 MARKED = re.compile(r"(?<=<!-- table: )([\w-]+)( -->\n).*?(?=^<!-- end -->$)", re.M | re.S)
 OURS = {"ours-fp32": "fp32", "ours-int8": "int8 + refine", "ours-int4": "int4 + refine"}
-KINDS = {"AVX-512": "cpu-avx512-vnni", "AVX2": "cpu-avx2"}  # of processors, and their results
+KINDS = {  # of processors, and their results
+    "AVX-512, AMD EPYC": "cpu-avx512-vnni-amd",
+    "AVX-512, Intel Xeon": "cpu-avx512-vnni-intel",
+    "AVX2": "cpu-avx2-intel",
+}
+FIRST = "cpu-avx512-vnni-amd"  # of which there are all sections
 SETS = {
     "glove": "GloVe words",
     "verses": "Sentences",
@@ -168,13 +173,13 @@ def taken(ratios: dict, side: str, peer: str) -> str:
 def build() -> str:
     """Time of building over the peers', by data set."""
     text = ""
-    for stem in KINDS.values():
+    for kind, stem in KINDS.items():
         if not (RESULTS / f"{stem}.json").exists():
             continue
         section = results(stem)["race"]
         sets = section["results"]
         first = next(iter(sets.values()))
-        text += table(
+        text += f"\n**{kind}**\n\n" + table(
             ["seconds of building, over", *(SETS.get(key, key) for key in sets)],
             [
                 [f"{name(side)} / {name(peer)}"]
@@ -185,12 +190,12 @@ def build() -> str:
         )
         command = race_command(peers_of(first), "--only race", sets_option(sets))
         text += source(stem, section["about"], command)
-    return text
+    return text.lstrip("\n")
 
 
 def memory() -> str:
     """Resident memory, each index in a process of its own."""
-    section = results(KINDS["AVX-512"])["memory"]
+    section = results(FIRST)["memory"]
     found = section["results"]
     first = next(iter(found.values()))
     return table(
@@ -205,7 +210,7 @@ def memory() -> str:
             for side, of in found.items()
         ],
     ) + source(
-        KINDS["AVX-512"],
+        FIRST,
         section["about"],
         race_command([side for side in found if side not in OURS], "--only memory"),
         f"{first['rows']:,} × {first['dim']}.",

@@ -93,15 +93,23 @@ def test_of_two_ladders_the_faster_is_raced(tiny, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "flags, kind, file",
+    "model, flags, allowed, kind, file",
     [
-        (["avx2", "avx512f", "avx512_vnni", "avx_vnni"], "AVX-512 VNNI", "cpu-avx512-vnni.json"),
-        (["avx2", "avx512f"], "AVX-512", "cpu-avx512.json"),
-        (["avx2", "fma"], "AVX2", "cpu-avx2.json"),
+        ("Intel(R) X", ["avx2", "avx512f", "avx512_vnni"], None, "AVX-512 VNNI, Intel",
+         "cpu-avx512-vnni-intel.json"),
+        ("AMD X", ["avx2", "avx512f"], None, "AVX-512, AMD", "cpu-avx512-amd.json"),
+        ("Some model", ["avx2", "fma"], None, "AVX2", "cpu-avx2.json"),
+        ("AMD X", ["avx2", "avx512f"], "+sse3,+avx2", "AVX2, AMD", "cpu-avx2-amd.json"),
     ],
-)
-def test_results_of_a_kind_of_processor_have_a_file_of_their_own(monkeypatch, flags, kind, file):
-    monkeypatch.setattr(record, "cpuinfo", lambda: ("Some model", flags))
+)  # fmt: skip
+def test_results_of_a_kind_of_processor_have_a_file_of_their_own(
+    monkeypatch, model, flags, allowed, kind, file
+):
+    monkeypatch.setattr(record, "cpuinfo", lambda: (model, flags))
+    monkeypatch.delenv("NUMBA_CPU_FEATURES", raising=False)
+    if allowed:
+        monkeypatch.setenv("NUMBA_CPU_FEATURES", allowed)
+        assert record.processor() == "AMD X (avx2; without its avx512f)"
     assert record.kind() == kind
     assert record.about([])["kind"] == kind
     assert record.file_of_kind("cpu") == record.RESULTS / file

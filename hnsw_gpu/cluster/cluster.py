@@ -252,7 +252,7 @@ class Cluster(Sharded):
     def _begin(self, queries: np.ndarray, walk: Walk, allow: ArrayLike | None) -> Any:
         self._require_open()
         may_lack = self._on_shard_error == "partial"
-        allow = None if allow is None else inputs.array("allow", allow)
+        allow = None if allow is None else inputs.label_array("allow", allow)
         what = queries, walk._replace(threads=self._cpus), allow
         return self._calls.begin(Index._nearest, what, may_lack=may_lack)
 

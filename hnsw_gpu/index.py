@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from hnsw_gpu import inputs
+from hnsw_gpu import inputs, label_inputs
 from hnsw_gpu.engine import (
     LOST_SHARE,
     STORAGE,
@@ -134,7 +134,7 @@ class Index(StateSearching):
     def holds(self, labels: ArrayLike) -> np.ndarray:
         """bool (m,): which of labels (m,) are in the index."""
         state = self._state
-        given = numbers_of(state, inputs.labels("labels", labels))
+        given = numbers_of(state, label_inputs.labels("labels", labels))
         found: np.ndarray = state.labels.find(given) >= 0
         return found
 
@@ -185,7 +185,7 @@ class Index(StateSearching):
 
         From the refine rows where there are some. KeyError names the first unknown label.
         """
-        given = inputs.labels("labels", labels)
+        given = label_inputs.labels("labels", labels)
         state = self._state
         entries = state.labels.entries_of(numbers_of(state, given), given)
         found = state.vectors(state.labels.nodes(entries))
@@ -265,7 +265,7 @@ class Index(StateSearching):
         """
 
         def choose(state: State, count: int) -> tuple[State, np.ndarray]:
-            return inputs.new_labels(labels, count, state, replace)
+            return label_inputs.new_labels(labels, count, state, replace)
 
         return self._add(vectors, choose, keep_deleted, threads, progress)
 
@@ -284,7 +284,7 @@ class Index(StateSearching):
         """
 
         def choose(state: State, count: int) -> tuple[State, np.ndarray]:
-            given = inputs.labels_for(labels, count)
+            given = label_inputs.labels_for(labels, count)
             numbers = numbers_of(state, given)
             state.labels.entries_of(numbers, given)
             return state, numbers
@@ -422,7 +422,7 @@ class Index(StateSearching):
 
     def _relabel(self, labels: ArrayLike, change: Callable[..., Labels]) -> None:
         """Give the nodes the labels change(theirs, the engine's of `labels`, these as given)."""
-        given = inputs.unique_labels("labels", labels)
+        given = label_inputs.unique_labels("labels", labels)
 
         def work(_: Callable[[], bool]) -> None:
             state = self._state

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike
 
-from hnsw_gpu import inputs
+from hnsw_gpu import inputs, label_inputs
 from hnsw_gpu.engine import (
     KEY_NONE,
     CpuEngine,
@@ -484,7 +484,7 @@ def _filter(
     """Packed bits of allowed entries, and bool mask of allowed nodes; None where all are."""
     held = state.labels
     if allow is not None:
-        mask = inputs.entry_mask(allow, state, queries)
+        mask = label_inputs.entry_mask(allow, state, queries)
         return np.atleast_2d(pack_bits(mask)), held.any_of_node(mask)
     return None, None if held.are_all_live else held.live_nodes()
 

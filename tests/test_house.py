@@ -23,7 +23,7 @@ ON_THE_GROUND = {
     "hnswlib": {"hnswlib"},
     "index": {
         *("index", "searching", "inputs", "results", "exhaustive", "recall", "progress"),
-        *("conversion", "string_labels", "tuning", "warming"),
+        *("conversion", "label_inputs", "string_labels", "tuning", "warming"),
     },
 }
 EVERYWHERE = {"__init__", "lazy_names"}  # the package itself: its public names, version and this

@@ -6,7 +6,7 @@ from hashlib import blake2b
 
 import numpy as np
 
-from hnsw_gpu import inputs
+from hnsw_gpu import inputs, label_inputs
 from hnsw_gpu.files import UNSEEN, Advance, Sources, StepRunner
 
 IDS_AT_A_TIME = 1 << 25  # that are compared with each other; 16 bytes each
@@ -18,7 +18,7 @@ def ids_of(sources: Sources, column: str | None, start: int, stop: int) -> np.nd
         return np.arange(start, stop)
     found = sources.column(column, start, stop).to_numpy()
     try:
-        return inputs.labels(f"column {column!r}", found)
+        return label_inputs.labels(f"column {column!r}", found)
     except inputs.RowsError as error:
         where = sources.where(start + int(error.rows[0]))
         raise ValueError(f"{where}: column {column!r}: {error.what}") from None

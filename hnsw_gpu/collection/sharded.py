@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from hnsw_gpu import inputs
+from hnsw_gpu import inputs, label_inputs
 from hnsw_gpu.collection.ids import label_keys
 from hnsw_gpu.collection.manifest import PARAMETERS, Manifest
 from hnsw_gpu.engine import Walk, merged
@@ -90,7 +90,7 @@ class Sharded(Searching):
 
         From the refine rows where there are some. KeyError names the first unknown label.
         """
-        given = inputs.labels("labels", labels)
+        given = label_inputs.labels("labels", labels)
         found, is_known = np.empty((len(given), self.dim), np.float32), np.zeros(len(given), bool)
         for mine, rows in self._of_each(_stored, given):
             found[mine] = rows

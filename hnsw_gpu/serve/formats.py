@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.lib import format as npy
 
-from hnsw_gpu import inputs
+from hnsw_gpu import label_inputs
 from hnsw_gpu.serve import long_json
 from hnsw_gpu.serve.offload import LARGE
 from hnsw_gpu.string_labels import STRINGS
@@ -63,7 +63,7 @@ def read_search(media: str, body: bytes) -> SearchBody:
         raise ValueError("expected either queries or labels")
     labels = arrays.get("labels")
     if labels is not None:
-        labels = inputs.labels("labels", labels)
+        labels = label_inputs.labels("labels", labels)
     return SearchBody(arrays.get("queries"), labels, arrays.get("allow"))
 
 
@@ -150,7 +150,7 @@ def read_object(body: bytes) -> dict[str, Any]:
 def _array_of(name: str, value: Any) -> np.ndarray:
     """Numbers of any shape for queries; integers or strings (m,) for the others."""
     if name != "queries" and isinstance(value, list) and value and isinstance(value[0], str):
-        return inputs.label_array(name, value)
+        return label_inputs.label_array(name, value)
     try:
         array = np.asarray(value)
     except (ValueError, RecursionError):
@@ -221,12 +221,9 @@ def read_result(body: bytes) -> tuple[np.ndarray, np.ndarray]:
     if not is_known:
         raise MalformedError(f"a result of {both.dtype} {both.shape}")
     if labels.dtype.kind == "U":
-        try:
-            texts = labels.ravel().tolist()
-            "".join(texts).encode()
-        except ValueError as error:  # numbers that are no characters, or surrogates
-            raise MalformedError(f"labels: {_one_line(error)}") from None
-        labels = np.array(texts, STRINGS).reshape(labels.shape)
+        if not label_inputs.are_text(labels.ravel()).all():
+            raise MalformedError("labels: numbers that are no characters")
+        labels = np.array(labels.ravel().tolist(), STRINGS).reshape(labels.shape)
     return labels, np.ascontiguousarray(both["distances"])
 
 

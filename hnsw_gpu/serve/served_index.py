@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hnsw_gpu import inputs
+from hnsw_gpu import label_inputs
 from hnsw_gpu.cluster import Cluster
 from hnsw_gpu.collection import is_collection, load, load_collection, saved_checksum
 from hnsw_gpu.files import arrays_checksum
@@ -99,7 +99,7 @@ def _filters(path: Saved, index: Searching) -> dict[str, np.ndarray]:
         if not name.endswith(".npy"):
             continue
         try:
-            allow = inputs.label_array("allow", formats.read_npy(content(folder, name)))
+            allow = label_inputs.label_array("allow", formats.read_npy(content(folder, name)))
             if allow.ndim != 1:
                 raise ValueError(f"shape {allow.shape}, expected (n,)")
             index.search(np.empty((0, index.dim), np.float32), 1, allow=allow)

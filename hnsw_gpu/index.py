@@ -333,11 +333,9 @@ class Index(StateSearching):
 
         def locked(is_stopped: Callable[[], bool]) -> None:
             with self._changing.lock:
-                try:
-                    work(is_stopped)
-                finally:
-                    if self._state.names is not None:  # of labels that did not get in
-                        self._state.names.keep_first(self._state.next_label)
+                if self._state.names is not None:  # without strings that did not get in before
+                    self._state.names.keep_first(self._state.next_label)
+                work(is_stopped)
 
         run_to_a_stop(locked)
 

@@ -182,7 +182,8 @@ class Searching:
             them; at least k are. "auto": of int4 the most of 2 k, 20 and ef / 4, else all ef, as
             None.
         stream: of a GPU, for queries that lie there; None: CuPy's current one.
-        out: arrays (labels int64, distances float32), each (q, k), that take the result.
+        out: arrays (labels int64, or StringDType; distances float32), each (q, k), that take the
+            result.
 
         With a filter, or after deletes, ef counts allowed nodes: the beam is larger by their share,
         and doubled, for the queries that need it, until it holds ef of them but for what chance may

@@ -25,8 +25,8 @@ class Names:
     """Strings by number. One thread at a time adds; others read meanwhile.
 
     A number never changes its meaning while a state that uses it lives. What was added for labels
-    that were never published is taken back (`keep_first`): no state holds such a number, so who
-    looks one of these strings up finds a number without a label.
+    that were never published is taken back (`keep_first`) before the next change, which may be one
+    of a forked process. No state holds such a number: who looks the string up finds no label.
 
     A list, not an array of numpy's StringDType: picking 100,000 strings takes 30 ms from either,
     an array's lock is held without the interpreter's (a fork may leave it so), and the strings of
@@ -77,7 +77,7 @@ class Names:
     def keep_first(self, count: int) -> None:
         """Take back what was added behind the first `count`."""
         table = vars(self).get("_table", {})
-        while len(table) > count:  # it may hold more than the list, if adding was torn
+        while len(table) > count:  # it may hold more than the list, where a fork tore `added`
             table.popitem()
         self._string_bytes -= sum(map(sys.getsizeof, self._strings[count + 1 :]))
         del self._strings[count + 1 :]

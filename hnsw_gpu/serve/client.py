@@ -137,7 +137,8 @@ class Client:
         return SearchResult(np.concatenate(labels), np.concatenate(distances))
 
     def index(self) -> dict[str, Any]:
-        """What is served: n, dim, metric, dtype, parameters, checksum, version, filters, limits."""
+        """What is served: n, dim, metric, dtype, labels ("integers" or "strings"), parameters,
+        checksum, version, filters, limits."""
         return self._describe(self._deadline())
 
     def swap(self, path: str, *, force: bool = False) -> dict[str, Any]:

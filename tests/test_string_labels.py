@@ -13,6 +13,7 @@ import hnsw_gpu
 from hnsw_gpu import Batcher, CorruptIndexError, Index, RadiusResult
 from hnsw_gpu.files import read_arrays, write_arrays
 from hnsw_gpu.inputs import RowsError
+from hnsw_gpu.string_labels import to_file
 
 DIM, COUNT = 8, 300
 ROWS = np.random.default_rng(1).integers(-3, 4, (COUNT, DIM)).astype(np.float32)
@@ -269,8 +270,13 @@ def test_what_is_refused_adds_no_string(tmp_path):
         index.merge(built(["new", NAMES[0]], ROWS[:2]))
     index.save(tmp_path / "after")
     assert (tmp_path / "before").read_bytes() == (tmp_path / "after").read_bytes()
+    before = index._state
+    with pytest.raises(ValueError, match="NaN"):
+        index.add(bad, ["new", "newer"])
     index.add(ROWS[:1], ["newer"])
     assert "new" not in index and index.labels.tolist() == [*NAMES, "newer"]
+    assert len(index._state.names) == COUNT + 1
+    assert len(to_file(before)["string_offsets"]) == COUNT + 1  # an older state, as it was
     index.check()
 
 

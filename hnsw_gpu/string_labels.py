@@ -194,6 +194,8 @@ def names_of(arrays: dict[str, Any]) -> Names:
     if (offsets[1:] <= offsets[:-1]).any():
         raise ValueError(f"{OFFSETS} do not ascend, or a string is empty")
     whole = text.tobytes()
+    if b"\0" in whole:
+        raise ValueError(f"{BYTES} hold a null character")
     strings = [whole[start:end].decode() for start, end in itertools.pairwise(offsets.tolist())]
     if len(set(strings)) < len(strings):
         twice = Counter(strings).most_common(1)[0][0]

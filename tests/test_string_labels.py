@@ -362,6 +362,7 @@ def without(name):
         (at(("string_bytes", slice(0, 3)), [0xED, 0xA0, 0x80]), "utf-8"),
         (at(("string_bytes", slice(0, 6)), list(b"eeefff")), "'eee' is there twice"),
         (at(("string_bytes", slice(0, 6)), list(b"aaaaaa")), "'aaa' is there twice"),
+        (at(("string_bytes", 5), 0), "string_bytes hold a null character"),
         (without("string_offsets"), "string_offsets"),
         (without("string_bytes"), "string_bytes"),
         (at(("label_strings", 0), 5), "labels are negative or repeated|the next label"),

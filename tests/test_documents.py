@@ -1,8 +1,10 @@
 """Documents beside an index: one folder, the old one or the new one, never two halves."""
 
+import importlib
 import json
 import os
 import pickle
+import sys
 import threading
 
 import numpy as np
@@ -289,3 +291,16 @@ def test_a_url(monkeypatch, tmp_path):
         documents.save("memory://stores/one")
     loaded = Documents.load("memory://stores/one")
     assert loaded.search(ROWS[0], 5) == documents.search(ROWS[0], 5)
+
+
+@pytest.mark.parametrize(
+    ("module", "package", "extra"),
+    [("langchain", "langchain_core", "langchain"), ("llama_index", "llama_index", "llama-index")],
+)
+def test_without_its_package_a_store_says_what_to_install(monkeypatch, module, package, extra):
+    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delitem(sys.modules, f"hnsw_gpu.{module}", raising=False)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=rf'pip install "hnsw-gpu\[{extra}\]"'):
+        importlib.import_module(f"hnsw_gpu.{module}")

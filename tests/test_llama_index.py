@@ -1,8 +1,9 @@
 """hnsw_gpu.llama_index: what LlamaIndex asks of a vector store, beside its own simple one."""
 
 import asyncio
-import itertools
+import math
 import pickle
+import re
 
 import pytest
 
@@ -241,20 +242,17 @@ def test_an_index_of_llama_index_over_it(tmp_path, is_async):
 
 
 class CountingEmbedding(MockEmbedding):
-    """The number in a text, as an angle; a little off, so that none is as near as another."""
+    """The number in a text, as an angle; a little off, so that no two are as near as each other."""
 
     def __init__(self):
         super().__init__(embed_dim=2)
 
-    def _get_vector(self, text=""):
-        import math
-
-        digits = itertools.takewhile(str.isdigit, text.partition("number ")[2])
-        angle = 0.2 * float("".join(digits)) ** 1.01
+    def _get_text_embedding(self, text):
+        angle = 0.2 * float(re.search(r"number (\d+)", text)[1]) ** 0.99
         return [math.cos(angle), math.sin(angle)]
 
-    def _get_text_embedding(self, text):
-        return self._get_vector(text)
-
     def _get_query_embedding(self, query):
-        return self._get_vector(query)
+        return self._get_text_embedding(query)
+
+    async def _aget_query_embedding(self, query):
+        return self._get_text_embedding(query)

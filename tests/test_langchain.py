@@ -28,8 +28,10 @@ IDS = [f"id {number}" for number in range(30)]
 
 if VectorStoreIntegrationTests is not None:
 
-    @pytest.mark.asyncio
+    @pytest.mark.anyio
     class TestTheirs(VectorStoreIntegrationTests):
+        anyio_backend = pytest.fixture(lambda self: "asyncio")
+
         @pytest.fixture
         def vectorstore(self):
             return HNSWVectorStore(self.get_embeddings())

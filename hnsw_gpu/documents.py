@@ -17,7 +17,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -289,14 +289,14 @@ def _read(folder: Folder) -> tuple[dict[str, Any], dict[str, Record]]:
     return head, records
 
 
-def _read_head(folder: Folder) -> tuple[dict[str, Any], io.BufferedReader]:
+def _read_head(folder: Folder) -> tuple[dict[str, Any], BinaryIO]:
     """The first line of a file of documents, and the file, open behind it."""
     try:
         raw = folder.open(DOCUMENTS)
     except FileNotFoundError:
         what = f"no saved store: there is no {DOCUMENTS}"
         raise FileNotFoundError(errno.ENOENT, what, str(folder)) from None
-    file = io.BufferedReader(cast(io.RawIOBase, raw), READ_BYTES)
+    file = cast(BinaryIO, io.BufferedReader(cast(io.RawIOBase, raw), READ_BYTES))
     try:
         head = json.loads(file.readline())
         version = head["format_version"]

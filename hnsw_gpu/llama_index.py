@@ -114,7 +114,8 @@ class HNSWVectorStore(BasePydanticVectorStore):  # type: ignore[misc]
         how = {"ef": self.ef} | kwargs
         threshold = how.pop("mmr_threshold", query.mmr_threshold)
         fetched = how.pop("mmr_prefetch_k", MMR_FETCHED * query.similarity_top_k)
-        restricted = (query.node_ids, query.filters, query.doc_ids)
+        node_ids = query.node_ids or None  # retrievers give an empty list where they mean all
+        restricted = (node_ids, query.filters, query.doc_ids)
         allow = None if restricted == (None, None, None) else self._chosen(*restricted)
         vector, k = query.query_embedding, query.similarity_top_k
         if query.mode == VectorStoreQueryMode.DEFAULT:

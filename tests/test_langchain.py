@@ -1,4 +1,4 @@
-"""hnsw_gpu.langchain: LangChain's own tests of vector stores, and what they do not ask."""
+"""hnsw_gpu.langchain: what LangChain's own tests (`test_langchain_suite.py`) do not ask."""
 
 import asyncio
 import pickle
@@ -13,28 +13,12 @@ from langchain_core.embeddings import DeterministicFakeEmbedding
 
 from hnsw_gpu.langchain import HNSWVectorStore
 
-try:
-    from langchain_tests.integration_tests import VectorStoreIntegrationTests
-except ImportError:  # its tests are a package of their own
-    VectorStoreIntegrationTests = None
-
 EMBEDDING = DeterministicFakeEmbedding(size=8)
 TEXTS = [f"text {number}" for number in range(30)]
 METADATAS = [{"number": number, "lang": ("en", "de", "fr")[number % 3]} for number in range(30)]
 for metadata in METADATAS[1::2]:
     metadata["odd"] = True
 IDS = [f"id {number}" for number in range(30)]
-
-
-if VectorStoreIntegrationTests is not None:
-
-    @pytest.mark.anyio
-    class TestTheirs(VectorStoreIntegrationTests):
-        anyio_backend = pytest.fixture(lambda self: "asyncio")
-
-        @pytest.fixture
-        def vectorstore(self):
-            return HNSWVectorStore(self.get_embeddings())
 
 
 def filled(**options):

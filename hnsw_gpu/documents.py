@@ -2,8 +2,8 @@
 
 A saved store is a folder of two files:
 
-    index-3.hnsw     the index, as `Index.save` writes it; 3: of the third save
-    documents.jsonl  which index it belongs to; a document a line; a checksum of all that
+    documents.3.hnsw  the index, as `Index.save` writes it; 3: of the third save
+    documents.jsonl   which index it belongs to; a document a line; a checksum of all that
 
 `documents.jsonl` is written last, and appears whole or not at all: until then the folder holds what
 it held before, and from then on the new store. All of it is JSON and arrays: to open a folder runs
@@ -38,7 +38,7 @@ from hnsw_gpu.index import PARAMETERS, Index, load_index
 DOCUMENTS = "documents.jsonl"
 DOCUMENTS_VERSION = 1
 READ_BYTES = 1 << 20  # at a time: of a URL each is a request
-INDEX = re.compile(r"index-([0-9]{1,18})\.hnsw")
+INDEX = re.compile(r"documents\.([0-9]{1,18})\.hnsw")
 
 
 class Record(NamedTuple):
@@ -177,14 +177,15 @@ class Documents:
         """Write a folder, or save over the store in one; a crash leaves the old or the new one.
 
         TypeError names a document whose metadata JSON cannot hold; ValueError where another process
-        writes into the folder, or somebody changed the index but not the documents.
+        writes into the folder, or somebody changed the index but not the documents;
+        CorruptIndexError where the folder has a `documents.jsonl` that no store wrote.
         """
         folder = folder_at(place)
         with self._changing.lock, held(folder):
             index = Index(1, **self._options) if self.index is None else self.index
             _require_one_store(index, self._records)
-            old = [name for name in folder.names() if INDEX.fullmatch(name)]
-            name = f"index-{1 + max(map(_number, old), default=0)}.hnsw"
+            _named_index(folder)
+            name = f"documents.{1 + max(_indexes(folder), default=0)}.hnsw"
             try:
                 with folder.writing(name) as path:
                     index.save(path)
@@ -196,13 +197,12 @@ class Documents:
                 with folder.writing(DOCUMENTS) as path, atomic_file(path) as file:
                     for line in _lines(head, self._records):
                         file.write(line)
-            except BaseException:
-                with suppress(OSError):
-                    folder.remove(name)
-                raise
-            for name in old:
-                with suppress(OSError):  # the next save will
-                    folder.remove(name)
+            finally:  # the store before, or what there is of this one if it failed
+                named = _named_index(folder)
+                for name in _indexes(folder).values():
+                    if name != named:
+                        with suppress(OSError):  # the next save will
+                            folder.remove(name)
 
     @classmethod
     def load(cls, place: Place, *, mmap: bool = False, device: str = "auto") -> "Documents":
@@ -220,9 +220,7 @@ class Documents:
                 index = load_index(path, mmap=mmap, device=device, checksum=checksum)
                 break
             except FileNotFoundError:
-                again, file = _read_head(folder)
-                file.close()
-                if again == head:  # else another save removed it meanwhile
+                if _named_index(folder) == name:  # else another save removed it meanwhile
                     raise CorruptIndexError(f"{folder.place(name)}: is missing") from None
         try:
             _require_one_store(index, records)
@@ -243,9 +241,20 @@ def _require_one_store(index: Index, records: Mapping[str, Record]) -> None:
         )
 
 
-def _number(name: str) -> int:
-    found = INDEX.fullmatch(name)
-    return int(found[1]) if found else 0
+def _indexes(folder: Folder) -> dict[int, str]:
+    """The files of indexes in a folder, by the number of their save."""
+    found = [INDEX.fullmatch(name) for name in folder.names()]
+    return {int(name[1]): name[0] for name in found if name}
+
+
+def _named_index(folder: Folder) -> str | None:
+    """The file of the index that the documents in a folder belong to; None where there are none."""
+    try:
+        head, file = _read_head(folder)
+    except FileNotFoundError:
+        return None
+    file.close()
+    return str(head["index"])
 
 
 def _lines(head: dict[str, Any], records: Mapping[str, Record]) -> Iterator[bytes]:
@@ -309,5 +318,7 @@ def _read_head(folder: Folder) -> tuple[dict[str, Any], BinaryIO]:
         _ = head["index_checksum"], head["documents"]
     except (ValueError, TypeError, LookupError, RecursionError) as error:
         file.close()
-        raise CorruptIndexError(f"{folder.place(DOCUMENTS)}: damaged: {error!s:.200}") from None
+        raise CorruptIndexError(
+            f"{folder.place(DOCUMENTS)}: damaged, or written by no store: {error!s:.200}"
+        ) from None
     return head, file

@@ -276,7 +276,7 @@ class HNSWVectorStore(VectorStore):  # type: ignore[misc]
 
 
 def _document(id: str, record: Record) -> Document:
-    return Document(id=id, page_content=record.text, metadata=dict(record.metadata))
+    return Document(id=id, page_content=record.text, metadata=record.metadata)  # a copy of it
 
 
 # ---------------------------------------------------------------- filters

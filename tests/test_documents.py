@@ -1,5 +1,6 @@
 """Documents beside an index: one folder, the old one or the new one, never two halves."""
 
+import contextlib
 import importlib
 import json
 import os
@@ -11,8 +12,9 @@ import numpy as np
 import oracle
 import pytest
 
+import hnsw_gpu.documents
 from hnsw_gpu.documents import DOCUMENTS, Documents, Record
-from hnsw_gpu.files import CorruptIndexError
+from hnsw_gpu.files import CorruptIndexError, atomic_file
 
 DIM, COUNT = 8, 40
 ROWS = oracle.gaussian(COUNT, DIM, seed=1)
@@ -112,8 +114,6 @@ def test_searches_beside_changes_find_whole_documents():
             for found in documents.search(ROWS[0], 10):
                 if found.record.metadata["id"] != found.id:
                     wrong.append(found)
-            documents.ids_where(lambda id, record: record.metadata["id"] != id)
-            documents.search_vectors(ROWS[0], 10)
 
     asking = threading.Thread(target=ask)
     asking.start()
@@ -123,6 +123,22 @@ def test_searches_beside_changes_find_whole_documents():
     is_over.set()
     asking.join()
     assert wrong == [] and len(documents) == COUNT
+
+
+def test_what_is_deleted_meanwhile_is_passed_over(monkeypatch):
+    documents = filled()
+    assert documents.ids_where(lambda *_: documents.delete(["d1", "d2"]) is None) == IDS
+    search, gone = documents.search, [["d0"], []]
+
+    def search_and_delete(*given, **how):
+        found = search(*given, **how)
+        documents.delete(gone.pop(0))
+        return found
+
+    monkeypatch.setattr(documents, "search", search_and_delete)
+    found, vectors = documents.search_vectors(ROWS[0], 2)
+    assert [one.id for one in found] == truth(ROWS[0], 2, IDS[3:]) and gone == []
+    np.testing.assert_allclose(vectors, oracle.unit(ROWS[[IDS.index(f.id) for f in found]]), 1e-5)
 
 
 # ---------------------------------------------------------------- in a folder
@@ -170,7 +186,7 @@ def test_a_store_is_saved_over_and_leaves_two_files(tmp_path):
     for edition in (2, 3):
         documents.add(IDS[:1], ROWS[:1], records(IDS[:1], edition))
         documents.save(tmp_path)
-    assert sorted(os.listdir(tmp_path)) == [DOCUMENTS, "index-2.hnsw"]
+    assert sorted(os.listdir(tmp_path)) == ["documents.2.hnsw", DOCUMENTS]
     assert Documents.load(tmp_path).records(["d0"])[0][1].metadata["edition"] == 3
 
 
@@ -189,22 +205,50 @@ def test_a_save_that_fails_leaves_the_old_store(tmp_path, monkeypatch, step):
         documents.add(["bad"], ROWS[:1], [Record("", {"when": object()})])
     with pytest.raises((OSError, TypeError), match=r"disk is full|document 'bad': JSON cannot"):
         documents.save(tmp_path)
-    assert sorted(os.listdir(tmp_path)) == [DOCUMENTS, "index-1.hnsw"]
+    assert sorted(os.listdir(tmp_path)) == ["documents.1.hnsw", DOCUMENTS]
     assert len(Documents.load(tmp_path)) == COUNT
+
+
+def test_an_interrupt_just_after_the_last_write_leaves_the_new_store(tmp_path, monkeypatch):
+    documents = filled()
+    documents.save(tmp_path)
+    documents.delete(["d0"])
+
+    @contextlib.contextmanager
+    def interrupted(path):
+        with atomic_file(path) as file:
+            yield file
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(hnsw_gpu.documents, "atomic_file", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        documents.save(tmp_path)
+    assert len(Documents.load(tmp_path)) == COUNT - 1
+
+
+def test_files_of_others_are_left_alone(tmp_path):
+    (tmp_path / DOCUMENTS).write_text('{"text": "a line of a data set"}\n')
+    with pytest.raises(CorruptIndexError, match=DOCUMENTS):
+        filled().save(tmp_path)
+    assert os.listdir(tmp_path) == [DOCUMENTS]
+    os.rename(tmp_path / DOCUMENTS, tmp_path / "index-1.hnsw")
+    filled().save(tmp_path)
+    filled().save(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["documents.2.hnsw", DOCUMENTS, "index-1.hnsw"]
 
 
 def test_a_kill_between_the_two_files_leaves_the_old_store(tmp_path):
     documents = filled()
     documents.save(tmp_path)
-    before = (tmp_path / DOCUMENTS).read_bytes(), (tmp_path / "index-1.hnsw").read_bytes()
+    before = (tmp_path / DOCUMENTS).read_bytes(), (tmp_path / "documents.1.hnsw").read_bytes()
     documents.delete(["d0"])
     documents.save(tmp_path)
     (tmp_path / DOCUMENTS).write_bytes(before[0])  # as it is when the new index is written
-    (tmp_path / "index-1.hnsw").write_bytes(before[1])
+    (tmp_path / "documents.1.hnsw").write_bytes(before[1])
     loaded = Documents.load(tmp_path)
     assert len(loaded) == COUNT
     loaded.save(tmp_path)
-    assert sorted(os.listdir(tmp_path)) == [DOCUMENTS, "index-3.hnsw"]
+    assert sorted(os.listdir(tmp_path)) == ["documents.3.hnsw", DOCUMENTS]
 
 
 def test_halves_that_do_not_belong_together_are_refused(tmp_path):
@@ -213,10 +257,10 @@ def test_halves_that_do_not_belong_together_are_refused(tmp_path):
     documents.save(one)
     documents.delete(["d0"])
     documents.save(two)
-    os.replace(two / "index-1.hnsw", one / "index-1.hnsw")
+    os.replace(two / "documents.1.hnsw", one / "documents.1.hnsw")
     with pytest.raises(CorruptIndexError, match="another index than the one that was meant"):
         Documents.load(one)
-    with pytest.raises(CorruptIndexError, match=r"index-1\.hnsw: is missing"):
+    with pytest.raises(CorruptIndexError, match=r"documents\.1\.hnsw: is missing"):
         Documents.load(two)
     with pytest.raises(FileNotFoundError, match=f"there is no {DOCUMENTS}"):
         Documents.load(tmp_path / "none")
@@ -246,7 +290,7 @@ def test_a_damaged_file_of_documents_is_refused(tmp_path):
     ("changes", "message"),
     [
         ({"format_version": 2}, "format version 2, where this release reads 1"),
-        ({"index": "../index-1.hnsw"}, "no name of an index"),
+        ({"index": "../documents.1.hnsw"}, "no name of an index"),
         ({"documents": 10**18}, "damaged"),
     ],
 )
@@ -262,7 +306,7 @@ def test_a_hostile_head_is_refused(tmp_path, changes, message):
 def test_a_load_beside_a_save_finds_one_of_the_two_stores(tmp_path, monkeypatch):
     documents = filled()
     documents.save(tmp_path)
-    read = Documents.load.__globals__["_read"]
+    read = hnsw_gpu.documents._read
 
     def read_late(folder):
         result = read(folder)
@@ -271,7 +315,7 @@ def test_a_load_beside_a_save_finds_one_of_the_two_stores(tmp_path, monkeypatch)
         documents.save(tmp_path)  # removes the index that `result` names
         return result
 
-    monkeypatch.setitem(Documents.load.__globals__, "_read", read_late)
+    monkeypatch.setattr(hnsw_gpu.documents, "_read", read_late)
     assert len(Documents.load(tmp_path)) == COUNT - 1
 
 

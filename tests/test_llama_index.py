@@ -215,7 +215,7 @@ def test_persisting(tmp_path):
         loaded = HNSWVectorStore.from_persist_path(path, fs, ef=32)
         assert (loaded.ef, loaded.client.dtype) == (32, "int8")
         assert found(loaded, ef=64) == found(store)
-    assert memory.exists("/stores/c/documents.jsonl")
+    assert memory.cat("/stores/c/documents.jsonl").count(b"This is a cat.") == 1
     copy = pickle.loads(pickle.dumps(store))
     assert found(copy) == found(store)
 

@@ -159,7 +159,11 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON i
     "with int4, else none]",
 )
 @click.option("--seed", default=0, show_default=True, help="Same seed, same index.")
-@click.option("--labels", type=FILE, help="A .npy of integers, one per row. [default: 0, 1, ...]")
+@click.option(
+    "--labels",
+    type=FILE,
+    help="A .npy of integers, or of strings (numpy's U), one per row.  [default: 0, 1, ...]",
+)
 @ray_option
 @storage_option
 @click.option("--threads", type=POSITIVE, help="Threads to use.  [default: all; on Ray 1 a shard]")
@@ -343,8 +347,9 @@ def search(
 ) -> None:
     """Find the k nearest vectors of every query.
 
-    The result holds two arrays with one row per query, nearest first: labels (int64) and
-    distances (float32). Where fewer than k exist, the label is -1 and the distance infinite.
+    The result holds two arrays with one row per query, nearest first: labels (int64, or strings)
+    and distances (float32). Where fewer than k exist, the label is -1, or empty, and the distance
+    infinite.
 
     \b
     Example:
@@ -379,7 +384,7 @@ def info(index: Path | str, storage_options: dict[str, Any] | None, as_json: boo
     opened = _open(index, mmap=True, options=storage_options)
     names = ("metric", "dtype", "refine", "dim", "M", "ef_construction", "seed")
     facts = {"vectors": len(opened), **{name: getattr(opened, name) for name in names}}
-    facts |= {"memory_bytes": opened.nbytes}
+    facts |= {"labels": opened.label_kind, "memory_bytes": opened.nbytes}
     if isinstance(opened, Collection):
         entries = opened.manifest.shards
         facts |= {"file_bytes": sum(entry.bytes for entry in entries), "shards": len(entries)}
@@ -440,8 +445,6 @@ def recall(
     Example:
       hnsw-gpu recall docs.hnsw queries.npy --ef 32,64,128 --vectors vectors.npy --plot recall.png
     """
-    import numpy as np
-
     from hnsw_gpu import recall as measure
     from hnsw_gpu.files import read_vectors
 
@@ -461,7 +464,7 @@ def recall(
     points = []
     for ef in capacities:
         labels, _, seconds = _search(opened, rows, k, ef, rerank, threads)
-        found = np.where(labels < 0, -1, np.searchsorted(opened.labels, labels))
+        found = _places(opened.labels, labels)
         share = measure.recall(base, rows, opened.metric, found, truth.labels)
         points.append({"ef": ef, "recall": share, "queries_per_s": len(rows) / max(seconds, 1e-9)})
     if plot is not None:
@@ -935,11 +938,24 @@ def _search(
     return labels, distances, seconds
 
 
+def _places(known: "np.ndarray", labels: "np.ndarray") -> "np.ndarray":
+    """int64 (q, k): where labels (q, k) are among known ones (n,), -1 where there is none."""
+    import numpy as np
+
+    if labels.dtype.kind != "T":
+        return np.where(labels < 0, -1, np.searchsorted(known, labels))
+    from hnsw_gpu.string_labels import Names
+
+    return Names(known.tolist()).numbers(labels.ravel()).reshape(labels.shape)
+
+
 def _base(index: "Searching", vectors: "np.ndarray | None") -> "np.ndarray":
     """The vectors that exact search looks at, in the order of `index.labels`."""
     labels = index.labels
     if vectors is None:
         return index.vectors(labels)
+    if index.label_kind == "strings":
+        raise ValueError("--vectors: row i has label i, and the labels of this index are strings")
     for label in labels[:1], labels[-1:]:
         if len(label) and not 0 <= label[0] < len(vectors):
             raise ValueError(f"--vectors has {len(vectors)} rows, the index has label {label[0]}")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from hnsw_gpu import inputs
+from hnsw_gpu import inputs, label_inputs
 from hnsw_gpu.engine import (
     LOST_SHARE,
     STORAGE,
@@ -31,9 +31,19 @@ from hnsw_gpu.engine import (
 )
 from hnsw_gpu.files import CorruptIndexError, open_arrays, write_arrays
 from hnsw_gpu.gpu import GpuEngine, bytes_a_query, index_bytes, on_gpu
-from hnsw_gpu.peers import faiss_index, outgoing, write_hnswlib
+from hnsw_gpu.peers import PeerGraph, faiss_index, outgoing, write_hnswlib
 from hnsw_gpu.progress import bar
 from hnsw_gpu.searching import StateSearching
+from hnsw_gpu.string_labels import (
+    from_file,
+    labels_of,
+    numbered_alike,
+    numbers_of,
+    require_strings_of,
+    to_file,
+    with_all_strings,
+    without_unused,
+)
 
 logger = logging.getLogger("hnsw_gpu")
 
@@ -112,20 +122,27 @@ class Index(StateSearching):
         return len(self._state.labels)
 
     def __contains__(self, label: object) -> bool:
-        is_label = isinstance(label, (int, np.integer)) and not isinstance(label, bool)
-        if not is_label or not 0 <= label <= np.iinfo(np.int64).max:  # type: ignore[operator]
+        state = self._state
+        if isinstance(label, str) and state.names is not None:
+            number = state.names.number(label)
+        elif state.names is None and isinstance(label, (int, np.integer)):
+            number = -1 if isinstance(label, bool) or label > inputs.LARGEST_LABEL else int(label)
+        else:
             return False
-        return bool(self._state.labels.find(np.array([label], np.int64))[0] >= 0)
+        return number >= 0 and bool(state.labels.find(np.array([number], np.int64))[0] >= 0)
 
-    def holds(self, labels: np.ndarray) -> np.ndarray:
-        """bool (m,): which of int64 labels (m,) are in the index."""
-        return self._state.labels.find(labels) >= 0
+    def holds(self, labels: ArrayLike) -> np.ndarray:
+        """bool (m,): which of labels (m,) are in the index."""
+        state = self._state
+        given = numbers_of(state, label_inputs.labels("labels", labels))
+        found: np.ndarray = state.labels.find(given) >= 0
+        return found
 
-    def __iter__(self) -> Iterator[int]:
-        """The labels, ascending, as they are now."""
+    def __iter__(self) -> Iterator[int | str]:
+        """The labels, in the order of `labels`, as they are now."""
         return iter(self.labels.tolist())
 
-    def items(self) -> Iterator[tuple[int, np.ndarray]]:
+    def items(self) -> Iterator[tuple[int | str, np.ndarray]]:
         """Each label with its vector (dim,), see `vectors`; as they are now, a block at a time."""
         state = self._state
         ordered = state.labels.sorted
@@ -133,7 +150,7 @@ class Index(StateSearching):
             part = ordered[start : start + ENCODE_ROWS]
             rows = state.vectors(state.labels.nodes(state.labels.find(part)))
             state.require_unchanged()
-            yield from zip(part.tolist(), rows, strict=True)
+            yield from zip(labels_of(state, part).tolist(), rows, strict=True)
 
     def __repr__(self) -> str:
         refine = f", refine={self.refine!r}" if self.refine else ""
@@ -145,8 +162,9 @@ class Index(StateSearching):
 
     @property
     def labels(self) -> np.ndarray:
-        """int64 (n,): the labels in the index, ascending."""
-        return self._state.labels.sorted.copy()
+        """The labels in the index: int64 (n,), ascending, or strings in the order first given."""
+        state = self._state
+        return labels_of(state, state.labels.sorted.copy())
 
     @property
     def nbytes(self) -> int:
@@ -154,7 +172,8 @@ class Index(StateSearching):
 
         Room for vectors to come is not counted.
         """
-        return self._state.nbytes
+        state = self._state
+        return state.nbytes + (0 if state.names is None else state.names.nbytes)
 
     @property
     def has_deleted(self) -> bool:
@@ -166,9 +185,10 @@ class Index(StateSearching):
 
         From the refine rows where there are some. KeyError names the first unknown label.
         """
-        given = inputs.labels("labels", labels)
+        given = label_inputs.labels("labels", labels)
         state = self._state
-        found = state.vectors(state.labels.nodes(state.labels.entries_of(given)))
+        entries = state.labels.entries_of(numbers_of(state, given), given)
+        found = state.vectors(state.labels.nodes(entries))
         state.require_unchanged()
         return found
 
@@ -217,7 +237,7 @@ class Index(StateSearching):
         state = self._state
         parts = index_bytes(
             self.dtype, self.refine, self.dim, self.M, state.node_count, len(state.graph.nodes),
-            len(self),
+            len(state.labels) if state.names is None else 0,
         )  # fmt: skip
         return {**parts, "queries": count * bytes_a_query(self.dtype, self.refine, self.dim, keys)}
 
@@ -233,19 +253,19 @@ class Index(StateSearching):
         threads: int | None = None,
         progress: bool | Callable[[int], object] = False,
     ) -> np.ndarray:
-        """Add vectors (m, dim), any array-like of real numbers; returns their int64 labels (m,).
+        """Add vectors (m, dim), any array-like of real numbers; returns their labels (m,).
 
-        labels: integers >= 0, each once and not in the index; None continues after the largest
-        label ever given. replace: labels that are in the index get these vectors instead of theirs,
-        in one change. keep_deleted: see `compact`. Bad input raises ValueError or TypeError and
-        adds nothing. After KeyboardInterrupt the vectors of the batches that were finished are in,
-        in order.
+        labels: integers >= 0, or strings (an index holds one kind), each once and not in the index;
+        None continues after the largest integer ever given. replace: labels that are in the index
+        get these vectors instead of theirs, in one change. keep_deleted: see `compact`. Bad input
+        raises ValueError or TypeError and adds nothing. After KeyboardInterrupt the vectors of the
+        batches that were finished are in, in order.
 
         progress: draw a bar; or what is told how many nodes more are in, each time.
         """
 
-        def choose(state: State, count: int) -> np.ndarray:
-            return inputs.new_labels(labels, count, state, replace)
+        def choose(state: State, count: int) -> tuple[State, np.ndarray]:
+            return label_inputs.new_labels(labels, count, state, replace)
 
         return self._add(vectors, choose, keep_deleted, threads, progress)
 
@@ -263,35 +283,39 @@ class Index(StateSearching):
         `replace` takes new labels too.
         """
 
-        def choose(state: State, count: int) -> np.ndarray:
-            given = inputs.new_labels(labels, count, state, may_be_known=True)
-            state.labels.entries_of(given)
-            return given
+        def choose(state: State, count: int) -> tuple[State, np.ndarray]:
+            given = label_inputs.labels_for(labels, count)
+            numbers = numbers_of(state, given)
+            state.labels.entries_of(numbers, given)
+            return state, numbers
 
         self._add(vectors, choose, False, threads, progress)
 
     def _add(
         self,
         vectors: ArrayLike,
-        choose: Callable[[State, int], np.ndarray],
+        choose: Callable[[State, int], tuple[State, np.ndarray]],
         keep_deleted: bool,
         threads: int | None,
         progress: bool | Callable[[int], object],
     ) -> np.ndarray:
-        """Add vectors (m, dim) under the labels choose(state, m), which it returns."""
+        """Add vectors (m, dim); their labels, which choose(state, m) gives the engine's of.
+
+        It gives the state, too, as it takes them.
+        """
         given = inputs.vectors("vectors", vectors, self.dim)
         threads = inputs.threads(threads)
         result = []
 
         def work(is_stopped: Callable[[], bool]) -> None:
-            new_labels = choose(self._state, len(given))
-            held = self._state.labels
+            inputs.require_room(self._state, len(given))
+            state, new_labels = choose(self._state, len(given))
+            held = state.labels
             live = held.kept_count if keep_deleted else held.live_count
-            if self._state.node_count - live > live + len(given):
+            if state.node_count - live > live + len(given):
                 self._compact(threads, progress is True, is_stopped, keep_deleted)
-            state, nodes, rounded = with_vectors(
-                self._state, len(given), self._checked_parts(given)
-            )
+                state, new_labels = choose(self._state, len(given))
+            state, nodes, rounded = with_vectors(state, len(given), self._checked_parts(given))
             self._tell(rounded, len(given))
             new = max(int(nodes.max(initial=-1)) + 1, state.node_count) - state.node_count
             with bar(progress is True, new, "build", "vectors") as shown:
@@ -299,7 +323,7 @@ class Index(StateSearching):
                     state, nodes, new_labels, self._publish, threads=threads,
                     is_stopped=is_stopped, advance=progress if callable(progress) else shown.update,
                 )  # fmt: skip
-            result.append(new_labels)
+            result.append(labels_of(self._state, new_labels))
 
         self._change(work)
         return result[0]
@@ -309,6 +333,8 @@ class Index(StateSearching):
 
         def locked(is_stopped: Callable[[], bool]) -> None:
             with self._changing.lock:
+                if self._state.names is not None:  # without strings that did not get in before
+                    self._state.names.keep_first(self._state.next_label)
                 work(is_stopped)
 
         run_to_a_stop(locked)
@@ -351,10 +377,10 @@ class Index(StateSearching):
     def merge(self, other: "Index", *, threads: int | None = None, progress: bool = False) -> None:
         """Take in all that another index holds, which keeps vectors as this one does.
 
-        No label may be in both (ValueError), and the other stays as it is. It costs a fraction of
-        building: the nodes of the smaller of the two are inserted into the larger, with the links
-        that they have. What was deleted in either cannot come back. KeyboardInterrupt leaves the
-        index as it was.
+        No label may be in both (ValueError), nor strings in one and integers in the other
+        (TypeError); the other stays as it is. It costs a fraction of building: the nodes of the
+        smaller of the two are inserted into the larger, with the links that they have. What was
+        deleted in either cannot come back. KeyboardInterrupt leaves the index as it was.
         """
         kinds = [
             (index.dim, index.metric, index.dtype, index.refine, index.M) for index in (self, other)
@@ -366,10 +392,12 @@ class Index(StateSearching):
         threads, theirs = inputs.threads(threads), other._settled()
 
         def work(is_stopped: Callable[[], bool]) -> None:
-            shared = theirs.labels.labels[self.holds(theirs.labels.labels)]
+            mine, yours = numbered_alike(self._state, theirs)
+            shared = yours.labels.labels[mine.labels.find(yours.labels.labels) >= 0]
             if len(shared):
-                raise ValueError(f"merge: label {shared[0]} is in both ({len(shared)} are)")
-            smaller = min(self._state.node_count, theirs.node_count)
+                first = labels_of(mine, shared[:1]).tolist()[0]
+                raise ValueError(f"merge: label {first!r} is in both ({len(shared)} are)")
+            smaller = min(mine.node_count, yours.node_count)
             with bar(progress, smaller, "merge", "vectors") as shown:
 
                 def advance(count: int) -> None:
@@ -377,8 +405,8 @@ class Index(StateSearching):
                     if is_stopped():
                         raise Stopped
 
-                state = joined(self._state, theirs, threads=threads, advance=advance)
-                self._publish(state, None)
+                state = joined(mine, yours, threads=threads, advance=advance)
+                self._publish(with_all_strings(state), None)
 
         self._change(work)
 
@@ -388,14 +416,16 @@ class Index(StateSearching):
         Until then `undelete` brings them back. KeyError names the first label that is not in the
         index; nothing is removed then.
         """
-        given = inputs.unique_labels("labels", labels)
-        self._relabel(lambda held: held.without(held.entries_of(given)))
+        self._relabel(labels, lambda held, *given: held.without(held.entries_of(*given)))
 
-    def _relabel(self, change: Callable[[Labels], Labels]) -> None:
-        """Give the nodes other labels."""
+    def _relabel(self, labels: ArrayLike, change: Callable[..., Labels]) -> None:
+        """Give the nodes the labels change(theirs, the engine's of `labels`, these as given)."""
+        given = label_inputs.unique_labels("labels", labels)
 
         def work(_: Callable[[], bool]) -> None:
-            self._publish(self._state._replace(labels=change(self._state.labels)), None)
+            state = self._state
+            changed = change(state.labels, numbers_of(state, given), given)
+            self._publish(state._replace(labels=changed), None)
 
         self._change(work)
 
@@ -404,21 +434,20 @@ class Index(StateSearching):
 
         KeyError names the first that cannot come back; nothing changes then.
         """
-        given = inputs.unique_labels("labels", labels)
-        self._relabel(lambda held: held.undeleted(given))
+        self._relabel(labels, Labels.undeleted)
 
     def forget(self, labels: ArrayLike) -> None:
         """Let deleted labels (m,) not come back: see `deleted`. KeyError names the first unknown.
 
         Their vectors are gone with the next `compact`.
         """
-        given = inputs.unique_labels("labels", labels)
-        self._relabel(lambda held: held.forgetting(given))
+        self._relabel(labels, Labels.forgetting)
 
     @property
     def deleted(self) -> np.ndarray:
-        """int64 (m,): the labels that `undelete` would bring back, ascending."""
-        return np.sort(self._state.labels.deleted.labels)
+        """The labels (m,) that `undelete` would bring back, in the order of `labels`."""
+        state = self._state
+        return labels_of(state, np.sort(state.labels.deleted.labels))
 
     def compact(
         self,
@@ -448,7 +477,7 @@ class Index(StateSearching):
             state = compacted(
                 self._state, threads=threads, advance=advance, keep_deleted=keep_deleted
             )
-            self._publish(state, None)
+            self._publish(without_unused(state), None)
 
     # ---------------------------------------------------------------- keeping it
 
@@ -491,7 +520,7 @@ class Index(StateSearching):
         about["next_label"] = state.next_label
         if self._tuned:
             about["tuned"] = [[*asked, ef] for asked, ef in sorted(self._tuned.items())]
-        return state, about, state.arrays()
+        return state, about, to_file(state)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one .safetensors file. The old file stays whole until the new one is complete.
@@ -515,7 +544,7 @@ class Index(StateSearching):
         After small `add`s call `check` first: it links what cannot be reached yet.
         """
         capacity = inputs.integer("max_elements", max_elements or 0, 0, inputs.MOST_NODES)
-        write_hnswlib(path, outgoing(self._state), capacity)
+        write_hnswlib(path, self._outgoing(), capacity)
 
     def to_faiss(self) -> Any:
         """The graph, as it is, as faiss's IndexHNSWFlat, of inner product under cosine.
@@ -523,7 +552,13 @@ class Index(StateSearching):
         In an IndexIDMap2 where labels are not 0..n-1. ValueError if there are deleted nodes. After
         small `add`s call `check` first, as for `to_hnswlib`.
         """
-        return faiss_index(outgoing(self._state), self._metric)
+        return faiss_index(self._outgoing(), self._metric)
+
+    def _outgoing(self) -> PeerGraph:
+        state = self._state
+        if state.names is not None:
+            raise ValueError("labels are strings here, and other libraries keep integers")
+        return outgoing(state)
 
 
 def load_index(
@@ -593,6 +628,8 @@ def restored(
     for recall, k, ef in about.get("tuned", ()):
         asked = inputs.share("recall", recall), inputs.integer("k", k, 1, inputs.MOST_NODES)
         index._tuned[asked] = inputs.integer("ef", ef, 1, inputs.MOST_NODES)
-    kept = index._state.parameters
-    index._state = from_arrays(kept, arrays, next_label, unread=unread, unrepaired=unrepaired)
+    kept, (arrays, names) = index._state.parameters, from_file(arrays)
+    state = from_arrays(kept, arrays, next_label, unread=unread, unrepaired=unrepaired)
+    index._state = state._replace(names=names)
+    require_strings_of(index._state)
     return index

@@ -281,89 +281,9 @@ def refuse(name: str, is_bad: np.ndarray, what: str, first: int = 0, remedy: str
         raise RowsError(said, what, rows)
 
 
-def labels(name: str, value: ArrayLike) -> np.ndarray:
-    """int64 labels (m,)."""
-    result = array(name, value)
-    if result.size == 0:
-        return np.empty(0, np.int64)
-    if result.dtype.kind not in "iu":
-        raise TypeError(f"{name}: dtype {result.dtype}, expected integers")
-    if result.ndim == 0:
-        result = result[None]
-    if result.ndim != 1:
-        raise ValueError(f"{name}: shape {result.shape}, expected (m,)")
-    if result.dtype == np.uint64 and (result > np.iinfo(np.int64).max).any():
-        raise ValueError(f"{name}: labels beyond int64")
-    if result.min() < 0:
-        raise ValueError(f"{name}: label {result.min()}, expected 0 or more (-1 means none)")
-    return np.ascontiguousarray(result, np.int64)
-
-
-def unique_labels(name: str, value: ArrayLike) -> np.ndarray:
-    """int64 labels (m,), none twice."""
-    result = labels(name, value)
-    ordered = np.sort(result)
-    repeated = ordered[1:][ordered[1:] == ordered[:-1]]
-    if len(repeated):
-        raise ValueError(f"{name}: label {repeated[0]} is given more than once")
-    return result
-
-
-def new_labels(
-    value: ArrayLike | None, count: int, state: State, may_be_known: bool = False
-) -> np.ndarray:
-    """int64 labels (count,) for new vectors, none in use; None goes on after the largest."""
+def require_room(state: State, count: int) -> None:
+    """ValueError where an index cannot hold `count` vectors more."""
     if state.node_count + count > MOST_NODES:
         raise ValueError(
             f"vectors: {state.node_count + count} in all, and an index holds at most {MOST_NODES}"
         )
-    if value is None:
-        first = state.next_label
-        if count and first + count - 1 > LARGEST_LABEL:
-            raise ValueError(
-                f"labels=None: {count} labels from {first} on would pass the largest, "
-                f"{LARGEST_LABEL}; give labels"
-            )
-        return first + np.arange(count) if count else np.empty(0, np.int64)
-    given = unique_labels("labels", value)
-    if len(given) != count:
-        raise ValueError(f"labels: {len(given)} for {count} vectors")
-    if may_be_known:
-        return given
-    known = state.labels.find(given) >= 0
-    if known.any():
-        raise ValueError(
-            f"labels: label {given[known][0]} is already in the index ({known.sum()} are)"
-        )
-    return given
-
-
-def entry_mask(value: ArrayLike, entry_labels: np.ndarray, queries: int) -> np.ndarray:
-    """bool mask (entries,) or (queries, entries) of `allow=` over the entries' labels.
-
-    `value`: bool (n,) or (queries, n) indexed by label; the same as uint8 bits packed little-endian
-    (`np.packbits(mask, axis=-1, bitorder="little")`); or signed-integer labels (m,).
-    """
-    allow = array("allow", value)
-    if allow.size == 0 and allow.ndim == 1 and allow.dtype != bool:
-        return np.zeros(len(entry_labels), bool)
-    if allow.dtype.kind == "i" and allow.ndim == 1:  # labels that are not here allow nothing
-        return np.isin(entry_labels, allow)
-    if allow.dtype not in (np.dtype(bool), np.dtype(np.uint8)):
-        raise TypeError(
-            f"allow: dtype {allow.dtype}, {allow.ndim}-d, expected a bool mask, "
-            "uint8 packed bits, or a 1-d array of int labels"
-        )
-    if allow.ndim not in (1, 2) or (allow.ndim == 2 and len(allow) != queries):
-        raise ValueError(f"allow: shape {allow.shape}, expected (n,) or ({queries}, n)")
-    covered = allow.shape[-1] * (8 if allow.dtype == np.uint8 else 1)
-    if len(entry_labels) and (entry_labels.min() < 0 or entry_labels.max() >= covered):
-        outside = entry_labels.min() if entry_labels.min() < 0 else entry_labels.max()
-        raise ValueError(
-            f"allow: a mask of {covered} is indexed by label, and label {outside} is outside; "
-            "give the allowed labels instead"
-        )
-    if allow.dtype == bool:
-        return allow[..., entry_labels]
-    bits = allow[..., entry_labels >> 3] >> (entry_labels & 7).astype(np.uint8)
-    return (bits & 1).astype(bool)

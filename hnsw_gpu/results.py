@@ -6,9 +6,9 @@ import numpy as np
 
 
 class SearchResult(NamedTuple):
-    """Nearest first. Too few: label -1, distance +inf.
+    """Nearest first. Too few: label -1 (of strings ""), distance +inf.
 
-    labels: int64 (q, k).
+    labels: int64 (q, k), or strings (numpy's StringDType).
     distances: float32 (q, k).
     """
 
@@ -39,7 +39,7 @@ class RadiusResult(NamedTuple):
     """All within a radius, nearest first: query i has results offsets[i]:offsets[i + 1].
 
     offsets: int64 (q + 1,).
-    labels: int64 (results,).
+    labels: int64 (results,), or strings.
     distances: float32 (results,).
     """
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike
 
-from hnsw_gpu import inputs
+from hnsw_gpu import inputs, label_inputs
 from hnsw_gpu.engine import (
     KEY_NONE,
     CpuEngine,
@@ -25,6 +25,7 @@ from hnsw_gpu.engine import (
 from hnsw_gpu.gpu import GpuEngine
 from hnsw_gpu.progress import bar
 from hnsw_gpu.results import RadiusResult, SearchResult, into, reported
+from hnsw_gpu.string_labels import STRINGS, labels_of, numbers_of
 from hnsw_gpu.tuning import SAMPLE, SAMPLE_SHARE, Tuned, required, tuned
 
 DEFAULT_EF = 64
@@ -61,7 +62,12 @@ class Searching:
 
     @property
     def labels(self) -> np.ndarray:
-        """int64 (n,), ascending."""
+        """int64 (n,), ascending, or strings."""
+        raise NotImplementedError
+
+    @property
+    def label_kind(self) -> str:
+        """What the labels are: "integers" or "strings"."""
         raise NotImplementedError
 
     @property
@@ -101,7 +107,7 @@ class Searching:
                 self.search(rows, k, allow=allow, threads=threads)
 
     def some_labels(self, count: int) -> np.ndarray:
-        """int64 (m,): `count` of the labels, or all where they are fewer; spread evenly."""
+        """`count` (m,) of the labels, or all where they are fewer; spread evenly."""
         labels = self.labels
         return labels[np.arange(m := min(count, len(labels))) * len(labels) // max(m, 1)]
 
@@ -169,14 +175,15 @@ class Searching:
         ef: beam capacity, raised recall for time; a beam holds max(ef, k).
         recall: in place of ef, the one that `tune` found for this recall and k.
         allow: what may be returned: bool (n,) or (q, n) indexed by label; the same packed, uint8
-            (`np.packbits(mask, axis=-1, bitorder="little")`); or int labels (m,).
+            (`np.packbits(mask, axis=-1, bitorder="little")`); or labels (m,).
         expand: nodes expanded in one step, 1 to 32. None: 1 on the CPU; on a GPU 4, below ef 48 it
             is 2. Devices answer alike at the same `expand`. ef_upper: beam capacity above layer 0.
         rerank: how many of the nearest in the beam the refine rows compare, where the index has
             them; at least k are. "auto": of int4 the most of 2 k, 20 and ef / 4, else all ef, as
             None.
         stream: of a GPU, for queries that lie there; None: CuPy's current one.
-        out: arrays (labels int64, distances float32), each (q, k), that take the result.
+        out: arrays (labels int64, or StringDType; distances float32), each (q, k), that take the
+            result.
 
         With a filter, or after deletes, ef counts allowed nodes: the beam is larger by their share,
         and doubled, for the queries that need it, until it holds ef of them but for what chance may
@@ -305,8 +312,10 @@ class Searching:
         )
         walk = inputs.walk(1, ef, threads, self._expand(ef))
         found = self._near(given, is_near, walk, allow)
-        none = [(np.empty((1, 0), np.int64), np.empty((1, 0), np.float32))]
-        labels, distances = (np.concatenate(p, 1)[0] for p in zip(*none, *found, strict=True))
+        kind = STRINGS if self.label_kind == "strings" else np.int64
+        none = [(np.empty((1, 0), kind), np.empty((1, 0), np.float32))]
+        parts = zip(*(found or none), strict=True)
+        labels, distances = (np.concatenate(part, axis=1)[0] for part in parts)
         offsets = np.cumsum([0] + [part.shape[1] for part, _ in found]).astype(np.int64)
         return RadiusResult(offsets, labels, reported(distances, self.metric))
 
@@ -325,16 +334,19 @@ class StateSearching(Searching):
     _state: State
     _gpu: GpuEngine | None
 
+    @property
+    def label_kind(self) -> str:
+        """What the labels are: "strings" or "integers"; these too where there are none."""
+        return "integers" if self._state.names is None else "strings"
+
     def _nearest(
         self, queries: np.ndarray, walk: Walk, allow: ArrayLike | None
     ) -> tuple[np.ndarray, np.ndarray]:
         def find(state: State, engine: CpuEngine | GpuEngine) -> tuple[np.ndarray, np.ndarray]:
-            entries, nodes = _filter(state.labels, allow, len(queries))
+            entries, nodes = _filter(state, allow, len(queries))
             keys = nearest(engine, Queries(queries), walk, nodes)
-            found: tuple[np.ndarray, np.ndarray] = state.labels.keys_to_labels(
-                keys, walk.k, entries
-            )
-            return found
+            labels, distances = state.labels.keys_to_labels(keys, walk.k, entries)
+            return labels_of(state, labels), distances
 
         return self._searched(find)
 
@@ -342,29 +354,33 @@ class StateSearching(Searching):
         state = self._state
         live = np.flatnonzero(state.labels.live_nodes())
         keys = state.cpu.compare(Queries(queries), live, min(k, len(live)), threads)
-        found: tuple[np.ndarray, np.ndarray] = state.labels.keys_to_labels(keys, k)
+        labels, distances = state.labels.keys_to_labels(keys, k)
         state.require_unchanged()
-        return found
+        return labels_of(state, labels), distances
 
     def _near(
         self, queries: np.ndarray, is_near: IsNear, walk: Walk, allow: ArrayLike | None
     ) -> list[tuple[np.ndarray, np.ndarray]]:
         def find(state: State, engine: CpuEngine | GpuEngine) -> list[tuple]:
             held = state.labels
-            entries, nodes = _filter(held, allow, len(queries))
+            entries, nodes = _filter(state, allow, len(queries))
             keys = within(engine, Queries(queries), is_near, walk, nodes)
             found = [
                 held.keys_to_labels(row[None], held.count(key_nodes(row)), _row_of(entries, i))
                 for i, row in enumerate(keys)
             ]
             # entries that are not allowed leave room behind the others
-            return [(labels[labels >= 0][None], far[labels >= 0][None]) for labels, far in found]
+            is_there = [labels >= 0 for labels, _ in found]
+            return [
+                (labels_of(state, labels[mine][None]), far[mine][None])
+                for (labels, far), mine in zip(found, is_there, strict=True)
+            ]
 
         return self._searched(find)
 
     def _left_out(self, labels: np.ndarray) -> tuple[np.ndarray, Searching, Searching]:
         state, held = self._state, self._state.labels
-        entries = held.entries_of(labels)
+        entries = held.entries_of(numbers_of(state, labels), labels)
         is_kept = held.nodes(entries) == state.graph.entry_point  # of every walk
         labels, entries = labels[~is_kept], entries[~is_kept]
         left = held.without(entries)
@@ -397,6 +413,11 @@ class StateSearching(Searching):
     ) -> SearchResult | None:
         if self._gpu is None or not inputs.is_on_gpu(queries):
             return None
+        if self._state.names is not None:
+            raise TypeError(
+                "queries: on a GPU, where no labels can lie that are strings: expected an array in "
+                "host memory"
+            )
 
         def find(state: State, engine: CpuEngine | GpuEngine) -> SearchResult | GpuEngine | None:
             if isinstance(engine, CpuEngine):
@@ -440,7 +461,7 @@ class StateSearching(Searching):
                         keys, walk.k, skipped=part
                     )
                     shown.update(len(part))
-            return labels, distances
+            return labels_of(state, labels), distances
 
         labels, distances = self._searched(find)
         return SearchResult(labels, reported(distances, self.metric))
@@ -459,11 +480,12 @@ class _View(StateSearching):
 
 
 def _filter(
-    held: Labels, allow: ArrayLike | None, queries: int
+    state: State, allow: ArrayLike | None, queries: int
 ) -> tuple[np.ndarray | None, np.ndarray | None]:
     """Packed bits of allowed entries, and bool mask of allowed nodes; None where all are."""
+    held = state.labels
     if allow is not None:
-        mask = inputs.entry_mask(allow, held.labels, queries)
+        mask = label_inputs.entry_mask(allow, state, queries)
         return np.atleast_2d(pack_bits(mask)), held.any_of_node(mask)
     return None, None if held.are_all_live else held.live_nodes()
 

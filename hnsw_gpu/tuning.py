@@ -72,12 +72,12 @@ def tuned(
 
 def _recalls(found: SearchResult, truth: SearchResult, metric: str) -> np.ndarray:
     """float64 (q,): the share of results as near as the true k-th: ties are not errors."""
-    is_there = truth.labels >= 0
+    is_there = np.isfinite(truth.distances)
     limit = truth.distances.max(axis=1, initial=-np.inf, where=is_there)
     limit[~is_there.any(axis=1)] = 0
     scale = np.abs(limit) if metric in ("l2", "euclidean") else 1 + np.abs(limit)
     is_near = found.distances <= (limit + EPSILON * scale)[:, None]
-    hits = np.count_nonzero((found.labels >= 0) & is_near, axis=1)
+    hits = np.count_nonzero(np.isfinite(found.distances) & is_near, axis=1)
     possible = np.count_nonzero(is_there, axis=1)
     return np.where(possible > 0, hits / np.maximum(possible, 1), 1.0)
 

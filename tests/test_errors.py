@@ -75,7 +75,7 @@ ROWS = {
 LABELS = {
     "floats": (np.arange(3.0), TypeError, ["float64"]),
     "float list": ([7000.5, 7001.0, 7002.0], TypeError, ["float64"]),
-    "text": (["a", "b", "c"], TypeError, ["U1"]),
+    "text": (["a", "b", "c"], TypeError, ["strings"]),
     "booleans": (np.array([True, False, True]), TypeError, ["bool"]),
     "objects": (np.array([7000, 7001, None]), TypeError, ["object"]),
     "too few": ([7000, 7001], ValueError, ["2", "3"]),
@@ -305,7 +305,7 @@ ALLOW = {
     "no booleans": (np.ones(0, bool), ValueError, [str(N - 1)]),
     "packed, too short": (np.zeros(N // 8 - 1, np.uint8), ValueError, [str(N - 8), str(N - 1)]),
     "floats": (np.ones(N), TypeError, ["float64"]),
-    "text": (["a", "b"], TypeError, ["U1"]),
+    "text": (["a", "b"], TypeError, ["strings"]),
     "objects": (np.array([True, None]), TypeError, ["object"]),
     "two rows for three queries": (np.ones((2, N), bool), ValueError, ["2", "3"]),
     "three axes": (np.ones((1, 3, N), bool), ValueError, [f"(1, 3, {N})"]),
@@ -329,7 +329,7 @@ def test_unknown_labels(index):
     for call in (index.delete, index.vectors):
         refuses(TypeError, ["float64"], call, [3.0])
         refuses(TypeError, ["bool"], call, np.ones(N, bool))
-        refuses(TypeError, ["U1"], call, ["3"])
+        refuses(TypeError, ["strings"], call, ["3"])
         refuses(ValueError, ["(1, 2)"], call, [[3, 4]])
 
 

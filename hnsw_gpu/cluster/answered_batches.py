@@ -75,11 +75,13 @@ def _of_files(
 
 
 def _lists_of(found: SearchResult) -> dict[str, Any]:
-    """Columns of lists of k numbers."""
+    """Columns of lists of k."""
     import pyarrow
 
     k = found.labels.shape[1]
-    return {
-        name: pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(values.ravel()), k)
-        for name, values in found._asdict().items()
-    }
+    columns = {}
+    for name, values in found._asdict().items():
+        flat = values.ravel()
+        column = pyarrow.array(flat.tolist() if flat.dtype.kind == "T" else flat)
+        columns[name] = pyarrow.FixedSizeListArray.from_arrays(column, k)
+    return columns

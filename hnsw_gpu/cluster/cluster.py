@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from hnsw_gpu import inputs
+from hnsw_gpu import inputs, label_inputs
 from hnsw_gpu.cluster.answered_batches import answered
 from hnsw_gpu.cluster.figures import shard_figures
 from hnsw_gpu.cluster.ray_connection import RayConnection, ray_connection
@@ -252,7 +252,7 @@ class Cluster(Sharded):
     def _begin(self, queries: np.ndarray, walk: Walk, allow: ArrayLike | None) -> Any:
         self._require_open()
         may_lack = self._on_shard_error == "partial"
-        allow = None if allow is None else inputs.array("allow", allow)
+        allow = None if allow is None else label_inputs.label_array("allow", allow)
         what = queries, walk._replace(threads=self._cpus), allow
         return self._calls.begin(Index._nearest, what, may_lack=may_lack)
 

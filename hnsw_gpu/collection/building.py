@@ -25,6 +25,7 @@ from hnsw_gpu.collection.manifest import (
     PARAMETERS,
     Manifest,
     ShardEntry,
+    ends_of,
     entry_of,
     write_manifest,
 )
@@ -74,10 +75,10 @@ def build_collection(
 ) -> Manifest:
     """Build the shards of a collection that are not there yet, then its manifest.
 
-    id_column: integers, the labels; None: row numbers. how: `metric`, `dtype`, `refine`, `M`,
-    `ef_construction` and `seed` of an Index. ValueError where `out` holds anything else than a run
-    of the same input and parameters, where another job writes there, where a row is no vector, an
-    id is there twice, or an input changes meanwhile.
+    id_column: integers or strings, the labels; None: row numbers. how: `metric`, `dtype`, `refine`,
+    `M`, `ef_construction` and `seed` of an Index. ValueError where `out` holds anything else than a
+    run of the same input and parameters, where another job writes there, where a row is no vector,
+    an id is there twice, or an input changes meanwhile.
     """
     inputs.integer("shard_rows", shard_rows, 1, inputs.MOST_NODES)
     folder = folder_at(out)
@@ -144,8 +145,7 @@ def _build_shard(plan: Plan, name: str, start: int, stop: int, *, advance: Advan
         with plan.out.writing(name) as path:
             index.save(path)
     entry = entry_of(plan.out, name)
-    ends = (int(labels.min()), int(labels.max())) if len(labels) else None
-    if (entry.rows, entry.labels) != (len(labels), ends):
+    if (entry.rows, entry.labels) != (len(labels), ends_of(labels)):
         place = plan.out.place(name)
         raise ValueError(f"{place}: is not the shard that belongs there; delete it")
     return entry

@@ -12,6 +12,7 @@ from hnsw_gpu.collection.manifest import (
     PARAMETERS,
     Manifest,
     ShardEntry,
+    ends_of,
     read_manifest,
 )
 from hnsw_gpu.collection.sharded import Sharded
@@ -146,8 +147,7 @@ def open_shard(path: Path, entry: ShardEntry, manifest: Manifest, mmap: bool) ->
             f"{path}: is a folder, and {MANIFEST} names it as a shard"
         ) from None
     held: dict[str, Any] = {name: getattr(index, name) for name in PARAMETERS}
-    labels = index.labels
-    held |= {"rows": len(index), "labels": _ends(labels)}
+    held |= {"rows": len(index), "labels": ends_of(index.labels)}
     said = manifest._asdict() | {"rows": entry.rows, "labels": entry.labels}
     for name, value in held.items():
         if value != said[name]:
@@ -162,7 +162,3 @@ def _require_same(place: str, entry: ShardEntry, size: int) -> None:
 
 def _missing(place: str) -> CorruptIndexError:
     return CorruptIndexError(f"{place}: is missing, and {MANIFEST} names it")
-
-
-def _ends(labels: np.ndarray) -> tuple[int, int] | None:
-    return (int(labels[0]), int(labels[-1])) if len(labels) else None

@@ -14,15 +14,19 @@ import zlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from hnsw_gpu import inputs
 from hnsw_gpu.engine import STORAGE
 from hnsw_gpu.files import CorruptIndexError, Folder, Place, folder_at, read_some
+from hnsw_gpu.string_labels import LABEL_ARRAYS, saved_labels
 
 MANIFEST = "manifest.json"
 COLLECTION_VERSION = 1
 MOST_BYTES = 1 << 24  # some 100,000 shards; bounds what a hostile file can cost
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,254}")  # of a file beside the manifest
 CHECKSUM = re.compile(r"[0-9a-f]{8}")
+Ends = tuple[int, int] | tuple[str, str]
 
 
 class ShardEntry(NamedTuple):
@@ -30,7 +34,7 @@ class ShardEntry(NamedTuple):
 
     file: str  # its name, beside the manifest
     rows: int  # vectors, each with a label
-    labels: tuple[int, int] | None  # the least and the largest; None: there are none
+    labels: Ends | None  # the least and the largest; None: there are none
     bytes: int  # of the file
     checksum: str  # `files.arrays_checksum`, which covers the checksum of every array
 
@@ -105,10 +109,19 @@ def entry_of(place: Place, name: str) -> ShardEntry:
     folder = folder_at(place)
     with folder.open(name) as file:
         size = file.seek(0, os.SEEK_END)
-        arrays, checksum = read_some(file, folder.place(name), ["labels"])
-    labels = arrays["labels"]
-    ends = (int(labels.min()), int(labels.max())) if len(labels) else None
-    return ShardEntry(name, len(labels), ends, size, checksum)
+        arrays, checksum = read_some(file, folder.place(name), LABEL_ARRAYS)
+    labels = saved_labels(arrays)
+    return ShardEntry(name, len(labels), ends_of(labels), size, checksum)
+
+
+def ends_of(labels: np.ndarray) -> Ends | None:
+    """The least and the largest label."""
+    if not len(labels):
+        return None
+    if labels.dtype.kind == "T":
+        given = labels.tolist()
+        return min(given), max(given)
+    return int(labels.min()), int(labels.max())
 
 
 def _no_manifest(folder: Folder) -> OSError:
@@ -137,6 +150,8 @@ def _manifest(facts: dict[str, Any]) -> Manifest:
     rows = inputs.integer("rows", facts["rows"], 0)
     if rows != sum(entry.rows for entry in shards):
         raise ValueError(f"rows={rows}, and the shards have {sum(e.rows for e in shards)}")
+    if len({type(entry.labels[0]) for entry in shards if entry.labels is not None}) > 1:
+        raise ValueError("shards of integer labels, and of strings")
     return Manifest(
         inputs.one_of("metric", facts["metric"], inputs.METRICS),
         inputs.integer("dim", facts["dim"], 1, 65536),
@@ -161,11 +176,15 @@ def _entry(place: int, given: dict[str, Any]) -> ShardEntry:
     return ShardEntry(file, rows, _ends(place, rows, given["labels"]), size, checksum)
 
 
-def _ends(place: int, rows: int, given: Sequence[int] | None) -> tuple[int, int] | None:
+def _ends(place: int, rows: int, given: Sequence[Any] | None) -> Ends | None:
     if given is None and not rows:
         return None
     if not isinstance(given, list) or len(given) != 2 or not rows:
         raise ValueError(f"shard {place}: {rows} rows of labels {given!r:.80}")
+    if all(isinstance(label, str) for label in given):
+        if not "" < given[0] <= given[1]:
+            raise ValueError(f"shard {place}: labels {given!r:.80}")
+        return given[0], given[1]
     least = inputs.integer(f"shard {place}: labels", given[0], 0, inputs.LARGEST_LABEL)
     largest = inputs.integer(f"shard {place}: labels", given[1], least, inputs.LARGEST_LABEL)
     if largest - least + 1 < rows:

@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from hnsw_gpu import inputs
+from hnsw_gpu import inputs, label_inputs
+from hnsw_gpu.collection.ids import label_keys
 from hnsw_gpu.collection.manifest import PARAMETERS, Manifest
 from hnsw_gpu.engine import Walk, merged
 from hnsw_gpu.files import CorruptIndexError
 from hnsw_gpu.index import Index
 from hnsw_gpu.searching import IsNear, Searching
+from hnsw_gpu.string_labels import NONE, Names
 
 Answers = tuple[np.ndarray, np.ndarray]  # labels, engines' distances
 LABELS_AT_A_TIME = 1 << 20  # that are looked at for one that is there twice
@@ -50,14 +52,20 @@ class Sharded(Searching):
         )
 
     @property
+    def label_kind(self) -> str:
+        """What the labels are: "strings" or "integers"; these too where there are none."""
+        ends = [entry.labels for entry in self.manifest.shards if entry.labels is not None]
+        return "strings" if ends and isinstance(ends[0][0], str) else "integers"
+
+    @property
     def labels(self) -> np.ndarray:
-        """int64 (n,): all labels, ascending."""
-        return np.sort(np.concatenate(self._of_each(attrgetter("labels"))))
+        """All labels, ascending: int64 (n,), or strings."""
+        return _sorted(self._of_each(attrgetter("labels")))
 
     def some_labels(self, count: int) -> np.ndarray:
-        """int64 (m,): `count` of the labels, or all where they are fewer; spread evenly."""
+        """`count` (m,) of the labels, or all where they are fewer; spread evenly."""
         each = -(-count // len(self.manifest.shards))
-        some = np.sort(np.concatenate(self._of_each(Index.some_labels, each)))
+        some = _sorted(self._of_each(Index.some_labels, each))
         return some[np.arange(m := min(count, len(some))) * len(some) // max(m, 1)]
 
     @property
@@ -82,23 +90,36 @@ class Sharded(Searching):
 
         From the refine rows where there are some. KeyError names the first unknown label.
         """
-        given = inputs.labels("labels", labels)
+        given = label_inputs.labels("labels", labels)
         found, is_known = np.empty((len(given), self.dim), np.float32), np.zeros(len(given), bool)
         for mine, rows in self._of_each(_stored, given):
             found[mine] = rows
             is_known |= mine
-        missing = given[~is_known]
-        if len(missing):
+        missing = given[~is_known].tolist()
+        if missing:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            raise KeyError(f"label {missing[0]}{more}: not in the collection")
+            raise KeyError(f"label {missing[0]!r}{more}: not in the collection")
         return found
 
     def require_labels_once(self) -> None:
         """CorruptIndexError names a label that several shards have, and these."""
-        filled = sorted(entry.labels for entry in self.manifest.shards if entry.labels is not None)
+        ends = [entry.labels for entry in self.manifest.shards if entry.labels is not None]
+        filled: list[Any] = sorted(ends)  # all integers, or all strings
         if all(a[1] < b[0] for a, b in itertools.pairwise(filled)):
             return  # their ranges are apart
-        least, beyond = filled[0][0], max(last for _, last in filled) + 1
+        first, count = (
+            self._strings_twice() if self.label_kind == "strings" else self._integers_twice(filled)
+        )
+        if first is not None:
+            held = self._of_each(Index.__contains__, first)
+            files = [e.file for e, is_in in zip(self.manifest.shards, held, strict=True) if is_in]
+            raise CorruptIndexError(
+                f"{self.path}: label {first!r} is in {' and in '.join(sorted(files))} ({count} are)"
+            )
+
+    def _integers_twice(self, ends: list[Any]) -> tuple[int | None, int]:
+        """The first label that several shards have, and how many there are."""
+        least, beyond = ends[0][0], max(last for _, last in ends) + 1
         parts = -(-len(self) // LABELS_AT_A_TIME)
         edges = [least + (beyond - least) * i // parts for i in range(parts + 1)]
         first, count = None, 0
@@ -107,12 +128,17 @@ class Sharded(Searching):
             twice = some[1:][some[1:] == some[:-1]]
             count += len(twice)
             first = int(twice[0]) if first is None and len(twice) else first
-        if first is not None:
-            held = self._of_each(Index.__contains__, first)
-            files = [e.file for e, is_in in zip(self.manifest.shards, held, strict=True) if is_in]
-            raise CorruptIndexError(
-                f"{self.path}: label {first} is in {' and in '.join(sorted(files))} ({count} are)"
-            )
+        return first, count
+
+    def _strings_twice(self) -> tuple[str | None, int]:
+        """As of integers; a label is told by 8 bytes, and looked at where these are there twice."""
+        keys = np.sort(np.concatenate(self._of_each(_keys)))
+        twice = keys[1:][keys[1:] == keys[:-1]]
+        if not len(twice):
+            return None, 0
+        some = _sorted(self._of_each(_labels_of_keys, twice)).tolist()
+        shared = [one for one, other in itertools.pairwise(some) if one == other]
+        return (shared[0], len(shared)) if shared else (None, 0)
 
     # ---------------------------------------------------------------- what `Searching` asks
 
@@ -134,6 +160,9 @@ class Sharded(Searching):
 
 def merged_answers(answers: Sequence[Answers], k: int) -> Answers:
     """One answer of the shards' (q, m) each, which need not be of one m."""
+    strings = [labels.ravel() for labels, _ in answers if labels.dtype.kind == "T"]
+    if strings:
+        return _merged_strings(answers, Names(_sorted_texts(strings)), k)
     queries, most = len(answers[0][0]), max(labels.shape[1] for labels, _ in answers)
     labels = np.full((len(answers), queries, most), -1, np.int64)
     distances = np.full(labels.shape, np.inf, np.float32)
@@ -141,6 +170,41 @@ def merged_answers(answers: Sequence[Answers], k: int) -> Answers:
         labels[s, :, : mine.shape[1]], distances[s, :, : mine.shape[1]] = mine, far
     found: Answers = merged(labels, distances, k)
     return found
+
+
+def _merged_strings(answers: Sequence[Answers], names: Names, k: int) -> Answers:
+    """The same, of strings, whose numbers are in their order; a shard without any has integers."""
+    numbered = [
+        (names.numbers(labels.ravel()).reshape(labels.shape), far)
+        if labels.dtype.kind == "T"
+        else (labels, far)
+        for labels, far in answers
+    ]
+    labels, distances = merged_answers(numbered, k)
+    return names.strings(labels), distances
+
+
+def _sorted_texts(strings: list[np.ndarray]) -> list[str]:
+    """The strings of some labels (m,) each, ascending, without those that mean none."""
+    found = set(itertools.chain.from_iterable(some.tolist() for some in strings))
+    return sorted(found - {NONE})
+
+
+def _sorted(parts: list[np.ndarray]) -> np.ndarray:
+    """Labels of shards, ascending. A shard without any has integers."""
+    filled = [labels for labels in parts if len(labels)]
+    return np.sort(np.concatenate(filled or parts))
+
+
+def _keys(shard: Index) -> np.ndarray:
+    """int64 (n,): of strings, the keys of a shard's."""
+    return label_keys(shard.labels)
+
+
+def _labels_of_keys(shard: Index, keys: np.ndarray) -> np.ndarray:
+    """Those labels of a shard that have one of these keys."""
+    labels = shard.labels
+    return labels[np.isin(label_keys(labels), keys)]
 
 
 def _stored(shard: Index, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

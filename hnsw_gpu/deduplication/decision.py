@@ -59,11 +59,13 @@ class NearRows:
         return 0 - distances if self.metric == "ip" else 1 - distances
 
     def labels_in_other(self) -> np.ndarray:
-        """int64 (n,): label of the nearest in the other set, of rows that it has; else -1."""
+        """Labels (n,) of the nearest in the other set, of rows that it has; else -1, or ""."""
         labels = np.full(self.rows.total, -1, np.int64)
         if self.other is not None:
             of_nodes = np.where(self.is_known, self.other.labels, -1)
             labels[self.rows.valid] = of_nodes[self.rows.node_of]
+            if self.other.names is not None:
+                return self.other.names.strings(labels)
         return labels
 
     def decide(self, limit: float, linkage: str, keep: Any) -> Decision:

@@ -11,6 +11,7 @@ from hnsw_gpu.deduplication.distinct_rows import ROWS_AT_ONCE
 from hnsw_gpu.deduplication.near_pairs import Nodes, lists_for_rows
 from hnsw_gpu.engine import KEY_NONE, encode, key_distances, key_nodes, rerank, rows_as_queries
 from hnsw_gpu.index import Index, load_index
+from hnsw_gpu.string_labels import BYTES, Names, names_of
 
 CANDIDATES = 8  # of an index, whose rows may be coarse; exact distances decide among them
 
@@ -20,6 +21,17 @@ class NearestOther(NamedTuple):
 
     labels: np.ndarray  # int64 (m,): -1 where there is none
     distances: np.ndarray  # float32 (m,): +inf where there is none
+    names: Names | None = None  # of labels that are strings, which then are their numbers
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What `from_arrays` takes."""
+        strings = {} if self.names is None else self.names.arrays(len(self.names))
+        return {"labels": self.labels, "distances": self.distances, **strings}
+
+    @classmethod
+    def from_arrays(cls, arrays: dict[str, np.ndarray]) -> "NearestOther":
+        names = names_of(arrays) if BYTES in arrays else None
+        return cls(arrays["labels"], arrays["distances"], names)
 
 
 FindNearest = Callable[[np.ndarray], NearestOther]  # of encoded rows (m, row)
@@ -44,15 +56,20 @@ def open_index(value: Any, metric: str, dim: int) -> Index:
 def nearest_in_index(index: Index, metric: str, ef: int, threads: int) -> FindNearest:
     """By searching it; labels are its own. Distances are those of its vectors, as it keeps them."""
     is_whole = (index.refine or index.dtype) == "fp32"
+    names = Names(index.labels.tolist()) if index.label_kind == "strings" else None
 
     def nearest(rows: np.ndarray) -> NearestOther:
         labels, _ = index.search(rows[:, : index.dim], CANDIDATES, ef=ef, threads=threads)
+        if names is not None:
+            labels = names.numbers(labels.ravel()).reshape(labels.shape)
         known, place = np.unique(labels[labels >= 0], return_inverse=True)
         # whole rows are of unit length already, and another division would change their last bits
-        kept = encode(index.vectors(known), "l2" if is_whole else metric, "fp32")
+        stored = index.vectors(known if names is None else names.strings(known))
+        kept = encode(stored, "l2" if is_whole else metric, "fp32")
         keys = np.full(labels.shape, KEY_NONE, np.uint64)
         keys[labels >= 0] = place.astype(np.uint64) << np.uint64(1)
-        return _exactly_nearest(keys, Nodes(kept, None, metric), known, rows, threads)
+        found = _exactly_nearest(keys, Nodes(kept, None, metric), known, rows, threads)
+        return found._replace(names=names)
 
     return nearest
 
@@ -97,12 +114,17 @@ def nearest_of_all(
 ) -> NearestOther:
     """Over several parts of the other set, of `count` rows."""
     labels, distances = np.full(count, -1), np.full(count, np.inf, np.float32)
+    names = None
     for part in parts:
         for start in range(0, count, ROWS_AT_ONCE):
             place = slice(start, min(start + ROWS_AT_ONCE, count))
-            label, distance = part(rows(place))
+            label, distance, names = part(rows(place))
             is_nearer = distance < distances[place]
             labels[place] = np.where(is_nearer, label, labels[place])
             distances[place] = np.where(is_nearer, distance, distances[place])
             advance(place.stop - start)
-    return NearestOther(labels, distances)
+    if names is None:
+        return NearestOther(labels, distances)
+    used = np.unique(labels[labels >= 0])  # of all strings of an index, those that are told
+    labels = np.where(labels < 0, -1, np.searchsorted(used, labels))
+    return NearestOther(labels, distances, Names(names.strings(used).tolist()))

@@ -13,6 +13,7 @@ from hnsw_gpu.deduplication.decision import Decision, NearRows
 from hnsw_gpu.deduplication.limit import distance_of_copies, limit_as_given, limit_of
 from hnsw_gpu.deduplication.linkage import LINKAGES
 from hnsw_gpu.files import taken
+from hnsw_gpu.string_labels import NONE
 
 if TYPE_CHECKING:
     import pyarrow
@@ -26,7 +27,7 @@ class DedupResult:
     similarity: float32 (n,) to it (cosine, ip), NaN where there is none.
     distance: likewise, of every metric.
     group: int64 (n,), the representative's row, which a kept row is itself.
-    against: int64 (n,), of rows that the other set has: its label, or row; else -1.
+    against: (n,), of rows that the other set has: its label, or row; else -1, or "" of strings.
     ids: the caller's, or the row numbers.
     report: counts, histogram of best similarity, sampled recall, seconds, parameters.
     """
@@ -109,7 +110,7 @@ class DedupResult:
         """
         import pyarrow
 
-        rows = np.flatnonzero((self.duplicate_of >= 0) | (self.against >= 0))
+        rows = np.flatnonzero((self.duplicate_of >= 0) | _is_some(self.against))
         columns = {
             "id": self.names_array(rows),
             "duplicate_of": self.names_array(self.duplicate_of[rows]),
@@ -168,8 +169,15 @@ def decision_parameters(near: NearRows, limit: float, linkage: str, keep: Any) -
     return {"linkage": linkage, "keep": who, **limit_as_given(near.metric, limit)}
 
 
-def _nullable(rows: np.ndarray) -> "pyarrow.Array":
-    """int64, null where -1."""
+def _nullable(labels: np.ndarray) -> "pyarrow.Array":
+    """int64, or strings; null where there is none."""
     import pyarrow
 
-    return pyarrow.array(rows, mask=rows < 0)
+    if labels.dtype.kind == "T":
+        return pyarrow.array([label or None for label in labels.tolist()], pyarrow.string())
+    return pyarrow.array(labels, mask=labels < 0)
+
+
+def _is_some(labels: np.ndarray) -> np.ndarray:
+    """bool (n,): where there is a label, or row."""
+    return labels != NONE if labels.dtype.kind == "T" else labels >= 0

@@ -188,7 +188,7 @@ def pairs_in(job: Job, cut: Cut) -> Pairs:
 
 def nearest_other_in(job: Job) -> NearestOther:
     """Of each node its nearest in the other set."""
-    return NearestOther(**job.checkpoints.read("against"))
+    return NearestOther.from_arrays(job.checkpoints.read("against"))
 
 
 # ---------------------------------------------------------------- the steps
@@ -272,7 +272,7 @@ def _compare(
             _parts_of_other(job, other, against, dim),
             lambda place: shards.rows_of(np.arange(place.start, place.stop)),
             shards.nodes, advance,
-        )._asdict()  # fmt: skip
+        ).arrays()  # fmt: skip
 
     job.checkpoints.do_once("against", find)
 

@@ -229,6 +229,7 @@ def compacted(
         refine_rows=refine_rows,
         labels=labels,
         next_label=state.next_label,
+        names=state.names,
     )
 
 
@@ -296,6 +297,7 @@ def joined(state: State, other: State, *, threads: int, advance: Callable[[int],
         refine_rows=None if refine_rows is None else refine_rows[:stop],
         labels=held.with_added(small.labels.labels, entries, stop),
         next_label=max(state.next_label, other.next_label),
+        names=state.names,
     )
 
 

@@ -23,14 +23,15 @@ class Deleted(NamedTuple):
         is_left = ~np.isin(self.labels, labels)
         return Deleted(self.labels[is_left], self.nodes[is_left])
 
-    def places(self, labels):
-        """int64 places of labels (m,); KeyError names the first that is not here."""
+    def places(self, labels, told=None):
+        """int64 places of labels (m,); KeyError names the first not here, as `told` (m,) does."""
         order = np.argsort(self.labels)
         place = np.searchsorted(self.labels, labels, sorter=order)
         known = place < len(order)
         known[known] = self.labels[order[place[known]]] == labels[known]
         if not known.all():
-            raise KeyError(f"label {labels[~known][0]}: was not deleted, or is gone for good")
+            missing = (labels if told is None else told)[~known].tolist()
+            raise KeyError(f"label {missing[0]!r}: was not deleted, or is gone for good")
         return order[place]
 
 
@@ -89,13 +90,13 @@ class Labels:
             self._table = LabelTable(self.labels)
         return self._table.find(self.labels, labels)
 
-    def entries_of(self, labels):
-        """int64 entries of the given labels (m,); KeyError names the first that is not here."""
+    def entries_of(self, labels, told=None):
+        """int64 entries of labels (m,); KeyError names the first not here, as `told` (m,) does."""
         entries = self.find(labels)
-        missing = labels[entries < 0]
-        if len(missing):
+        if (entries < 0).any():
+            missing = (labels if told is None else told)[entries < 0].tolist()
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            raise KeyError(f"label {missing[0]}{more}: not in the index")
+            raise KeyError(f"label {missing[0]!r}{more}: not in the index")
         return entries
 
     def nodes(self, entries):
@@ -146,14 +147,14 @@ class Labels:
         left._ascends = self._ascends or None  # what is left of ascending ones ascends
         return left
 
-    def undeleted(self, labels):
-        """Labels after `without` was taken back; KeyError names the first that is not deleted."""
-        nodes = self.deleted.nodes[self.deleted.places(labels)]
+    def undeleted(self, labels, told=None):
+        """Labels after `without` was taken back; KeyError as of `Deleted.places`."""
+        nodes = self.deleted.nodes[self.deleted.places(labels, told)]
         return self.with_added(labels, nodes, len(self.offsets) - 1)
 
-    def forgetting(self, labels):
+    def forgetting(self, labels, told=None):
         """The same labels; deleted ones (m,) cannot come back. KeyError as `undeleted`."""
-        self.deleted.places(labels)
+        self.deleted.places(labels, told)
         return Labels(self.offsets, self.labels, self.deleted.without(labels))
 
     def of_nodes(self, nodes, deleted):
@@ -165,6 +166,13 @@ class Labels:
         offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         deleted = Deleted(deleted.labels, np.searchsorted(nodes, deleted.nodes))
         return Labels(offsets, self.labels, deleted)
+
+    def renumbered(self, numbers):
+        """The labels of the same nodes, where label i has become numbers[i]."""
+        count = len(self.offsets) - 1
+        nodes = np.repeat(np.arange(count), np.diff(self.offsets))
+        deleted = Deleted(numbers[self.deleted.labels], self.deleted.nodes)
+        return Labels(deleted=deleted).with_added(numbers[self.labels], nodes, count)
 
     def grouped(self, nodes, count):
         """The labels where node i has become nodes[i], of `count`: equal ones have become one."""

@@ -59,6 +59,7 @@ class State(NamedTuple):
     spare_neighbors0: SecondCopy  # of the room's neighbors0
     spare_neighbors: SecondCopy  # of its neighbors above
     source: Source | None = None  # None: all is in memory
+    names: Any = None  # what callers call labels by (`string_labels.py`); None: as they are
 
     @property
     def node_count(self) -> int:

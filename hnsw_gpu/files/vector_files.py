@@ -58,9 +58,12 @@ def read_vectors(path: Path) -> np.ndarray:
 
 def write_result(path: Path, labels: np.ndarray, distances: np.ndarray) -> None:
     """Save labels int64 (q, k) and distances float32 (q, k) as .npz, atomically, equal bytes for
-    equal arrays. ValueError when `path` does not end in .npz."""
+    equal arrays. Labels that are strings become numpy's U, which any release of it reads.
+    ValueError when `path` does not end in .npz."""
     if os.path.splitext(path)[1].lower() != ".npz":
         raise ValueError(f"{os.fspath(path)}: a result is saved as .npz")
+    if labels.dtype.kind == "T":
+        labels = np.array(labels.ravel().tolist(), str).reshape(labels.shape)
     with atomic_file(path) as file:
         np.savez(file, allow_pickle=False, labels=labels, distances=distances)
 

@@ -71,7 +71,7 @@ class QueuedSearch:
         """Store the answer to rows start:stop; returns the whole answer after the last part."""
         if self._result is None:
             shape = (len(self.queries), self.k)
-            self._result = SearchResult(np.empty(shape, np.int64), np.empty(shape, np.float32))
+            self._result = SearchResult(*(np.empty(shape, array.dtype) for array in part))
         for whole, values in zip(self._result, part, strict=True):
             whole[start:stop] = values
         self._answered += stop - start

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from hnsw_gpu import inputs
+from hnsw_gpu import inputs, label_inputs
 from hnsw_gpu.engine import thread_count
 from hnsw_gpu.results import SearchResult
 from hnsw_gpu.searching import Searching
@@ -193,7 +193,7 @@ class Batcher:
         k, ef = inputs.integer("k", k, 1, inputs.MOST_NODES), inputs.integer("ef", ef, 1)
         if timeout_s is not None and not inputs.number("timeout_s", timeout_s) > 0:
             raise ValueError(f"timeout_s={timeout_s}: expected more than 0")
-        mask = None if allow is None else inputs.array("allow", allow)
+        mask = None if allow is None else label_inputs.label_array("allow", allow)
         is_bulk = len(queries) > self._rows_of_a_batch(index)
         reranked = inputs.reranked(rerank, k, ef, index.dtype)
         key = BatchKey.of(index, k, ef, reranked, mask, is_bulk)

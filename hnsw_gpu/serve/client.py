@@ -129,21 +129,23 @@ class Client:
         step = self._rows_of_a_request(given, k, deadline)
         for start in range(0, max(len(given), 1), step):
             rows = given[start : start + step]
-            most = len(rows) * k * formats.RESULT.itemsize + NPY_HEAD_BYTES
+            most = len(rows) * k * formats.RESULT.itemsize
+            most = max(most, formats.MOST_NPY_STRINGS) + NPY_HEAD_BYTES
             asked = _Asked("POST", path, headers, formats.write_npy(rows), most)
             found.append(_result_of(self._call(asked, deadline), len(rows), k))
         labels, distances = zip(*found, strict=True)
         return SearchResult(np.concatenate(labels), np.concatenate(distances))
 
     def index(self) -> dict[str, Any]:
-        """What is served: n, dim, metric, dtype, parameters, checksum, version, filters, limits."""
+        """What is served: n, dim, metric, dtype, labels ("integers" or "strings"), parameters,
+        checksum, version, filters, limits."""
         return self._describe(self._deadline())
 
     def swap(self, path: str, *, force: bool = False) -> dict[str, Any]:
         """Make the server load another saved index; `path` is relative to the server's root.
 
-        force: also one of another dim or metric. Returns what `index` returns once the new index
-        is served. Never sent twice.
+        force: also one of another dim, metric or kind of labels. Returns what `index` returns once
+        the new index is served. Never sent twice.
         """
         if not isinstance(path, str):
             raise TypeError(f"path={path!r}: expected str")
@@ -300,9 +302,10 @@ def _result_of(answer: Answer, rows: int, k: int) -> tuple[np.ndarray, np.ndarra
         raise AnswerError(answer.status, str(error)) from None
     if labels.shape != (rows, k):
         raise AnswerError(answer.status, f"results {labels.shape}, expected {(rows, k)}")
-    if (labels < -1).any() or np.isnan(distances).any():
+    are_strings = labels.dtype.kind == "T"
+    if (not are_strings and (labels < -1).any()) or np.isnan(distances).any():
         raise AnswerError(answer.status, "labels below -1, or distances that are NaN")
-    if not np.isinf(distances[labels == -1]).all():
+    if not np.isinf(distances[labels == ("" if are_strings else -1)]).all():
         raise AnswerError(answer.status, "distances of labels that were not found")
     return labels, distances
 

@@ -3,6 +3,10 @@
 Queries: a .npy of (q, dim); or by name, as tensors or as members of a JSON object, `queries` or
 `labels` (their stored vectors are the queries), and `allow`. Results: `labels` and `distances`,
 (q, k) each; a .npy has them as two fields. In JSON an infinite distance (none found) is null.
+
+Labels that are strings: in JSON as they are; in a .npy of numpy's U, each as wide as the longest of
+the answer; in safetensors, which has none, `labels` is their UTF-8 (uint8), one after the other,
+and `label_offsets` int64 (q k + 1,) says where each begins. They are asked for in JSON only.
 """
 
 import functools
@@ -14,13 +18,15 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.lib import format as npy
 
-from hnsw_gpu import inputs
+from hnsw_gpu import label_inputs
 from hnsw_gpu.serve import long_json
 from hnsw_gpu.serve.offload import LARGE
+from hnsw_gpu.string_labels import STRINGS
 
 NPY, SAFETENSORS, JSON = "application/x-npy", "application/x-safetensors", "application/json"
 FORMATS = (JSON, NPY, SAFETENSORS)
 RESULT = np.dtype([("labels", "<i8"), ("distances", "<f4")])
+MOST_NPY_STRINGS = 2**26  # bytes of an answer as .npy
 NAMES = {"queries", "labels", "allow"}
 MOST_JSON_ELEMENTS = 2**22  # numbers and lists of one body
 MOST_HEADER = 2**16  # bytes before the numbers of a .npy or safetensors
@@ -57,7 +63,7 @@ def read_search(media: str, body: bytes) -> SearchBody:
         raise ValueError("expected either queries or labels")
     labels = arrays.get("labels")
     if labels is not None:
-        labels = inputs.labels("labels", labels)
+        labels = label_inputs.labels("labels", labels)
     return SearchBody(arrays.get("queries"), labels, arrays.get("allow"))
 
 
@@ -142,7 +148,9 @@ def read_object(body: bytes) -> dict[str, Any]:
 
 
 def _array_of(name: str, value: Any) -> np.ndarray:
-    """Numbers of any shape for queries; integers (m,) for the others."""
+    """Numbers of any shape for queries; integers or strings (m,) for the others."""
+    if name != "queries" and isinstance(value, list) and value and isinstance(value[0], str):
+        return label_inputs.label_array(name, value)
     try:
         array = np.asarray(value)
     except (ValueError, RecursionError):
@@ -159,25 +167,64 @@ def _array_of(name: str, value: Any) -> np.ndarray:
 
 
 def write_result(media: str, labels: np.ndarray, distances: np.ndarray) -> bytes:
-    """A result, labels int64 and distances float32 (q, k)."""
+    """A result, labels int64 or strings, and distances float32 (q, k).
+
+    TooLargeError: the strings are too long for a .npy.
+    """
     if media == NPY:
-        both = np.empty(labels.shape, RESULT)
+        both = np.empty(labels.shape, _npy_result(labels))
         both["labels"], both["distances"] = labels, distances
         return write_npy(both)
     if media == SAFETENSORS:
         from safetensors import numpy as safetensors
 
-        return safetensors.save({"labels": labels, "distances": distances})
+        return safetensors.save({**_tensors_of(labels), "distances": distances})
     parts = [b'{"labels": [', *long_json.written_rows(labels), b'], "distances": [']
     return b"".join([*parts, *long_json.written_rows(distances), b"]}"])
+
+
+def _npy_result(labels: np.ndarray) -> np.dtype:
+    """The dtype of a result in a .npy."""
+    if labels.dtype.kind != "T":
+        return RESULT
+    longest = max(map(len, labels.ravel().tolist()), default=0)
+    dtype = _of_strings(max(longest, 1))
+    if labels.size * dtype.itemsize > MOST_NPY_STRINGS:
+        raise TooLargeError(
+            f"{labels.size:,} labels, one of {longest:,} characters: a .npy would make all as "
+            f"long; ask for {JSON}"
+        )
+    return dtype
+
+
+def _of_strings(longest: int) -> np.dtype:
+    return np.dtype([("labels", f"<U{longest}"), ("distances", "<f4")])
+
+
+def _tensors_of(labels: np.ndarray) -> dict[str, np.ndarray]:
+    if labels.dtype.kind != "T":
+        return {"labels": labels}
+    texts = [text.encode() for text in labels.ravel().tolist()]
+    offsets = np.cumsum([0, *map(len, texts)], dtype=np.int64)
+    return {"labels": np.frombuffer(b"".join(texts), np.uint8), "label_offsets": offsets}
 
 
 def read_result(body: bytes) -> tuple[np.ndarray, np.ndarray]:
     """Labels and distances (q, k) of a .npy that `write_result` wrote."""
     both = read_npy(body)
-    if both.dtype != RESULT or both.ndim != 2:
+    if both.dtype.names != RESULT.names or both.ndim != 2:
         raise MalformedError(f"a result of {both.dtype} {both.shape}")
-    return np.ascontiguousarray(both["labels"]), np.ascontiguousarray(both["distances"])
+    labels = np.ascontiguousarray(both["labels"])
+    is_known = both.dtype == RESULT
+    if labels.dtype.kind == "U":
+        is_known = both.dtype == _of_strings(labels.dtype.itemsize // 4)
+    if not is_known:
+        raise MalformedError(f"a result of {both.dtype} {both.shape}")
+    if labels.dtype.kind == "U":
+        if not label_inputs.are_text(labels.ravel()).all():
+            raise MalformedError("labels: numbers that are no characters")
+        labels = np.array(labels.ravel().tolist(), STRINGS).reshape(labels.shape)
+    return labels, np.ascontiguousarray(both["distances"])
 
 
 def negotiate(accept: str | None, default: str) -> str | None:

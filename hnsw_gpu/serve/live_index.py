@@ -124,8 +124,8 @@ class LiveIndex:
         """Load the index at `name`, relative to the root, beside the current one; then serve it.
 
         Problem 404: no such file in the root. 409: another swap is running. 422: it cannot be
-        loaded, or has another dim or metric and the swap is not forced. 502: the URL of the root
-        does not answer. 507: memory does not hold both.
+        loaded, or has another dim, metric or kind of labels, and the swap is not forced. 502: the
+        URL of the root does not answer. 507: memory does not hold both.
         """
         try:
             path = await asyncio.to_thread(named_within, self._settings.root, name)
@@ -199,6 +199,8 @@ def _require_alike(new: Searching, old: Searching) -> None:
         for name in ("dim", "metric")
         if getattr(new, name) != getattr(old, name)
     ]
+    if len(new) and len(old) and new.label_kind != old.label_kind:
+        differences.append(f"labels that are {new.label_kind} instead of {old.label_kind}")
     if differences:
         what = " and ".join(differences)
         raise ValueError(f"the index has {what}: ?force=true serves it all the same")

@@ -2,7 +2,7 @@
 
 `json` holds the interpreter for as long as a text is, and makes an object of every number. Here no
 piece is longer than `PIECE`. What is read is what a search may contain: an object of lists of
-numbers, or of lists of such lists.
+numbers, of lists of such lists, or of strings.
 """
 
 import json
@@ -17,6 +17,8 @@ _SPACE = r"[ \t\n\r]{0,1000}"
 _START = re.compile(_SPACE + r"\{")
 _NAME = re.compile(_SPACE + r'"([a-z]{1,20})"' + _SPACE + ":" + _SPACE)
 _LIST = re.compile(_SPACE + r"\[")
+_QUOTE = re.compile(_SPACE + '"')
+_DECODER = json.JSONDecoder()
 _NEXT = re.compile(_SPACE + r"([,\]}])")
 
 
@@ -34,13 +36,13 @@ def count_elements(body: bytes) -> int:
     return count
 
 
-def read_long_json(body: bytes) -> dict[str, np.ndarray]:
+def read_long_json(body: bytes) -> dict[str, np.ndarray | list[str]]:
     """The members of an object. MalformedError: no JSON; ValueError, TypeError: not such lists."""
     try:
-        text = body.decode("ascii")
+        text = body.decode()
     except UnicodeDecodeError as error:
-        raise MalformedError(f"not JSON: byte {error.start} is not ASCII") from None
-    held = {}
+        raise MalformedError(f"not JSON: byte {error.start} is not UTF-8") from None
+    held: dict[str, np.ndarray | list[str]] = {}
     at, mark = _after(_START, text, 0, "{"), ","
     while mark == ",":
         name, at = _found(_NAME, text, at, "a name")
@@ -51,10 +53,12 @@ def read_long_json(body: bytes) -> dict[str, np.ndarray]:
     return held
 
 
-def _array(name: str, text: str, at: int) -> tuple[np.ndarray, int]:
-    """The numbers of the list at `at`, (n,) or (n, m), and where it ends."""
+def _array(name: str, text: str, at: int) -> tuple[np.ndarray | list[str], int]:
+    """The numbers of the list at `at`, (n,) or (n, m), or its strings, and where it ends."""
     if not text.startswith("[", at):
         raise TypeError(f"{name}: expected numbers in lists")
+    if name != "queries" and _QUOTE.match(text, at + 1) is not None:
+        return _strings(name, text, at)
     if _LIST.match(text, at + 1) is None:
         numbers, at = _numbers(name, text, at)
         return np.asarray(numbers), at
@@ -98,6 +102,24 @@ def _numbers(name: str, text: str, at: int) -> tuple[list[Any] | np.ndarray, int
         parts.append(np.asarray(part))
         at = cut + 1
     return np.concatenate(parts), end + 1
+
+
+def _strings(name: str, text: str, at: int) -> tuple[list[str], int]:
+    """The strings of the list at `at`, which holds nothing else, and where it ends."""
+    found, mark, at = [], ",", at + 1
+    while mark == ",":
+        opened = _QUOTE.match(text, at)
+        if opened is None:
+            raise TypeError(f"{name}: expected strings")
+        try:
+            string, at = _DECODER.raw_decode(text, opened.end() - 1)
+        except ValueError as error:
+            raise MalformedError(f"not JSON: {error!s:.200}") from None
+        found.append(string)
+        mark, at = _found(_NEXT, text, at, ", or ]")
+    if mark != "]":
+        raise MalformedError(f"not JSON: character {at - 1}: expected , or ]")
+    return found, at
 
 
 def _piece(name: str, text: str) -> list[Any]:

@@ -79,7 +79,9 @@ def _search(limits: dict[str, int]) -> dict[str, Any]:
         "summary": "The k nearest labels of every query",
         "description": "The body holds queries (q, dim): a .npy, or by name safetensors or JSON. "
         "The result has labels and distances (q, k), nearest first, which a .npy holds as two "
-        "fields. Missing results: label -1, distance infinite (null in JSON).",
+        "fields. Missing results: label -1, distance infinite (null in JSON). Labels that are "
+        "strings are given in JSON; a missing one is empty. A .npy holds them as <U; safetensors "
+        "holds their UTF-8, and label_offsets.",
         "parameters": [
             parameter("k", number(limits["k"], 10), "results per query"),
             parameter("ef", number(limits["ef"], 64), "beam capacity: higher recall, slower"),
@@ -141,7 +143,7 @@ def _swap() -> dict[str, Any]:
                 "name": "force",
                 "in": "query",
                 "schema": {"type": "boolean", "default": False},
-                "description": "serve it even if its dim or its metric is another",
+                "description": "serve it even if its dim, metric or kind of labels is another",
             }
         ],
         "requestBody": {"required": True, "content": {JSON: {"schema": _ref("Swap")}}},
@@ -190,7 +192,10 @@ def _object(required: list[str], **properties: Any) -> dict[str, Any]:
 
 
 _TEXT, _WHOLE = {"type": "string"}, {"type": "integer"}
-_LABELS = {"type": "array", "items": {"type": "integer", "minimum": 0}}
+_LABELS = {
+    "type": "array",
+    "items": {"oneOf": [{"type": "integer", "minimum": 0}, {"type": "string", "minLength": 1}]},
+}
 _VECTOR = {"type": "array", "items": {"type": "number"}}
 SCHEMAS: dict[str, Any] = {
     "Asked": {
@@ -207,7 +212,10 @@ SCHEMAS: dict[str, Any] = {
     },
     "Result": _object(
         ["labels", "distances"],
-        labels={"type": "array", "items": {"type": "array", "items": _WHOLE}},
+        labels={
+            "type": "array",
+            "items": {"type": "array", "items": {"type": ["integer", "string"]}},
+        },
         distances={
             "type": "array",
             "items": {"type": "array", "items": {"type": ["number", "null"]}},
@@ -222,6 +230,7 @@ SCHEMAS: dict[str, Any] = {
         metric=_TEXT,
         dtype=_TEXT,
         device=_TEXT,
+        labels={"enum": ["integers", "strings"]},
         parameters={"type": "object", "additionalProperties": True},
         checksum=_TEXT,
         version=_WHOLE,

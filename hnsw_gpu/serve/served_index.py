@@ -1,7 +1,7 @@
 """What a server answers from: a saved index, or collection, with its filters and its canary.
 
 Beside `docs.hnsw` may lie `docs.filters/NAME.npy`, a filter of that name (a bool mask by label, or
-int labels of what may be returned), and `docs.canary.npy`, queries (q, dim) that measure recall.
+the labels that may be returned), and `docs.canary.npy`, queries (q, dim) that measure recall.
 """
 
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from hnsw_gpu import label_inputs
 from hnsw_gpu.cluster import Cluster
 from hnsw_gpu.collection import is_collection, load, load_collection, saved_checksum
 from hnsw_gpu.files import arrays_checksum
@@ -98,7 +99,7 @@ def _filters(path: Saved, index: Searching) -> dict[str, np.ndarray]:
         if not name.endswith(".npy"):
             continue
         try:
-            allow = formats.read_npy(content(folder, name))
+            allow = label_inputs.label_array("allow", formats.read_npy(content(folder, name)))
             if allow.ndim != 1:
                 raise ValueError(f"shape {allow.shape}, expected (n,)")
             index.search(np.empty((0, index.dim), np.float32), 1, allow=allow)

@@ -134,9 +134,12 @@ class Server:
             except ClientDisconnect:
                 self.metrics.cancelled.inc()
                 raise
-        content = await self._offload.call(
-            found.labels.size, formats.write_result, asked.accept, *found
-        )
+        try:
+            content = await self._offload.call(
+                found.labels.size, formats.write_result, asked.accept, *found
+            )
+        except formats.TooLargeError as error:
+            raise Problem(413, str(error)) from None
         self.metrics.rows.inc(len(found.labels))
         self.metrics.request_seconds.observe(time.perf_counter() - started)
         headers = {"X-Index-Version": str(served.version), "X-Index-Checksum": served.checksum}
@@ -199,6 +202,7 @@ class Server:
             "metric": index.metric,
             "dtype": index.dtype,
             "device": index.device,
+            "labels": index.label_kind,
             "parameters": {name: getattr(index, name) for name in names},
             "checksum": served.checksum,
             "version": served.version,

@@ -12,8 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import oracle
 import pytest
 
+pyarrow = pytest.importorskip("pyarrow", reason="needs the extra `io`")
 ray = pytest.importorskip("ray", reason="needs the extra `ray`")
 
 from collections_of import make, manifest_of
@@ -21,6 +23,7 @@ from processes import processes
 
 import hnsw_gpu
 from hnsw_gpu import CorruptIndexError, PartialResult, SearchResult, ShardLostError
+from hnsw_gpu.cluster.answered_batches import _lists_of
 from hnsw_gpu.collection.manifest import entry_of, write_manifest
 from hnsw_gpu.files import folders
 
@@ -132,6 +135,24 @@ def test_answers_are_those_of_the_collection(folder, shards):
     wait(lambda: not pids & actors())
     with pytest.raises(RuntimeError, match="the cluster is closed"):
         cluster.search(QUERIES)
+
+
+def test_labels_that_are_strings(tmp_path):
+    names = [f"row {label}" for label in LABELS]
+    make(tmp_path / "c", ROWS, names, shards=2)
+    opened = hnsw_gpu.load(tmp_path / "c")
+    with hnsw_gpu.Cluster(tmp_path / "c", replicas=1, cpus=1) as cluster:
+        for ask in (
+            lambda index: index.search(QUERIES, 7),
+            lambda index: index.search(QUERIES, 1300),
+            lambda index: index.search(QUERIES, 7, allow=names[::7]),
+            lambda index: index.search_radius(QUERIES, 0.6),
+            lambda index: (index.vectors(names[:300]), index.labels, index.some_labels(9)),
+        ):
+            oracle.assert_same(ask(cluster), ask(opened))
+        assert names[3] in cluster and cluster.label_kind == "strings"
+        table = pyarrow.table(_lists_of(cluster.search(QUERIES, 7)))
+        assert table["labels"].to_pylist() == opened.search(QUERIES, 7).labels.tolist()
 
 
 def test_answers_of_two_replicas_from_threads_tasks_and_processes(folder, pair):

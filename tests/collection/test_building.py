@@ -285,14 +285,31 @@ def storage_held(folder):
     return held(folder)
 
 
+def test_ids_that_are_strings(tmp_path):
+    """The same bytes as of shards that were given them; opened without all labels at once."""
+    names = [f"{i:020d} \u00e4" for i in IDS]
+    table = pyarrow.table({"vec": list(ROWS), "id": pyarrow.array(names).dictionary_encode()})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    command = (tmp_path / "a.parquet", "-o", tmp_path / "out", "--shard-rows", 350)
+    run(*command, "--column", "vec", "--id-column", "id", "--M", 4)
+    make(tmp_path / "expected", ROWS, names, shards=2, M=4)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "expected")
+    opened = hnsw_gpu.load(tmp_path / "out")
+    assert opened.labels.tolist() == sorted(names)
+    assert opened.exact_search(ROWS[:50], 1).labels[:, 0].tolist() == names[:50]
+
+
 @pytest.mark.parametrize(
     ("column", "words"),
     [
         ([5, 6, 5, 7], ": 5 is in {0}, row 0 (row group 0), and in {0}, row 2 (row group 0)"),
         ([5, None, 6, 7], "row 1 (row group 0): null in column 'id'"),
         ([5, -6, 8, 7], "column 'id': label -6, expected 0 or more"),
-        ([5.5, 6, 8, 7], "column 'id' is double: labels are integers"),
-        (["a", "b", "c", "d"], "column 'id' is string: labels are integers"),
+        ([5.5, 6, 8, 7], "column 'id' is double: labels are integers or strings"),
+        (["a", "b", "c", "a"], "'a' is in {0}, row 0 (row group 0), and in {0}, row 3 (row"),
+        (["a", "b", "b", "c"], "'b' is in {0}, row 1 (row group 0), and in {0}, row 2 (row"),
+        (["a", None, "b", "c"], "row 1 (row group 0): null in column 'id'"),
+        (["a", "b", "c", ""], "row 3 (row group 0): column 'id': empty strings"),
         (np.array([1, 2, 3, 2**63], np.uint64), "column 'id': labels beyond int64"),
     ],
 )

@@ -51,6 +51,7 @@ def test_info(saved):
     sizes = [path.stat().st_size for path in saved.folder.glob("*.hnsw")]
     expected = {"vectors": 600, "metric": "l2", "dtype": "fp32", "refine": "", "dim": 8, "M": 8}
     expected |= {"ef_construction": 200, "seed": 0, "file_bytes": sum(sizes), "shards": 3}
+    expected |= {"labels": "integers"}
     assert facts.pop("memory_bytes") == hnsw_gpu.load(saved.folder).nbytes
     assert facts == expected
 

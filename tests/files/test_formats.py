@@ -15,7 +15,7 @@ from hnsw_gpu.files.storage import FORMAT_VERSION
 
 DATA = Path(__file__).parent / "data"
 PAST = sorted(DATA.glob("format-*.safetensors"))
-DTYPES = ("int8", "int4")
+KINDS = ("int8", "int4", "strings")  # dtypes, and int8 with string labels
 DIM, COUNT = 8, 300
 
 
@@ -27,21 +27,27 @@ def vectors() -> np.ndarray:
     return rows
 
 
-def make(dtype: str) -> hnsw_gpu.Index:
+def labels_of(numbers: np.ndarray, kind: str) -> list:
+    """Labels by the numbers of vectors."""
+    return [f"vector {n}ä" if kind == "strings" else 3 * n for n in numbers.tolist()]
+
+
+def make(kind: str) -> hnsw_gpu.Index:
+    dtype = "int8" if kind == "strings" else kind
     index = hnsw_gpu.Index(DIM, "l2", dtype, M=4, ef_construction=20, refine="fp16", seed=5)
-    index.add(vectors(), labels=np.arange(COUNT) * 3)
-    index.delete([0, 3, 6])
+    index.add(vectors(), labels=labels_of(np.arange(COUNT), kind))
+    index.delete(labels_of(np.arange(3), kind))
     return index
 
 
-def fixture(dtype: str) -> Path:
-    suffix = "" if dtype == "int8" else f"-{dtype}"
+def fixture(kind: str) -> Path:
+    suffix = "" if kind == "int8" else f"-{kind}"
     return DATA / f"format-{FORMAT_VERSION}{suffix}.safetensors"
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_the_present_version_has_a_fixture(dtype):
-    assert fixture(dtype).exists()
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_present_version_has_a_fixture(kind):
+    assert fixture(kind).exists()
 
 
 @pytest.mark.parametrize("path", PAST, ids=lambda p: p.stem)
@@ -58,22 +64,27 @@ def test_the_rows_of_a_past_file_are_those_of_today(path):
 @pytest.mark.parametrize("mmap", [False, True])
 def test_a_past_file_loads_and_answers(path, mmap):
     index = hnsw_gpu.load(path, mmap=mmap)
-    assert index.labels.tolist() == [3 * i for i in range(3, COUNT)]
+    kind, kept = "strings" if "strings" in path.stem else "integers", np.arange(3, COUNT)
+    labels = labels_of(kept, kind)
+    assert index.label_kind == kind and index.labels.tolist() == labels
     assert (index.metric, index.refine, index.M) == ("l2", "fp16", 4)
     assert index.dtype == ("int4" if "int4" in path.stem else "int8")
-    kept = np.arange(3, COUNT)
-    np.testing.assert_array_equal(index.vectors(kept * 3), vectors()[kept])
+    np.testing.assert_array_equal(index.vectors(labels), vectors()[kept])
     found = index.search(vectors(), k=1, ef=COUNT)
     gaps = np.square(vectors()[:, None] - vectors()[None, kept]).sum(axis=2).min(axis=1)
     np.testing.assert_array_equal(found.distances[:, 0], gaps)
     index.check()
-    assert index.add(np.full((1, DIM), 9.0)).tolist() == [3 * (COUNT - 1) + 1]
+    if kind == "strings":
+        index.undelete(labels_of(np.arange(1), kind))
+        assert index.search(vectors()[:1], k=2).labels.tolist() == [["vector 0ä", "vector 250ä"]]
+    else:
+        assert index.add(np.full((1, DIM), 9.0)).tolist() == [3 * (COUNT - 1) + 1]
 
 
 if __name__ == "__main__":
     DATA.mkdir(exist_ok=True)
-    missing = [dtype for dtype in DTYPES if not fixture(dtype).exists()]
-    for dtype in missing:
-        make(dtype).save(fixture(dtype))
+    missing = [kind for kind in KINDS if not fixture(kind).exists()]
+    for kind in missing:
+        make(kind).save(fixture(kind))
     if not missing:
         raise SystemExit("all are there: a past file never changes")

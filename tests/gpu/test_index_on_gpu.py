@@ -71,6 +71,19 @@ def test_searches(device, form):
     assert_alike(cpu, gpu, exact)
 
 
+def test_labels_that_are_strings(device):
+    import cupy
+
+    cpu, gpu = made = [hnsw_gpu.Index(DIM, "l2", M=4, device=where) for where in ("cpu", "cuda")]
+    names = [f"row {i}" for i in range(ROWS)]
+    for index in made:
+        index.add(vectors(ROWS, seed=1), names)
+    assert_alike(cpu, gpu)
+    assert_alike(cpu, gpu, allow=names[::3])
+    with pytest.raises(TypeError, match="queries: on a GPU, where no labels can lie"):
+        gpu.search(cupy.asarray(vectors(9, seed=2)))
+
+
 def test_a_graph_of_hnswlib(device, tmp_path):
     """It came from a file of hnswlib, link for link; its entry point is where it was."""
     path = Path(__file__).parents[1] / "peers" / "data" / "hnswlib-0.8.0.bin"

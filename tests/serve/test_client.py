@@ -1,6 +1,7 @@
 """The client: against the server, and against servers that misbehave."""
 
 import http.server
+import itertools
 import threading
 from contextlib import contextmanager
 
@@ -10,6 +11,7 @@ import pytest
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 pytest.importorskip("prometheus_client")
+safetensors = pytest.importorskip("safetensors.numpy")
 
 import served
 from served import QUERIES, ROWS, running
@@ -43,6 +45,75 @@ def equal(found, expected):
     for a, b in zip(found, expected, strict=True):
         assert a.dtype == b.dtype
         np.testing.assert_array_equal(a, b)
+
+
+def test_labels_that_are_strings(tmp_path):
+    """In every format, by filters and as queries; none of an index of numbers without a word."""
+    names = [f'vector {i} \u00e4"' for i in range(ROWS)]
+    index = Index(served.DIM, M=8, ef_construction=40)
+    index.add(served.VECTORS, names)
+    index.save(tmp_path / "docs.hnsw")
+    served.saved(tmp_path, "numbers.hnsw")
+    (tmp_path / "docs.filters").mkdir()
+    np.save(tmp_path / "docs.filters" / "few.npy", np.array(names[:3]))
+    with (
+        running(tmp_path / "docs.hnsw") as one,
+        Client(f"http://127.0.0.1:{one.port}", batch_rows=30) as asking,
+    ):
+        expected = index.search(QUERIES, 7)
+        equal(asking.search(QUERIES, 7), expected)
+        few = index.search(QUERIES, 4, allow=names[:3])
+        equal(asking.search(QUERIES, 4, allow="few"), few)
+        assert (few.labels[:, 3] == "").all()
+        assert asking.index()["labels"] == "strings"
+        body = formats.write_npy(QUERIES)
+        for accept in (formats.JSON, formats.SAFETENSORS):
+            reply = one.call(
+                "POST", "/v1/search?k=4&allow=few", body, Content_Type=formats.NPY, Accept=accept
+            )
+            if accept == formats.JSON:
+                told = reply.json["labels"]
+                assert reply.json["distances"][0][3] is None
+            else:
+                tensors = safetensors.load(reply.body)
+                text, ends = tensors["labels"].tobytes(), tensors["label_offsets"]
+                texts = [text[a:b].decode() for a, b in itertools.pairwise(ends)]
+                told = np.array(texts, object).reshape(len(QUERIES), 4).tolist()
+            assert told == few.labels.tolist()
+        near = index.search(served.VECTORS[:5], 2, allow=names)
+        for padding in (0, 2**17):  # of short JSON, and of long
+            asked = {"labels": names[:5], "allow": names + ["nobody" * 9] * (padding // 56)}
+            reply = one.call.as_json(asked, "/v1/search?k=2").json
+            assert reply["labels"] == near.labels.tolist()
+        for wrong, words in (
+            ({"labels": ["nobody"]}, "label 'nobody': not in the index"),
+            ({"labels": [3]}, "labels: integers, and the labels of this index are strings"),
+            ({"labels": names[:1], "allow": [3]}, "allow: integers, and the labels of this index"),
+            ({"labels": ["\ud800"]}, "labels: lone surrogates in row 0"),
+        ):
+            one.call.as_json(wrong).refused(422, words)
+        with pytest.raises(ServerError, match="labels that are integers instead of strings"):
+            asking.swap("numbers.hnsw")
+        asking.swap("numbers.hnsw", force=True)
+        assert asking.search(QUERIES, 7).labels.dtype == np.int64
+
+
+def test_a_long_string_does_not_widen_a_npy(monkeypatch):
+    labels = np.array([["a", "b" * 200]], np.dtypes.StringDType())
+    far = np.zeros((1, 2), np.float32)
+    monkeypatch.setattr(formats, "MOST_NPY_STRINGS", 1600)
+    with pytest.raises(formats.TooLargeError, match=r"one of 200 characters: a \.npy would"):
+        formats.write_result(formats.NPY, labels, far)
+    monkeypatch.setattr(formats, "MOST_NPY_STRINGS", 1608)
+    equal(formats.read_result(formats.write_result(formats.NPY, labels, far)), (labels, far))
+
+
+@pytest.mark.parametrize("number", [0xD800, 0x110000, 0xFFFFFFFF])
+def test_numbers_that_are_no_characters(number):
+    dtype = np.dtype([("labels", "<U1"), ("distances", "<f4")])
+    body = formats.write_npy(np.zeros((1, 1), dtype))
+    with pytest.raises(formats.MalformedError, match="labels: numbers that are no"):
+        formats.read_result(body[:-8] + np.uint32(number).tobytes() + body[-4:])
 
 
 def test_rerank(tmp_path):

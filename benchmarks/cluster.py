@@ -298,10 +298,10 @@ def draw(result: dict[str, Any], out: Path) -> None:
 
 
 @click.command()
-@click.option("--rows", default=200_000, show_default=True)
+@click.option("--rows", default=120_000, show_default=True)
 @click.option("--dim", default=64, show_default=True)
-@click.option("--seconds", default=10.0, show_default=True, help="Of every measured rate.")
-@click.option("--rounds", default=3, show_default=True, help="Turns of each timed job.")
+@click.option("--seconds", default=5.0, show_default=True, help="Of every measured rate.")
+@click.option("--rounds", default=2, show_default=True, help="Turns of each timed job.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="The .json to write.")
 def main(rows: int, dim: int, seconds: float, rounds: int, out: Path) -> None:
     """Measure two workers against one, and bytes of a row; model more."""

@@ -171,7 +171,7 @@ def taken(ratios: dict, side: str, peer: str) -> str:
 
 
 def build() -> str:
-    """Time of building over the peers', by data set."""
+    """Processor time of building over the peers', by data set."""
     text = ""
     for kind, stem in KINDS.items():
         if not (RESULTS / f"{stem}.json").exists():
@@ -180,10 +180,10 @@ def build() -> str:
         sets = section["results"]
         first = next(iter(sets.values()))
         text += f"\n**{kind}**\n\n" + table(
-            ["seconds of building, over", *(SETS.get(key, key) for key in sets)],
+            ["processor seconds of building, over", *(SETS.get(key, key) for key in sets)],
             [
                 [f"{name(side)} / {name(peer)}"]
-                + [taken(found["build"]["ratios"], side, peer) for found in sets.values()]
+                + [taken(found["build"]["processor_ratios"], side, peer) for found in sets.values()]
                 for side in sides_of(first)
                 for peer in peers_of(first)
             ],

@@ -130,8 +130,8 @@ def test_metadata(packages):
     core = {package for package, condition in needs if "extra ==" not in condition}
     assert core == {"click", "numba", "numpy", "tqdm"}
     assert set(re.findall("^Provides-Extra: (.*)$", text, re.M)) == {
-        *("bench", "cuda12", "cuda13", "demo", "docs", "io", "peers", "ray", "remote", "serve"),
-        *("test", "toolkit"),
+        *("bench", "cuda12", "cuda13", "demo", "docs", "io", "langchain", "llama-index", "peers"),
+        *("ray", "remote", "serve", "sklearn", "test", "toolkit"),
     }
     assert f"## {version[1]}" in (ROOT / "CHANGELOG.md").read_text()
 

@@ -54,7 +54,9 @@ def beside(saved: Saved, ending: str) -> tuple[Folder, str]:
 
 
 def content(folder: Folder, name: str) -> bytes:
-    """The bytes of a file."""
+    """The bytes of a file; ValueError for a folder, a pipe, a link that leads nowhere."""
+    if isinstance(folder, LocalFolder) and not (folder.path / name).is_file():
+        raise ValueError("is not a file")
     with folder.open(name) as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(0)

@@ -258,7 +258,7 @@ def test_where_one_fails_the_others_are_ended(tmp_path, runner):
     with pytest.raises(FileNotFoundError, match="no such thing") as error:
         runner.each(fails, (tmp_path,), [(i,) for i in range(9)], [1] * 9, UNSEEN)
     assert error.value.filename == "thing"
-    wait(lambda: not workers("fails"), 20)
+    wait(lambda: not workers("fails"))
     assert len(list(tmp_path.iterdir())) <= 2  # the others had not begun
 
 

@@ -11,7 +11,7 @@ from collections_of import make, manifest_of
 
 pytest.importorskip("hypothesis", reason="properties are tested with the extra `test`")
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hnsw_gpu
@@ -89,6 +89,7 @@ VALUES = st.recursive(
 NAMES = (*Manifest._fields, "format_version")
 
 
+@settings(deadline=None)
 @given(st.sampled_from(NAMES), st.sampled_from(ShardEntry._fields), st.booleans(), VALUES)
 def test_hostile_values_are_refused_or_harmless(tmp_path_factory, name, field, is_entry, value):
     folder = tmp_path_factory.mktemp("hostile")

@@ -494,7 +494,7 @@ def test_on_real_text() -> None:
     from hnsw_gpu.demo import verses
 
     try:
-        vectors = verses.load_verses().vectors[::5]
+        vectors = verses.load_verses().vectors[::8]
     except ImportError as error:
         pytest.skip(str(error))
     every = dedup(vectors, 0.8, method="exact")

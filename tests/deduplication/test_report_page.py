@@ -60,6 +60,7 @@ def visit(browser, tmp_path):
         context = browser.new_context(viewport={"width": width, "height": height}, **how)
         contexts.append(context)
         context.set_offline(True)
+        context.set_default_timeout(120_000)  # beside other tests it has little of a processor
         page = context.new_page()
         page.on("console", lambda message: problems.append(message.text))
         page.on("pageerror", lambda error: problems.append(str(error)))

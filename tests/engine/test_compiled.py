@@ -122,10 +122,11 @@ def test_an_edit_of_an_inlined_file_is_seen(copy, place):
     assert copy.kept() == kept  # nothing was compiled
     copy.edit("distance.py", *DOUBLED)
     assert copy.run() == ("50", "")
-    assert copy.run() == ("50", "")
     assert set(copy.kept()) == set(kept)  # what is stale is replaced, and does not pile up
-    copy.edit("distance.py", *reversed(DOUBLED))
-    assert copy.run() == ("25", "")
+    if place == "beside the sources":
+        assert copy.run() == ("50", "")
+        copy.edit("distance.py", *reversed(DOUBLED))
+        assert copy.run() == ("25", "")
 
 
 def test_an_edit_after_the_import_is_seen_by_the_next_process(copy):
@@ -214,24 +215,24 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("damage", one_daily(DAMAGES))
-def test_a_damaged_file(copy, damage):
+def test_damaged_files(copy):
     """Said once, and mended. Text looks like code of other sources, which is not worth a word."""
     job = JOB.format(dtypes=["fp32", "fp16"])
     copy.run(job)
     kept = sorted(copy.kept())
     assert len(kept) > 1
-    contents = [path.read_bytes() for path in kept]
-    for path, content, other in zip(kept, contents, contents[1:] + contents[:1], strict=True):
-        path.write_bytes(DAMAGES[damage](content, other))
-    printed, said = copy.run(job)
-    assert printed.split() == ["25", "25"]
-    if damage == "text":
-        assert said == ""
-    else:
-        only_warning(said, compiled.DAMAGED)
-    assert copy.run(job) == (printed, "")
-    assert sorted(copy.kept()) == kept
+    for name, damage in DAMAGES.items():
+        contents = [path.read_bytes() for path in kept]
+        for path, content, other in zip(kept, contents, contents[1:] + contents[:1], strict=True):
+            path.write_bytes(damage(content, other))
+        printed, said = copy.run(job)
+        assert printed.split() == ["25", "25"], name
+        if name == "text":
+            assert said == ""
+        else:
+            only_warning(said, compiled.DAMAGED)
+        assert copy.run(job) == (printed, ""), name
+        assert sorted(copy.kept()) == kept
 
 
 @pytest.mark.slow
@@ -402,12 +403,10 @@ print(names)
 """
 
 
-@pytest.mark.parametrize("command", ["library", "command line"])
-def test_nothing_is_compiled_after_warm(copy, command):
-    warm = "hnsw_gpu.warm('int8', 'l2')"
-    if command == "command line":
-        warm = "hnsw_gpu.cli.main(['warm', 'int8', '--metric', 'l2'], standalone_mode=False)"
-    printed, said = copy.run(f"import hnsw_gpu.cli\nprint({warm})")
+def test_nothing_is_compiled_after_warm(copy):
+    """The command line, which calls the library."""
+    warm = "hnsw_gpu.cli.main(['warm', 'int8', '--metric', 'l2'], standalone_mode=False)"
+    printed, said = copy.run(f"import hnsw_gpu.cli\n{warm}")
     assert re.search(r"int8\b.* \d", printed), printed
     assert said == ""
     assert copy.run(WARMED) == ("[]", "")

@@ -275,7 +275,8 @@ def test_an_endless_answer_is_not_taken(kind: str, call: str) -> None:
         pytest.raises((ServerError, ConnectionError)),
     ):
         asking.search(query(1), 1) if call == "search" else asking.index()
-    assert sent[0] < 32 * 2**20  # what is not read lies in the system's buffers
+    most = formats.MOST_NPY_STRINGS if call == "search" else 0  # labels may be long strings
+    assert sent[0] < most + 32 * 2**20  # what is not read lies in the system's buffers
 
 
 @pytest.mark.parametrize("size", ["1000000000000", "9" * 19, "9" * 5000])

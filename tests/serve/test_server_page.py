@@ -1,5 +1,7 @@
 """The server's page in a browser: live figures, a query by label, the token, narrow screens."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -70,7 +72,8 @@ def test_live_figures(visit, path):
         assert float(shown["p50, ms"]) > 0 and shown["errors 5xx"] == "0"
         assert shown["rows a batch"] == "64"
         tops = [bar.text_content() for bar in page.locator("#batches title").all()]
-        assert "at most 64 rows: 31 batches" in tops  # and the canary's
+        batches = re.search(r"at most 64 rows: (\d+) batches", " ".join(tops))
+        assert batches and int(batches[1]) > 30  # and the canary's, every 15 s
         with fresh.busy():
             wait(page, lambda: page.locator("#latency path").count() == 2)
 

@@ -31,6 +31,7 @@ import click
 import numpy as np
 
 import hnsw_gpu
+from benchmarks import datasets
 from benchmarks.record import about, rounded
 from hnsw_gpu.cluster import steps_on_ray
 from hnsw_gpu.collection import merged_answers
@@ -52,7 +53,7 @@ DEDUP = Settings(threshold=0.97, method="hnsw", ef_construction=64, ef=32)
 DIMS = (100, 256, 768)
 STORED = (("fp32", ""), ("int8", "fp32"), ("int4", "fp16"))  # dtype and refine
 SIZED_ROWS = 3_000
-CUT_IN, CUT_EFS = (1, 4, 8), (16, 32, 64, 128)  # shards, and ef
+CUT_ROWS, CUT_IN, CUT_EFS = 60_000, (1, 4, 8), (16, 32, 64, 128)  # rows, shards, and ef
 
 
 def latencies(
@@ -219,14 +220,15 @@ def measure_jobs(rows: Path, shard_rows: int, rounds: int) -> dict[str, Any]:
     return found
 
 
-def cut(rows: Path, queries: np.ndarray) -> list[dict[str, Any]]:
-    """Recall@k and distances a query by ef, of the same rows in one shard and in more."""
+def cut() -> dict[str, Any]:
+    """Recall@k and distances a query by ef, of the same words in one shard and in more."""
+    base, queries = datasets.load("glove", CUT_ROWS, BATCH)[1:3]
     found = []
     for shards in CUT_IN:
         with tempfile.TemporaryDirectory() as place:
-            count = len(np.load(rows, mmap_mode="r"))
+            np.save(rows := Path(place) / "rows.npy", base)
             manifest = build_collection(
-                [rows], Path(place) / "docs", shard_rows=-(-count // shards)
+                [rows], Path(place) / "docs", shard_rows=-(-CUT_ROWS // shards)
             )
             opened = hnsw_gpu.load(Path(place) / "docs")
             truth = opened.exact_search(queries, K).distances[:, -1:]
@@ -237,7 +239,7 @@ def cut(rows: Path, queries: np.ndarray) -> list[dict[str, Any]]:
                 found.append(
                     {"shards": shards, "ef": ef, "recall": recall, "distances": sum(parts)}
                 )
-    return found
+    return {"rows": CUT_ROWS, "dim": base.shape[1], "results": found}
 
 
 def _distances(shard: Path, queries: np.ndarray, ef: int) -> float:
@@ -317,14 +319,13 @@ def main(rows: int, dim: int, seconds: float, rounds: int, out: Path) -> None:
         few = rows // 2 // JOB_SHARDS  # rows of a shard: jobs are repeated
         np.save(Path(place) / "fewer.npy", vectors[: few * JOB_SHARDS])
         jobs = measure_jobs(Path(place) / "fewer.npy", few, rounds)
-        shards = cut(Path(place) / "fewer.npy", vectors[rows:])
     result = {
         "about": about([]),
         "dim": dim,
         "measured": measured,
         "jobs": jobs,
         "sizes": sizes(),
-        "cut": {"rows": few * JOB_SHARDS, "results": shards},
+        "cut": cut(),
         "model": model(measured, dim),
     }
     out.write_text(json.dumps(rounded(result), indent=1) + "\n")

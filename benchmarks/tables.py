@@ -553,7 +553,8 @@ def cut() -> str:
         "cluster",
         found["about"],
         CLUSTER,
-        f"Recall@10, distances a query. {found['cut']['rows']:,} × {found['dim']}, drawn.",
+        f"Recall@10, distances a query. {SETS['glove']}, {found['cut']['rows']:,} × "
+        f"{found['cut']['dim']}.",
     )
 
 

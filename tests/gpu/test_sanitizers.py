@@ -11,7 +11,6 @@ import emulated
 import emulator
 import kernel_cases
 import numpy as np
-import pairwise
 import pytest
 
 from hnsw_gpu.engine import vectors as vectors_module
@@ -21,7 +20,7 @@ from hnsw_gpu.engine.labels import Labels
 pytestmark = pytest.mark.slow
 
 # Chosen to meet: every mode, a query held in registers and not, caches that forget. An instrumented
-# build takes seconds, so of the pairwise design only the specialisations of least dimension join.
+# build takes seconds; the emulator and the PTX run the pairwise design.
 BASE = {"metric": "l2", "dtype": "fp32", "dim": 31, "warps": 1, "M": 16, "tag_bits": 16}
 BASE |= {"mode": "plain", "expand": 8, "ef": 200, "ef_upper": 4, "k": 12}
 BASE |= {"layout": (2, 2), "buckets": 1}
@@ -36,28 +35,9 @@ ROWS = [
 ]
 
 
-def smallest() -> list[pairwise.Row]:
-    """One launch of each of the sixth of specialisations with the fewest dimensions."""
-    names = kernel_cases.SPECIALISATION
-    specialised = sorted(kernel_cases.specialisations(), key=lambda row: row["dim"])
-    return [
-        next(
-            launch
-            for launch in kernel_cases.launches()
-            if all(launch[name] == row[name] for name in names)
-        )
-        for row in specialised[: len(specialised) // 6]
-    ]
-
-
-def rows_of(sanitizer: str) -> list[pairwise.Row]:
-    """The thread sanitizer's builds and runs are the dearest."""
-    return ROWS + (smallest() if sanitizer == "address" else [])
-
-
 def run_searches(sanitizer: str) -> int:
     count = 0
-    for row in rows_of(sanitizer):
+    for row in ROWS:
         asked = kernel_cases.question(row)
         wanted = asked.wanted()
         build = kernel_cases.build_of(row, sanitizer=sanitizer)
@@ -112,7 +92,7 @@ def test_no_report(sanitizer) -> None:
     if missing:
         pytest.skip(missing)
     said = emulator.run_sanitized(sanitizer, __file__, sanitizer)
-    assert said.split() == [str(2 * len(rows_of(sanitizer)) + 1), "10"]
+    assert said.split() == [str(2 * len(ROWS) + 1), "10"]
 
 
 if __name__ == "__main__":

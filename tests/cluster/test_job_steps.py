@@ -271,14 +271,13 @@ main(sys.argv[1:])
 
 
 COMMANDS = {
-    "build": ["build", "--M", "8"],
-    "dedup": ["dedup", "--threshold", "0.97", "--method", "hnsw"],
+    "build": ["build", "--M", "8", "--shard-rows", "10"],  # many: it is to be met before its end
+    "dedup": ["dedup", "--threshold", "0.97", "--method", "hnsw", "--shard-rows", "80"],
 }
 
 
 def begun(name, path, out):
-    arguments = [*COMMANDS[name], path, "-o", out, "--ef-construction", "40",
-                 "--shard-rows", "80", "--ray", "local"]  # fmt: skip
+    arguments = [*COMMANDS[name], path, "-o", out, "--ef-construction", "40", "--ray", "local"]
     command = [sys.executable, "-c", COMMAND, *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -302,9 +301,9 @@ def test_interrupted_and_killed_drivers_leave_no_ray_and_go_on(tmp_path, path, r
     assert re.search(r"\d+ shards built: the same command goes on", told)
     shards = {file: file.stat().st_mtime_ns for file in docs.glob("shard-*.hnsw")}
     assert shards
-    build_collection([path], docs, shard_rows=80, runner=runner, **HOW)
+    build_collection([path], docs, shard_rows=10, runner=runner, **HOW)
     assert shards == {file: file.stat().st_mtime_ns for file in shards}
-    build_collection([path], tmp_path / "here", shard_rows=80, **HOW)
+    build_collection([path], tmp_path / "here", shard_rows=10, **HOW)
     assert files_of(docs) == files_of(tmp_path / "here")
     ended("dedup", path, out, "block-0000", signal.SIGKILL, -signal.SIGKILL)
     times = {file: file.stat().st_mtime_ns for file in (out / WORK).glob("[sb]*.safetensors")}

@@ -13,7 +13,7 @@ from typing import Any
 
 import hnsw_gpu
 from hnsw_gpu import inputs
-from hnsw_gpu.cluster.ray_connection import ray_connection
+from hnsw_gpu.cluster.ray_connection import RayConnection, ends_with_last_user, ray_connection
 from hnsw_gpu.engine import thread_count
 from hnsw_gpu.files import Shown
 
@@ -25,9 +25,9 @@ END_S = 10.0  # for tasks that are ended
 class StepsOnRay:
     """A StepRunner. threads: processors that a task reserves, and the threads it works with."""
 
-    def __init__(self, ray: Any, threads: int, gpus: float) -> None:
+    def __init__(self, connection: RayConnection, threads: int, gpus: float) -> None:
         self.threads: int | None = threads
-        self._ray, self._gpus = ray, gpus
+        self._connection, self._ray, self._gpus = connection, connection.ray, gpus
 
     def each(
         self,
@@ -75,6 +75,8 @@ class StepsOnRay:
 
     def _end(self, running: list[Any]) -> None:
         """End tasks, and wait until they have ended."""
+        if ends_with_last_user(self._connection):
+            return  # and all tasks; Ray may abort where a task is cancelled as its answer comes
         for task in running:
             with contextlib.suppress(Exception):  # the cluster itself may be what was lost
                 self._ray.cancel(task, force=True)
@@ -95,7 +97,7 @@ def steps_on_ray(
     threads = inputs.integer("threads", 1 if threads is None else threads, 1)
     with ray_connection(address, cpus=thread_count(None)) as connection:
         _require_node(connection.ray, threads, gpus)
-        yield StepsOnRay(connection.ray, threads, gpus)
+        yield StepsOnRay(connection, threads, gpus)
 
 
 def _require_node(ray: Any, threads: int, gpus: float) -> None:

@@ -88,6 +88,12 @@ def _leave(connection: RayConnection) -> None:
                 connection.ray.shutdown()
 
 
+def ends_with_last_user(connection: RayConnection) -> bool:
+    """Whether to leave stops the Ray that we started, and all that runs there."""
+    with _changing:
+        return connection.is_started and len(_users) == 1
+
+
 def _connect(ray: Any, place: str, cpus: int) -> None:
     quietly: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if place == LOCAL:

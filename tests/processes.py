@@ -24,15 +24,15 @@ finally:
 """
 
 
-def most_memory(*arguments: object, **how: object) -> int:
+def most_memory(*arguments: object, **environment: str) -> int:
     """Runs `hnsw-gpu ARGUMENTS`, which must succeed: most bytes of its own, mapped files aside.
 
     What is freed goes back to the system: else glibc keeps it, once for each of its arenas, and how
     many there are is luck on a busy machine.
     """
     command = [sys.executable, "-c", WATCHED, *map(str, arguments)]
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, **how)
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 20), **environment}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     return int(done.stdout.split()[-1])
 

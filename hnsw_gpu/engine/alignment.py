@@ -3,6 +3,8 @@
 Rows and links that straddle lines are read from one line more.
 """
 
+import math
+
 import numpy as np
 from numpy.typing import DTypeLike
 
@@ -11,10 +13,10 @@ CACHE_LINE = 64
 
 def empty_aligned(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
     """Uninitialised array of that shape."""
-    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    size = math.prod(shape) * np.dtype(dtype).itemsize
     memory = np.empty(size + CACHE_LINE, np.uint8)
     start = -memory.ctypes.data % CACHE_LINE
-    return memory[start : start + size].view(dtype).reshape(shape)
+    return np.ndarray(shape, dtype, memory, start)
 
 
 def copy_aligned(array: np.ndarray) -> np.ndarray:

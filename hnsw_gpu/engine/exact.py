@@ -10,7 +10,7 @@ from hnsw_gpu.engine.beam import insert, size
 from hnsw_gpu.engine.compiled import jit
 from hnsw_gpu.engine.distance import distance, prefetch_row
 from hnsw_gpu.engine.keys import KEY_NONE, key_distance, key_node, key_nodes, make_key
-from hnsw_gpu.engine.mapped_rows import ask_for
+from hnsw_gpu.engine.mapped_rows import are_mapped, ask_for
 from hnsw_gpu.engine.vectors import METRICS, engine_view, rows_as_queries, squared_lengths
 from hnsw_gpu.engine.workers import run_chunks
 
@@ -102,8 +102,9 @@ def rerank(keys, rows, queries, metric, *, k, threads):
     rows = engine_view(rows)
 
     def merge(begin, end):
-        nodes = key_nodes(keys[begin:end])
-        ask_for(rows, nodes[nodes >= 0])
+        if are_mapped(rows):
+            nodes = key_nodes(keys[begin:end])
+            ask_for(rows, nodes[nodes >= 0])
         _rerank(result, keys, rows, queries, METRICS[metric], begin, end)
 
     run_chunks(merge, len(keys), CHUNK, threads)

@@ -260,8 +260,8 @@ class Labels:
         `allowed` is None or packed bits of entries, uint32 (1 or q, words); `skipped` int64 (q,)
         one entry a query that is left out. Too few: label -1, distance +inf.
         """
-        labels = np.full((len(keys), k), -1, np.int64)
-        distances = np.full((len(keys), k), np.inf, np.float32)
+        labels = np.empty((len(keys), k), np.int64)
+        distances = np.empty((len(keys), k), np.float32)
         allowed = np.empty((0, 0), np.uint32) if allowed is None else allowed
         skipped = np.empty(0, np.int64) if skipped is None else skipped
         _keys_to_labels(keys, self.offsets, self.labels, allowed, skipped, labels, distances)
@@ -306,3 +306,6 @@ def _keys_to_labels(keys, offsets, entry_labels, allowed, skipped, labels, dista
                 labels[q, count] = entry_labels[entry]
                 distances[q, count] = key_distance(key)
                 count += 1
+        for i in range(count, k):
+            labels[q, i] = -1
+            distances[q, i] = np.inf

@@ -5,14 +5,19 @@ import mmap
 import numpy as np
 
 
+def are_mapped(rows):
+    """Whether rows lie in a file that is mapped."""
+    return getattr(rows, "_mmap", None) is not None
+
+
 def ask_for(rows, nodes):
-    """Have the system read the rows of nodes (m,), side by side; nothing where none are mapped.
+    """Have the system read the rows of nodes (m,), which are mapped, side by side.
 
     Without it each page is waited for when it is touched, one after the other.
     """
-    mapped = getattr(rows, "_mmap", None)
-    if mapped is None or not hasattr(mmap, "MADV_WILLNEED"):
+    if not hasattr(mmap, "MADV_WILLNEED"):
         return
+    mapped = rows._mmap
     first, size = rows.ctypes.data - np.frombuffer(mapped, np.uint8).ctypes.data, rows.strides[0]
     for node in nodes.tolist():
         start = first + node * size

@@ -53,6 +53,7 @@ from hnsw_gpu.engine.workers import run_chunks
 SLOTS = 4  # queries that one thread walks in turn
 CHUNK = 256  # queries that a thread takes at a time
 LEAST_CHUNK = 8  # fewer are not worth another thread
+KEPT_NODES = 1 << 23  # of a graph, and a thread keeps what it worked in: at most 5 MB
 REMEMBERED = 1 << 15  # visits a query by which its visited set is cleared; beyond, all of it is
 # int64 fields of a slot; all keys before PICKED_AT, where the last was picked, are expanded
 QUERY, LAYER, PHASE, CAPACITY, PICKED, PENDING = range(6)
@@ -147,35 +148,63 @@ def search_graph(
 def walk(graph, rows, task, expand=1, threads=1):
     """Run a task over all of its queries."""
     rows = engine_view(rows)
-    share = max(LEAST_CHUNK, -(-len(task.queries) // threads))  # of each thread
+    count = len(task.queries)
+    share = max(LEAST_CHUNK, -(-count // threads))  # of each thread
     chunk = -(-share // -(-share // CHUNK))  # so that all threads have as many
-    spare: list[Scratch] = []  # of chunks that have ended
+    has_allowed_keys = len(task.own) or len(task.allowed)
+    shape = Shape(
+        slots=min(SLOTS, chunk, count),
+        nodes=len(graph.neighbors0),
+        width=expand * graph.neighbors0.shape[1],
+        expand=expand,
+        capacity=max(task.ef, task.ef_upper),
+        allowed=task.keys.shape[1] if has_allowed_keys else 0,
+    )
 
     def run(start, stop):
-        try:
-            scratch = spare.pop()
-        except IndexError:
-            scratch = _new_scratch(graph, task, expand, chunk)
+        scratch = _scratch(shape)
         _walk_chunk(graph, rows, task, scratch, start, stop)
-        spare.append(scratch)
+        _spare.append((shape, scratch))
 
-    run_chunks(run, len(task.queries), chunk, threads)
+    run_chunks(run, count, chunk, threads)
+    if shape.nodes > KEPT_NODES:
+        _spare.clear()
 
 
-def _new_scratch(graph, task, expand, chunk):
-    slots = min(SLOTS, chunk)
-    count, width = graph.neighbors0.shape
-    has_allowed_keys = len(task.own) or len(task.allowed)
-    capacity = max(task.ef, task.ef_upper)
+class Shape(NamedTuple):
+    """What a Scratch is made for."""
+
+    slots: int
+    nodes: int
+    width: int  # links of the nodes that are expanded in one step
+    expand: int
+    capacity: int
+    allowed: int  # keys that may be returned
+
+
+_spare: list[tuple[Shape, Scratch]] = []  # of chunks that have ended: a query is soon walked
+
+
+def _scratch(shape):
+    """One that is spare, if it fits, or a new one."""
+    try:
+        made_for, scratch = _spare.pop()
+    except IndexError:
+        made_for = None
+    return scratch if made_for == shape else _new_scratch(shape)
+
+
+def _new_scratch(shape):
+    slots, width = shape.slots, shape.width
     return Scratch(
         slots=np.zeros((slots, 11), np.int64),
-        beam=np.empty((slots, -(-capacity // LANES) * LANES), np.uint64),
-        allowed_keys=np.empty((slots, task.keys.shape[1] if has_allowed_keys else 0), np.uint64),
-        visited=np.zeros((slots, (count + 31) >> 5), np.uint32),
-        visits=np.zeros((slots, REMEMBERED + expand * width + EIGHT), np.int32),
-        picked=np.empty((slots, expand), np.int32),
-        keys=np.empty(expand * width + EIGHT, np.uint64),
-        entering=np.empty(expand * width + TOGETHER, np.uint64),
+        beam=np.empty((slots, -(-shape.capacity // LANES) * LANES), np.uint64),
+        allowed_keys=np.empty((slots, shape.allowed), np.uint64),
+        visited=np.zeros((slots, (shape.nodes + 31) >> 5), np.uint32),
+        visits=np.zeros((slots, REMEMBERED + width + EIGHT), np.int32),
+        picked=np.empty((slots, shape.expand), np.int32),
+        keys=np.empty(width + EIGHT, np.uint64),
+        entering=np.empty(width + TOGETHER, np.uint64),
     )
 
 

@@ -1,18 +1,21 @@
 """Encoded vectors: rows in the storage dtype, padded to whole 32-byte blocks.
 
-fp32 and fp16 rows hold the vector and zeros. An int8 row holds codes (the vector divided by its
-own scale and rounded), zeros, and in its last 12 bytes float32 scale, float32 norm (squared length
-of the decoded vector) and int32 sum of codes. The scale is one per row: a later `add` with larger
-values clips nothing, and a row's bytes never depend on the rows beside it.
-Under cosine every row and query is scaled to unit length first.
+fp32 and fp16 rows hold the vector and zeros; of int8 rows see `eight_bits.py`, of int4 rows
+`four_bits.py`. Under cosine every row and query is scaled to unit length first.
 """
 
 import numpy as np
 
-from hnsw_gpu.engine import four_bits
 from hnsw_gpu.engine.alignment import empty_aligned
 from hnsw_gpu.engine.compiled import jit
 from hnsw_gpu.engine.distance import COSINE, IP, L2, TAIL_BYTES, as_query
+from hnsw_gpu.engine.eight_bits import decode_int8, encode_int8
+from hnsw_gpu.engine.four_bits import (
+    QUERY_TAIL_BYTES,
+    decode_int4,
+    encode_int4,
+    encode_int4_queries,
+)
 
 METRICS = {"l2": L2, "ip": IP, "cosine": COSINE}
 STORAGE = {"fp32": np.float32, "fp16": np.float16, "int8": np.int8, "int4": np.uint8}
@@ -61,35 +64,23 @@ def encode(vectors, metric, dtype):
     count, dim = vectors.shape
     rows = empty_rows(count, dim, dtype)
     if dtype == "int4":
-        four_bits.encode_int4(vectors, rows)
-        return rows
-    if dtype != "int8":
+        encode_int4(vectors, rows)
+    elif dtype == "int8":
+        encode_int8(vectors, rows)
+    else:
         rows[:, :dim] = vectors
         rows[:, :dim] += 0  # -0.0 becomes 0.0: equal vectors are equal bytes
         rows[:, dim:] = 0
-        return rows
-    scales = np.abs(vectors).max(axis=1, initial=0) / np.float32(127)
-    divisors = np.where(scales > 0, scales, np.float32(1))
-    codes = np.clip(np.rint(vectors / divisors[:, None]), -127, 127).astype(np.int8)
-    tail = np.empty((count, 3), np.float32)
-    tail[:, 0] = scales
-    squares = np.square(codes, dtype=np.int32).sum(axis=1, dtype=np.int32)
-    tail[:, 1] = (scales * scales) * squares.astype(np.float32)
-    tail[:, 2] = codes.sum(axis=1, dtype=np.int32).view(np.float32)
-    rows[:, :dim] = codes
-    rows[:, dim:-TAIL_BYTES] = 0
-    rows[:, -TAIL_BYTES:] = tail.view(np.int8)
     return rows
 
 
 def decode(rows, dim, dtype):
     """float32 vectors (n, dim) that encoded rows stand for."""
     if dtype == "int4":
-        return four_bits.decode_int4(rows, dim)
-    if dtype != "int8":
-        return rows[:, :dim].astype(np.float32)
-    scales = np.ascontiguousarray(rows[:, -TAIL_BYTES : -TAIL_BYTES + 4]).view(np.float32)
-    return rows[:, :dim] * scales
+        return decode_int4(rows, dim)
+    if dtype == "int8":
+        return decode_int8(rows, dim)
+    return rows[:, :dim].astype(np.float32)
 
 
 def encode_queries(vectors, metric, dtype):
@@ -100,7 +91,7 @@ def encode_queries(vectors, metric, dtype):
         vectors = _unit(vectors)
     if dtype == "int4":
         queries = _empty_int4_queries(len(vectors), row_length(vectors.shape[1], dtype))
-        four_bits.encode_int4_queries(vectors, queries)
+        encode_int4_queries(vectors, queries)
         return queries
     queries = empty_aligned((len(vectors), row_length(vectors.shape[1], dtype)), np.float32)
     queries[:, : vectors.shape[1]] = vectors
@@ -118,7 +109,7 @@ def empty_queries(count, rows):
 
 
 def _empty_int4_queries(count, row_bytes):
-    return empty_aligned((count, 2 * row_bytes + four_bits.QUERY_TAIL_BYTES), np.int8)
+    return empty_aligned((count, 2 * row_bytes + QUERY_TAIL_BYTES), np.int8)
 
 
 def rows_as_queries(rows):

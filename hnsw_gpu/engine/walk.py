@@ -43,6 +43,8 @@ class Walk(NamedTuple):
     def within(self, nodes: int) -> "Walk":
         """With no number larger than that of the nodes, and ef of k or more."""
         most = max(nodes, 1)
+        if self.k <= self.ef <= self.capacity <= most:
+            return self
         k = min(self.k, most)
         ef = min(max(self.ef, k), most)
         return self._replace(k=k, ef=ef, capacity=min(self.capacity or ef, most))

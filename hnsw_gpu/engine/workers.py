@@ -88,6 +88,9 @@ def run_chunks(run: Callable[[int, int], None], count: int, chunk: int, threads:
     The caller's thread is one of them. An exception in one chunk, or raised here by a signal
     handler, stops the rest before it is raised.
     """
+    if 0 < count <= chunk:
+        run(0, count)
+        return
     starts = iter(range(0, count, chunk))
     failed: list[BaseException] = []
 

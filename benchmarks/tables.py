@@ -23,7 +23,7 @@ OURS = {"ours-fp32": "fp32", "ours-int8": "int8 + refine", "ours-int4": "int4 + 
 KINDS = {  # of processors, and their results
     "AVX-512, AMD EPYC": "cpu-avx512-vnni-amd",
     "AVX-512, Intel Xeon": "cpu-avx512-vnni-intel",
-    "AVX2": "cpu-avx2-intel",
+    "AVX2 (an AMD EPYC held to it)": "cpu-avx2-amd",
 }
 FIRST = "cpu-avx512-vnni-amd"  # of which there are all sections
 SETS = {

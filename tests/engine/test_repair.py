@@ -68,9 +68,9 @@ def test_repair_equals_the_oracle(metric: str, dtype: str, is_full: bool) -> Non
     shapes = [(0.05, False, 1), (0.3, True, 30), (0.6, False, 2), (0.6, True, 9), (0.9, False, 9)]
     for seed, (share, is_alone, ef_construction) in enumerate(shapes):
         rng = np.random.default_rng(seed)
-        vectors = integer_vectors(100, 8, metric, dtype, seed)
+        vectors = integer_vectors(60, 8, metric, dtype, seed)
         made = reference.random_graph(vectors, M=4, seed=seed)
-        cut = rng.random(100) < share
+        cut = rng.random(60) < share
         cut[made.entry_point] = False
         made = cut_off(made, cut, is_alone)
         if is_full:

@@ -58,6 +58,8 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 def source(stem: str, about: dict, command: str, more: str = "") -> str:
     """Where the figures come from, as a line of its own."""
     where = f"{about['date'][:10]}, {about['processor']}, {about['cores']} cores"
+    if "without its" in about["processor"]:
+        where += ", by the settings in `benchmarks/README.md`"
     return f"\n{more}{' ' * bool(more)}`benchmarks/results/{stem}.json` ({where}): `{command}`\n"
 
 

@@ -53,7 +53,7 @@ from hnsw_gpu.engine.workers import run_chunks
 SLOTS = 4  # queries that one thread walks in turn
 CHUNK = 256  # queries that a thread takes at a time
 LEAST_CHUNK = 8  # fewer are not worth another thread
-KEPT_NODES = 1 << 23  # of a graph, and a thread keeps what it worked in: at most 5 MB
+KEPT_BYTES = 1 << 22  # of a Scratch, in visited bits and keys, that waits for the next search
 REMEMBERED = 1 << 15  # visits a query by which its visited set is cleared; beyond, all of it is
 # int64 fields of a slot; all keys before PICKED_AT, where the last was picked, are expanded
 QUERY, LAYER, PHASE, CAPACITY, PICKED, PENDING = range(6)
@@ -167,7 +167,7 @@ def walk(graph, rows, task, expand=1, threads=1):
         _spare.append((shape, scratch))
 
     run_chunks(run, count, chunk, threads)
-    if shape.nodes > KEPT_NODES:
+    if shape.slots * (shape.nodes // 8 + 8 * (shape.capacity + shape.allowed)) > KEPT_BYTES:
         _spare.clear()
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import reference
 
+from hnsw_gpu.engine import search
 from hnsw_gpu.engine import vectors as vectors_module
 from hnsw_gpu.engine.graph import Graph, check_graph
 from hnsw_gpu.engine.search import REMEMBERED, search_graph
@@ -351,3 +352,14 @@ def test_batch_and_threads_do_not_change_a_bit(metric: str, dtype: str) -> None:
             )
             np.testing.assert_array_equal(found.keys, whole.keys[part])
             np.testing.assert_array_equal(found.hops, whole.hops[part])
+
+
+def test_scratch_waits_for_the_next_search_where_it_is_small(monkeypatch) -> None:
+    made = random_case(300, 16, queries=6, metric="l2", dtype="fp32", seed=11)
+    for limit, kept in ((search.KEPT_BYTES, 1), (8 * 64, 0)):
+        monkeypatch.setattr(search, "_spare", [])
+        monkeypatch.setattr(search, "KEPT_BYTES", limit)
+        for ef in (64, 64, 20):  # the last has a beam of another size
+            assert_parity(made, k=5, ef=ef)
+            assert len(search._spare) == kept
+            assert not any(scratch.visited.any() for _, scratch in search._spare)

@@ -346,6 +346,69 @@ def adding() -> str:
     ) + source("adding", found, "python -m benchmarks.cpu.adding")
 
 
+def tuning() -> str:
+    """What `tune` said, and what queries that it had not seen then got."""
+    found = results("tuning")
+    return table(
+        [
+            "",
+            "asked",
+            "ef by stored vectors",
+            "said",
+            "delivered",
+            "ef by queries",
+            "said",
+            "delivered",
+        ],
+        [
+            [
+                SETS.get(name, "Sums of two words"),
+                asked,
+                *(
+                    cell
+                    for by in ("stored", "queries")
+                    for cell in (
+                        f"{of[by]['ef']}",
+                        f"{of[by]['recall']:.3f}",
+                        f"{of[by]['delivered']:.3f}",
+                    )
+                ),
+            ]
+            for name, targets in found["results"].items()
+            for asked, of in targets.items()
+        ],
+    ) + source("tuning", found["about"], "python -m benchmarks.cpu.tuning", "Recall@10.")
+
+
+def one_query() -> str:
+    """Calls of one query each beside hnswlib's, and the same queries in one call."""
+    found = results("one-query")
+    return table(
+        [
+            "rows, one thread",
+            *(f"{label}: one query a call, all in one" for label in OURS.values()),
+        ],
+        [
+            [
+                f"{of['rows']:,}",
+                *(
+                    ", ".join(
+                        f"{of[way][f'{side}/hnswlib']['median']:.2f}"
+                        for way in ("calls_per_s_ratios", "batched_per_s_ratios")
+                    )
+                    for side in OURS
+                ),
+            ]
+            for of in found["sizes"]
+        ],
+    ) + source(
+        "one-query",
+        found,
+        "python -m benchmarks.cpu.one_query",
+        f"{SETS['glove']}, queries/s over hnswlib's at recall@10 of 0.95.",
+    )
+
+
 # ---------------------------------------------------------------- dedup, serving, GPUs
 
 
@@ -599,6 +662,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "mapped": mapped,
     "inner-product": inner_product,
     "adding": adding,
+    "one-query": one_query,
+    "tuning": tuning,
     "dedup": dedup,
     "dedup-thresholds": dedup_thresholds,
     "serving": serving,

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from benchmarks.peers import K
 from hnsw_gpu.gpu import launch_plan
 from hnsw_gpu.gpu.device_index import EncodedQueries
 
@@ -88,18 +89,23 @@ def places(batch: int, number: int, count: int) -> np.ndarray:
 def measure(
     clock: Clock,
     engine: Any,
-    encoded: np.ndarray,
+    encoded: list[np.ndarray],
     walk: launch_plan.BeamShape,
     batch: int,
     rounds: int,
     peak: float,
 ) -> dict:
-    """The kernel alone, `rounds` batches of encoded queries (q, bytes), after one to warm up."""
+    """The kernels alone, `rounds` batches of encoded queries, after one to warm up.
+
+    encoded: (q, bytes) as the rows are, and as the finest rows are. Re-ranking is timed too.
+    """
     index = engine._index
+    arrays = [index._arrays[name] for name in ("rows", "refine_rows") if name in index._arrays]
 
     def search(number: int) -> Round:
-        queries = clock.upload(encoded[places(batch, number, len(encoded))])
-        return clock.time(lambda: index.walk(EncodedQueries(queries, queries), walk, walk.k, None))
+        asked = places(batch, number, len(encoded[0]))
+        queries = EncodedQueries(*(clock.upload(one[asked]) for one in encoded))
+        return clock.time(lambda: index.walk(queries, walk, min(K, walk.k), None))
 
     search(0)
     with kept_counts(index) as kept:
@@ -108,7 +114,8 @@ def measure(
     hops, distances, _ = counts.mean(axis=0)
     copy = clock.copy_bandwidth(times)
     seconds = median(one.search for one in times)
-    read = bytes_a_query(hops, distances, index._arrays["rows"].shape[1:], index)
+    links = index._arrays["neighbors0"].shape[1]
+    read = bytes_a_query([distances, walk.k], arrays, hops * links)
     bandwidth = peak or copy
     return {
         **planned(index, walk, batch),
@@ -125,15 +132,16 @@ def measure(
     }
 
 
-def bytes_a_query(hops: float, distances: float, row: tuple[int, ...], index: Any) -> float:
-    """Of rows and links that a walk reads; links of upper layers are taken to be as many as below.
+def bytes_a_query(reads: list[float], arrays: list[Any], links: float) -> float:
+    """Of rows and links that a search reads: `reads` rows of each of the arrays (n, row).
 
-    `row`: shape of an encoded row. Most of the hops are on layer 0, so the links are hardly too
-    many; queries and results are far fewer, and left out.
+    Links of upper layers are taken to be as many as below. Most of the hops are on layer 0, so the
+    links are hardly too many; queries and results are far fewer, and left out.
     """
-    row_bytes = int(np.prod(row)) * index._arrays["rows"].dtype.itemsize
-    links = index._arrays["neighbors0"].shape[1]
-    return float(distances * row_bytes + hops * links * LINK_BYTES)
+    rows = sum(
+        read * array[:1].nbytes for read, array in zip(reads, arrays, strict=False)
+    )  # without refine rows, the rows alone
+    return float(rows + links * LINK_BYTES)
 
 
 @contextlib.contextmanager

@@ -293,7 +293,12 @@ def part_of(dataset: datasets.Dataset, queries: int) -> datasets.Dataset:
 
 
 @click.command()
-@click.option("--dataset", "name", default="glove", type=click.Choice(list(run.SETS)))
+@click.option(
+    "--dataset",
+    "name",
+    default="glove",
+    type=click.Choice([name for name, kept in run.SETS.items() if not kept.refine]),
+)
 @click.option("--rows", default=run.ROWS, show_default=True, help="At most so many.")
 @click.option("--recall", "recalls", multiple=True, type=float, help="[default: fp32's at EFS]")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="[default: results]")

@@ -38,18 +38,23 @@ MEANINGLESS = "The kernels were emulated on the CPU: times, bandwidths and ratio
 
 
 class Set(NamedTuple):
-    """A data set and the dtype of its index."""
+    """A data set and how its index keeps the rows."""
 
     dim: int
     dtype: str
-    is_drawn: bool = True
+    refine: str = ""
+    source: str = ""  # in `datasets`; else drawn
 
 
 SETS = {
-    "glove": Set(100, "fp32", is_drawn=False),
+    "glove": Set(100, "fp32", source="glove"),
+    "glove-int4": Set(100, "int4", "fp16", source="glove"),
     "synthetic-128": Set(128, "fp32"),
+    "synthetic-128-int4": Set(128, "int4", "fp16"),
     "synthetic-768": Set(768, "fp16"),
-    "verses768": Set(768, "fp16", is_drawn=False),
+    "synthetic-768-int4": Set(768, "int4", "fp16"),
+    "verses768": Set(768, "fp16", source="verses768"),
+    "verses768-int8": Set(768, "int8", "fp16", source="verses768"),
 }
 
 
@@ -196,16 +201,19 @@ class Run:
         return is_there
 
     def measure(self, sets: list[str], peers: list[str]) -> None:
-        """All of ours first, so that peers, which take their time, cannot crowd it out."""
+        """All of ours first, so that peers, which take their time, cannot crowd it out.
+
+        Peers keep whole rows: they are raced where ours does.
+        """
         loaded: dict[str, Dataset] = {}
         for name in sets:
             try:
                 self._begin(name)
                 loaded[name] = load(name, self.sizes)
-                self.results[name] = ours(loaded[name], SETS[name].dtype, self.sizes, self.recall)
+                self.results[name] = ours(loaded[name], SETS[name], self.sizes, self.recall)
             except (LeftOut, *CANNOT_BE_HAD) as error:
                 self.leave_out(f"{name}: {error}")
-        for name in self.results:
+        for name in (name for name in self.results if not SETS[name].refine):
             for peer in peers:
                 try:
                     self._begin(f"{peer} on {name}")
@@ -229,11 +237,12 @@ class LeftOut(Exception):
 
 def load(name: str, sizes: Sizes) -> Dataset:
     """Rows and queries, unit length; exact answers of the first queries only."""
-    if SETS[name].is_drawn:
+    source = SETS[name].source
+    if not source:
         vectors = draw_vectors(sizes.rows + sizes.queries, SETS[name].dim)
         base, queries = vectors[: sizes.rows], vectors[sizes.rows :]
     else:
-        base, queries = datasets.SOURCES[name]()
+        base, queries = datasets.SOURCES[source]()
         # in no order, because rows may be sorted (words by frequency)
         rng = np.random.default_rng(0)
         base = base[np.sort(rng.permutation(len(base))[: sizes.rows])]
@@ -262,10 +271,16 @@ def draw_vectors(count: int, dim: int, seed: int = 0) -> np.ndarray:
     return vectors
 
 
-def ours(dataset: Dataset, dtype: str, sizes: Sizes, target: float) -> dict:
+def ours(dataset: Dataset, kept: Set, sizes: Sizes, target: float) -> dict:
     """The index of a data set on the GPU: a series of batches for each `expand`."""
-    setting, dim = sizes.setting, dataset.base.shape[1]
-    index = hnsw_gpu.Index(dim, "cosine", dtype, device="cpu", **setting._asdict())
+    index = hnsw_gpu.Index(
+        kept.dim,
+        "cosine",
+        kept.dtype,
+        refine=kept.refine or None,
+        device="cpu",
+        **sizes.setting._asdict(),
+    )
     start = time.perf_counter()
     index.add(dataset.base)
     build = time.perf_counter() - start
@@ -278,7 +293,10 @@ def ours(dataset: Dataset, dtype: str, sizes: Sizes, target: float) -> dict:
 
     own_ef = chosen_ef(EFS, target, recall_at)
     own = index._expand(own_ef[0])
-    encoded = encode_queries(dataset.queries, "cosine", dtype)
+    encoded = [
+        encode_queries(dataset.queries, "cosine", each)
+        for each in (kept.dtype, kept.refine or kept.dtype)
+    ]
     clock, peak, series = Clock(sizes.copied_bytes), peak_bandwidth(), []
     for expand in sorted({own, *sizes.expands}):
         ef, reached = own_ef
@@ -304,8 +322,9 @@ def ours(dataset: Dataset, dtype: str, sizes: Sizes, target: float) -> dict:
     index.to("cpu")
     return {
         "rows": len(dataset.base),
-        "dim": dim,
-        "dtype": dtype,
+        "dim": kept.dim,
+        "dtype": kept.dtype,
+        "refine": kept.refine,
         "distinct_queries": len(dataset.queries),
         "judged_queries": len(dataset.truth),
         "build_seconds": build,

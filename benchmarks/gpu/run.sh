@@ -4,12 +4,14 @@
 #
 # It needs Linux, NVIDIA's driver, and Python 3.11 or later with pip; no compiler and no CUDA:
 #
-#   python3 -m pip install -e ".[bench,test,cuda12]" nvidia-cuda-sanitizer-api-cu12
+#   python3 -m pip install -e ".[bench,test,cuda12]"
 #
-# (With a driver of CUDA 13: cuda13, and nvidia-cuda-sanitizer-api.) Where Python is older, pip alone
-# brings a newer one:
+# With a driver of CUDA 13: ".[bench,test,cuda13]" nvidia-cuda-sanitizer-api. With CUDA 12,
+# compute-sanitizer is the toolkit's (its wheel does not work), or is not run. Where Python is older,
+# pip alone brings a newer one, for which the line above is said again:
 #
 #   pip install uv && uv venv --python 3.12 --seed .venv-gpu && export PYTHON=.venv-gpu/bin/python
+#   "$PYTHON" -m pip install -e ".[bench,test,cuda12]"
 #
 #   benchmarks/gpu/run.sh [--engine gpu|emulated] [--only tests|sanitizers|timings] [--out FOLDER]
 #                     [options of `python -m benchmarks.gpu.run race`]
@@ -41,7 +43,7 @@ if [ "$engine" = emulated ] && [ -z "$out" ]; then
     exit 2
 fi
 
-failed=()
+failed=() not_run=
 limit=()
 if command -v timeout > /dev/null; then
     limit=(timeout --kill-after=20 "${SECONDS_A_PART:-600}")
@@ -66,7 +68,7 @@ wants() { [ -z "$only" ] || [ "$only" = "$1" ]; }
 part doctor "$python" -m hnsw_gpu doctor
 
 if wants tests; then
-    tests=(tests/gpu/test_gpu_engine.py tests/gpu/test_index_on_gpu.py tests/gpu/test_kernels.py)
+    tests=(tests/gpu/test_{gpu_engine,index_on_gpu,dedup_on_gpu,kernels}.py)
     if [ "$engine" = emulated ]; then
         part tests "$python" -m pytest -q -n auto "${tests[@]}" -m "not gpu"
     else # what the emulator answers is asked on every machine
@@ -84,7 +86,8 @@ if wants sanitizers; then
     if [ "$engine" = emulated ]; then
         echo "== ${tools[*]}: skipped, the engine is emulated"
     elif [ ! -x "$sanitizer" ]; then
-        echo "== ${tools[*]}: skipped, there is no compute-sanitizer: pip install nvidia-cuda-sanitizer-api[-cu12]"
+        echo "== ${tools[*]}: skipped, there is no compute-sanitizer: see $0 --help"
+        not_run="; NOT RUN, without compute-sanitizer: ${tools[*]}"
     else
         for tool in "${tools[@]}"; do
             part "$tool" "$sanitizer" --tool "$tool" --error-exitcode 1 \
@@ -99,4 +102,4 @@ if wants timings; then
 fi
 
 [ ${#failed[@]} -eq 0 ] || { echo "failed: ${failed[*]}"; exit 1; }
-echo "all parts passed, ${SECONDS} s"
+echo "all parts passed, ${SECONDS} s$not_run"

@@ -1,22 +1,25 @@
-"""Where NVIDIA's compute-sanitizer is, out of its PyPI wheel: prints the path, or nothing."""
+"""Where NVIDIA's compute-sanitizer is, out of its PyPI wheel: prints the path, or nothing.
+
+The wheel for CUDA 12 (12.9.79) is not looked at: its program has no x bit, does not find its
+libraries and, told where they are, starts nothing.
+"""
 
 import os
 from importlib import metadata
 
-WHEELS = ("nvidia-cuda-sanitizer-api", "nvidia-cuda-sanitizer-api-cu12")
+WHEEL = "nvidia-cuda-sanitizer-api"
 
 
 def find() -> str:
-    """The program of the first wheel that is installed; empty where none is."""
-    for wheel in WHEELS:
-        try:
-            files = metadata.files(wheel) or []
-        except metadata.PackageNotFoundError:
-            continue
-        for file in sorted(files, key=lambda file: len(file.parts), reverse=True):
-            path = str(file.locate())
-            if file.name == "compute-sanitizer" and os.access(path, os.X_OK):
-                return path
+    """The wheel's program; empty where it is not installed."""
+    try:
+        files = metadata.files(WHEEL) or []
+    except metadata.PackageNotFoundError:
+        return ""
+    for file in sorted(files, key=lambda file: len(file.parts), reverse=True):
+        path = str(file.locate())
+        if file.name == "compute-sanitizer" and os.access(path, os.X_OK):
+            return path
     return ""
 
 

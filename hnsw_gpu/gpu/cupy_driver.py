@@ -1,6 +1,9 @@
 """CuPy and the driver: are they there, and what is missing?"""
 
+import os
 from typing import Any
+
+_cuda_process = 0  # that first found a GPU here: CUDA works in no fork of it
 
 
 def imported_cupy() -> Any:
@@ -22,9 +25,16 @@ def imported_cupy() -> Any:
 
 def cupy_with_a_gpu(number: int | None = None) -> Any:
     """CuPy, with a GPU to use: that of a number, or any; RuntimeError says what is missing."""
+    global _cuda_process
     cupy = imported_cupy()
     runtime = cupy.cuda.runtime
+    if _cuda_process not in (0, os.getpid()):
+        raise RuntimeError(
+            "CUDA was started by the process that forked this one, and works in no forked process: "
+            'start processes by "spawn"'
+        )
     if cupy.cuda.is_available():
+        _cuda_process = os.getpid()
         count = runtime.getDeviceCount()
         if number is not None and number >= count:
             known = ", ".join(f"cuda:{i}" for i in range(count))

@@ -219,7 +219,8 @@ class GpuEngine:
         self._index.forget()
 
     def _ends(self) -> list[Any]:
-        return [end for pending in self._searches.values() for end, _ in pending]
+        """Of the last search of each stream: those before it have ended when it has."""
+        return [pending[-1][0] for pending in self._searches.values()]
 
     # ---------------------------------------------------------------- numpy in, numpy out
 

@@ -153,6 +153,18 @@ def test_roofline_by_the_copies_where_no_peak_is_told(tmp_path, monkeypatch) -> 
         assert point["roofline_ratio"] == pytest.approx(ratio, rel=1e-4)
 
 
+def test_rows_that_re_rank_are_read_too(tmp_path) -> None:
+    race(tmp_path, "--datasets", "synthetic-128-int4", "--batches", "4")
+    (found,) = json.loads((tmp_path / "gpu.json").read_text())["results"].values()
+    assert (found["dtype"], found["refine"], found["peers"]) == ("int4", "fp16", {})
+    for series in found["series"]:
+        (point,) = series["points"]
+        walked = point["distances_per_query"] * (64 + 3 * 4 + 20)  # codes, three numbers, padding
+        fine = max(20, series["ef"] // 4) * 128 * 2
+        read = walked + fine + point["hops_per_query"] * 2 * M * 4
+        assert point["bytes_per_query"] == pytest.approx(read, rel=1e-5)
+
+
 def test_ef_is_the_smallest_for_the_recall(results) -> None:
     """Recall by looking at every row, of the CPU's answers at the same ef and expand."""
     for name, found in results["results"].items():
@@ -323,7 +335,8 @@ def test_the_shell_script(tmp_path) -> None:
     assert run("--only") == (2, "--only needs a value\n")
     code, printed = run("--engine", "emulated", "--out", str(tmp_path), "--rows", "200")
     assert code == 0
-    tests = [f"tests/gpu/test_{name}.py" for name in ("gpu_engine", "index_on_gpu", "kernels")]
+    names = ("gpu_engine", "index_on_gpu", "dedup_on_gpu", "kernels")
+    tests = [f"tests/gpu/test_{name}.py" for name in names]
     assert f"{' '.join(tests)} -m not gpu\n" in printed
     assert "memcheck racecheck synccheck initcheck: skipped, the engine is emulated" in printed
     assert f"race --engine emulated --out {tmp_path} --rows 200\n" in printed
@@ -339,7 +352,13 @@ def test_the_shell_script(tmp_path) -> None:
     code, printed = run()
     assert code == 0
     assert "tests/gpu/test_kernels.py -m gpu\n" in printed
-    assert "skipped, there is no compute-sanitizer: pip install nvidia-cuda-san" in printed
+    requires = tmp_path / "requires"
+    requires.write_text('#!/usr/bin/env bash\necho "required: $HNSW_GPU_REQUIRE_GPU"\n')
+    requires.chmod(0o755)
+    assert "\nrequired: 1\n" in run("--only", "tests", python="requires")[1]
+    assert "skipped, there is no compute-sanitizer: see " in printed
+    tools = "memcheck racecheck synccheck initcheck"
+    assert printed.endswith(f"; NOT RUN, without compute-sanitizer: {tools}\n")
     sanitizer = tmp_path / "compute-sanitizer"
     sanitizer.write_text('#!/usr/bin/env bash\necho "asked $*"\n[ "$2" != racecheck ]\n')
     sanitizer.chmod(0o755)
@@ -403,6 +422,7 @@ def test_the_notebook_runs(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("HNSW_GPU_ROOT", str(Path(gpu.__file__).parents[2]))
     monkeypatch.setenv("HNSW_GPU_OUT", str(tmp_path))
     monkeypatch.setenv("PYTEST_ADDOPTS", "-k an_empty_index")  # the others run beside this one
+    monkeypatch.setenv("PYTEST_XDIST_AUTO_NUM_WORKERS", "1")
     monkeypatch.setenv("MPLBACKEND", "agg")
     names: dict[str, object] = {}
     ran = 0

@@ -325,7 +325,7 @@ main(sys.argv[1:])
 def test_memory_stays_within_the_limit(tmp_path) -> None:
     """1,230 MB of vectors under a limit of 600 MB: of the process, but for mapped files."""
     dim, blocks = 1024, 6
-    distinct = np.random.default_rng(0).normal(size=(3000, dim)).astype(np.float16)
+    distinct = np.random.default_rng(0).normal(size=(1000, dim)).astype(np.float16)
     for place in range(blocks):
         rng = np.random.default_rng(place)
         rows = distinct[rng.integers(len(distinct), size=52_000)]
@@ -339,7 +339,7 @@ def test_memory_stays_within_the_limit(tmp_path) -> None:
     files = [str(path) for path in sorted(tmp_path.glob("*.parquet"))]
     most = most_memory(
         "dedup", *files, "-o", tmp_path / "out", "--memory-limit", "600M", "--threshold", "0.99",
-        "--method", "hnsw", OPENBLAS_NUM_THREADS="2",
+        "--method", "hnsw", "--M", "4", "--ef-construction", "16", OPENBLAS_NUM_THREADS="2",
     )  # fmt: skip
     assert sum(os.path.getsize(path) for path in files) * 2 > 2 * limit  # as float32
     assert most < limit

@@ -25,6 +25,7 @@ from hnsw_gpu.gpu.gpu_engine import GpuEngine
 
 DIM = 16
 ROWS = 240
+ADDS = 10 * ROWS  # of one vector each
 FORMS = [("l2", "fp32", False), ("ip", "fp16", False), ("cosine", "int8", True)]
 
 
@@ -419,16 +420,16 @@ def notes(index: hnsw_gpu.Index) -> int:
 
 def test_adds_that_no_search_follows_keep_few_notes(machine):
     cpu, gpu = pair()
-    rows = np.random.default_rng(3).permutation(10_000)[:, None] // 4 ** np.arange(DIM) % 4
+    rows = np.random.default_rng(3).permutation(ADDS)[:, None] // 4 ** np.arange(DIM) % 4
     for index in (cpu, gpu):
         for row in rows.astype(np.float32)[:, None]:
             index.add(row)
-        assert len(index) == ROWS + 10_000
+        assert len(index) == ROWS + ADDS
     assert notes(gpu) <= ROWS
     machine.steps.clear()
     assert_alike(cpu, gpu)
     whole = machine.sum_of("upload")
-    assert whole > 10_000 * DIM * 4
+    assert whole > ADDS * DIM * 4
     for index in (cpu, gpu):
         index.add(rows[:3] + 5)
     assert 0 < notes(gpu) < ROWS

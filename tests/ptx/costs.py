@@ -29,6 +29,8 @@ CLASSES = {  # a pattern of the mnemonic; the first that fits
     "32-bit integer": r".",
 }
 
+ACCESSES = ("global load", "global store, atomic", "shared load", "shared store")
+
 
 class Cost(NamedTuple):
     """Of some instructions: executions by a warp, lanes of each, and units of its accesses."""
@@ -101,6 +103,14 @@ def by_function(profile: Profile) -> dict[str, Cost]:
 
 def by_line(profile: Profile) -> dict[tuple[str, int], Cost]:
     return grouped(profile, lambda i: own_place(profile.program.place[i]))
+
+
+def by_access(profile: Profile) -> dict[tuple[str, tuple[str, int]], Cost]:
+    """Of a class that reads or writes memory, and a line."""
+    every = grouped(
+        profile, lambda i: (class_of(profile.program.text[i]), own_place(profile.program.place[i]))
+    )
+    return {name: cost for name, cost in every.items() if name[0] in ACCESSES}
 
 
 def steps(profile: Profile) -> int:

@@ -115,6 +115,10 @@ def table(case: tuple, found, profile) -> str:
         name: c for name, c in costs.by_function(profile).items() if c.executions > total / 200
     }
     add("function", named, False)
+    accesses = list(costs.by_access(profile).items())[: LINES // 2]
+    add(
+        "access", {f"{kind}, {text_of(where)}"[:40]: cost for (kind, where), cost in accesses}, True
+    )
     dearest = list(costs.by_line(profile).items())[:LINES]
     add("line", {text_of(place): cost for place, cost in dearest}, False)
     return "\n".join(lines)

@@ -308,7 +308,7 @@ def test_waiting_spins_no_core(
 def test_a_deep_pipeline_asks_little(
     machine: cupy_stand_in.Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of many searches that are under way, only the oldest of each stream are asked about."""
+    """Of many searches under way, a stream's oldest are asked about, and its last is waited for."""
     import cupy
 
     index, asked = make_index(), []
@@ -323,6 +323,7 @@ def test_a_deep_pipeline_asks_little(
     assert len(asked) <= 2 * 60
     pending = index._gpu._searches  # type: ignore[union-attr]
     assert [len(pending[stream.ptr]) for stream in streams] == [30, 30]
+    assert index._gpu._ends() == [pending[stream.ptr][-1][0] for stream in streams]  # type: ignore[union-attr]
     for stream in streams:
         stream.synchronize()
     index.search(queries, 1, ef=4, stream=streams[0])
@@ -406,7 +407,6 @@ def test_what_is_compiled_beforehand_is_all(
 
     make_index("cpu", dtype="int8", refine=refine).save(tmp_path / "docs.hnsw")
     index = load_served_index(tmp_path / "docs.hnsw", 1, device="cuda", threads=1).index
-    index.compile_kernels()
     compiled = set(index._gpu._index._kernels)  # type: ignore[union-attr]
     for count in (1, 3, 9, 200):
         for allow in (None, np.arange(0, ROWS, 2), [1]):
@@ -471,6 +471,14 @@ with cupy_stand_in.installed():
                 found = index.search(rows[:3], 1, ef=400).distances
                 assert (found == 0).all()
                 index.add(rows[:1])
+                for call in (lambda: index.to("cuda"), lambda: hnsw_gpu.Index(3, device="cuda")):
+                    try:
+                        call()
+                    except RuntimeError as error:
+                        assert "forked this one" in str(error), error
+                    else:
+                        raise AssertionError("no error")
+                assert hnsw_gpu.Index(3, device="auto").device == "cpu"
                 code = 0
             finally:
                 os._exit(code)

@@ -26,8 +26,8 @@ from benchmarks.gpu.report import draw, gpu_facts, report
 from benchmarks.gpu.sides import PEERS, Sizes, chosen_ef, cores, judge, raced, wall
 from benchmarks.peers import EFS, K, Setting
 from benchmarks.record import RESULTS, SETTING, about, rounded
+from hnsw_gpu import inputs
 from hnsw_gpu.engine.vectors import encode_queries
-from hnsw_gpu.engine.walk import Walk
 
 QUERIES = 10_000  # distinct ones; larger batches repeat them
 JUDGED = 1_000  # of those, by which recall is taken
@@ -302,7 +302,8 @@ def ours(dataset: Dataset, kept: Set, sizes: Sizes, target: float) -> dict:
         ef, reached = own_ef
         if expand != own:
             ef, reached = chosen_ef(EFS, target, functools.partial(recall_at, expand=expand))
-        walk = engine._planned(Walk(K, ef, expand), keeps_allowed=False)
+        asked = inputs.walk(K, ef, None, expand, dtype=kept.dtype)
+        walk = engine._planned(asked, keeps_allowed=False)
         points = []
         for batch in sizes.batches:
             point = measure(clock, engine, encoded, walk, batch, sizes.rounds, peak)

@@ -340,10 +340,17 @@ def inner_product() -> str:
 def adding() -> str:
     """What adding one vector costs as an index grows."""
     found = results("adding")
+    again = found["replacing"]
+    more = (
+        f"Replacing the same {again['replaced']:,} of {again['rows']:,} rows {again['rounds']} "
+        f"times takes {again['seconds_of_adding']:.1f} times as long as adding as many (the second "
+        f"half {again['second_half_of_first']:.2f} of the first), and at most "
+        f"{again['most_bytes_of_first']:.1f} times the memory."
+    )
     return table(
         ["rows", "adding one vector, of its time at the fewest rows"],
         [[f"{of['rows']:,}", f"{of['ratio']:.2f}"] for of in found["single_adds"]],
-    ) + source("adding", found, "python -m benchmarks.cpu.adding")
+    ) + source("adding", found, "python -m benchmarks.cpu.adding", more)
 
 
 def tuning() -> str:

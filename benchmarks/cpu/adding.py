@@ -53,6 +53,41 @@ def single_adds(count: int) -> dict:
     return {"rows": count, "ms": 1e3 * median(seconds), "peak_bytes": median(allocated)}
 
 
+def replacing(count: int, part: int, rounds: int) -> dict:
+    """The same `part` labels given other vectors, again and again: time and bytes a round.
+
+    By processor time, of which the rounds that rebuild take their share.
+    """
+    index, labels = built(count), np.arange(part)
+    started, first = time.process_time(), index.nbytes
+    index.add(rows(part, 1))
+    adding, seconds, held, recalls = time.process_time() - started, [], [], []
+    for number in range(rounds):
+        new = rows(part, 2 + number)
+        started = time.process_time()
+        index.add(new, labels, replace=True)
+        seconds.append(time.process_time() - started)
+        held.append(index.nbytes)
+        if number % 10 == 9:
+            asked = rows(200, 1_000_000 + number)
+            wanted = index.exact_search(asked, 10).labels
+            found = index.search(asked, 10, ef=64).labels
+            hits = [len(np.intersect1d(*pair)) for pair in zip(found, wanted, strict=True)]
+            recalls.append(sum(hits) / wanted.size)
+    half = rounds // 2
+    return {
+        "rows": count,
+        "replaced": part,
+        "rounds": rounds,
+        "seconds_of_adding": sum(seconds) / rounds / adding,
+        "second_half_of_first": sum(seconds[half:]) / sum(seconds[:half]),
+        "most_bytes_of_first": max(held) / first,
+        "last_bytes_of_first": held[-1] / first,
+        "recall_lowest": min(recalls),
+        "recall_highest": max(recalls),
+    }
+
+
 def together(count: int, threads: int, seconds: float) -> dict:
     """Threads that add 20 rows a call beside as many that search: calls, and how long they took."""
     index, end = built(count), time.perf_counter() + seconds
@@ -102,6 +137,7 @@ def main(out: Path) -> None:
     results = {
         **about([]), "metric": "l2", "dim": DIM, "ef_construction": 40,
         "single_adds": single, "together": together(100_000, 8, 20.0),
+        "replacing": replacing(20_000, 1_000, 200),
     }  # fmt: skip
     click.echo(json.dumps(rounded(results), indent=1))
     out.write_text(json.dumps(rounded(results), indent=1) + "\n")

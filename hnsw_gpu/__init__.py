@@ -4,9 +4,11 @@
     index.add(vectors)
     labels, distances = index.search(queries, k=10)
 
-Importing the package loads nothing else: each public name brings its module when it is first used.
+Importing the package loads next to nothing: each public name brings its module when it is first
+used.
 """
 
+import concurrent.futures.thread  # noqa: F401 - an error once the main thread has ended
 from typing import TYPE_CHECKING
 
 from hnsw_gpu.lazy_names import lazy_names

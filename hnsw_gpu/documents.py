@@ -6,7 +6,9 @@ A saved store is a folder of two files:
     documents.jsonl   which index it belongs to; a document a line; a checksum of all that
 
 `documents.jsonl` is written last, and appears whole or not at all: until then the folder holds what
-it held before, and from then on the new store. All of it is JSON and arrays: to open a folder runs
+it held before, and from then on the new store. A third file is there while they are written,
+`documents.saving`: it names the indexes that a save which was killed may have left, so that the
+next one removes those and nothing else. All of it is JSON and arrays: to open a folder runs
 nobody's code.
 """
 
@@ -38,6 +40,8 @@ from hnsw_gpu.index import PARAMETERS, Index, load_index
 DOCUMENTS = "documents.jsonl"
 DOCUMENTS_VERSION = 1
 READ_BYTES = 1 << 20  # at a time: of a URL each is a request
+SAVING = "documents.saving"
+SAVING_BYTES = 1 << 16  # at most: some thousand saves that were killed
 INDEX = re.compile(r"documents\.([0-9]{1,18})\.hnsw")
 
 
@@ -178,14 +182,16 @@ class Documents:
 
         TypeError names a document whose metadata JSON cannot hold; ValueError where another process
         writes into the folder, or somebody changed the index but not the documents;
-        CorruptIndexError where the folder has a `documents.jsonl` that no store wrote.
+        CorruptIndexError where the folder has a `documents.jsonl` or a `documents.saving` that no
+        store wrote.
         """
         folder = folder_at(place)
         with self._changing.lock, held(folder):
             index = Index(1, **self._options) if self.index is None else self.index
             _require_one_store(index, self._records)
-            _named_index(folder)
-            name = f"documents.{1 + max(_indexes(folder), default=0)}.hnsw"
+            name = f"documents.{1 + max(_numbers(folder), default=0)}.hnsw"
+            ours = {name, _named_index(folder) or name, *_left(folder)}
+            folder.write(SAVING, json.dumps(sorted(ours)).encode())
             try:
                 with folder.writing(name) as path:
                     index.save(path)
@@ -198,11 +204,11 @@ class Documents:
                     for line in _lines(head, self._records):
                         file.write(line)
             finally:  # the store before, or what there is of this one if it failed
-                named = _named_index(folder)
-                for name in _indexes(folder).values():
-                    if name != named:
-                        with suppress(OSError):  # the next save will
-                            folder.remove(name)
+                ours.discard(_named_index(folder) or "")
+                with suppress(OSError):  # the next save will
+                    for left in ours.intersection(folder.names()):
+                        folder.remove(left)
+                    folder.remove(SAVING)
 
     @classmethod
     def load(cls, place: Place, *, mmap: bool = False, device: str = "auto") -> "Documents":
@@ -241,10 +247,23 @@ def _require_one_store(index: Index, records: Mapping[str, Record]) -> None:
         )
 
 
-def _indexes(folder: Folder) -> dict[int, str]:
-    """The files of indexes in a folder, by the number of their save."""
+def _numbers(folder: Folder) -> list[int]:
+    """Of saves, by the names of files in a folder."""
     found = [INDEX.fullmatch(name) for name in folder.names()]
-    return {int(name[1]): name[0] for name in found if name}
+    return [int(name[1]) for name in found if name]
+
+
+def _left(folder: Folder) -> list[str]:
+    """The files of indexes that saves which did not end may have left."""
+    try:
+        names = json.loads(folder.read(SAVING, SAVING_BYTES))
+    except FileNotFoundError:
+        return []
+    except ValueError:
+        names = None
+    if not isinstance(names, list) or not all(INDEX.fullmatch(str(name)) for name in names):
+        raise CorruptIndexError(f"{folder.place(SAVING)}: is not of a store of documents")
+    return names
 
 
 def _named_index(folder: Folder) -> str | None:

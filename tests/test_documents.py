@@ -13,7 +13,7 @@ import oracle
 import pytest
 
 import hnsw_gpu.documents
-from hnsw_gpu.documents import DOCUMENTS, Documents, Record
+from hnsw_gpu.documents import DOCUMENTS, SAVING, Documents, Record
 from hnsw_gpu.files import CorruptIndexError, atomic_file
 
 DIM, COUNT = 8, 40
@@ -231,20 +231,28 @@ def test_files_of_others_are_left_alone(tmp_path):
     with pytest.raises(CorruptIndexError, match=DOCUMENTS):
         filled().save(tmp_path)
     assert os.listdir(tmp_path) == [DOCUMENTS]
-    os.rename(tmp_path / DOCUMENTS, tmp_path / "index-1.hnsw")
+    os.rename(tmp_path / DOCUMENTS, tmp_path / SAVING)
+    with pytest.raises(CorruptIndexError, match=SAVING):
+        filled().save(tmp_path)
+    assert os.listdir(tmp_path) == [SAVING]
+    os.rename(tmp_path / SAVING, tmp_path / "documents.7.hnsw")
     filled().save(tmp_path)
     filled().save(tmp_path)
-    assert sorted(os.listdir(tmp_path)) == ["documents.2.hnsw", DOCUMENTS, "index-1.hnsw"]
+    assert sorted(os.listdir(tmp_path)) == ["documents.7.hnsw", "documents.9.hnsw", DOCUMENTS]
 
 
-def test_a_kill_between_the_two_files_leaves_the_old_store(tmp_path):
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a fork is killed")
+def test_a_kill_between_the_two_files_leaves_the_old_store(tmp_path, monkeypatch):
     documents = filled()
     documents.save(tmp_path)
-    before = (tmp_path / DOCUMENTS).read_bytes(), (tmp_path / "documents.1.hnsw").read_bytes()
     documents.delete(["d0"])
-    documents.save(tmp_path)
-    (tmp_path / DOCUMENTS).write_bytes(before[0])  # as it is when the new index is written
-    (tmp_path / "documents.1.hnsw").write_bytes(before[1])
+    killed = os.fork()
+    if not killed:
+        monkeypatch.setattr(hnsw_gpu.documents, "atomic_file", lambda path: os._exit(9))
+        documents.save(tmp_path)
+    assert os.waitstatus_to_exitcode(os.waitpid(killed, 0)[1]) == 9
+    there = ["documents.1.hnsw", "documents.2.hnsw", DOCUMENTS, SAVING]
+    assert sorted(os.listdir(tmp_path)) == there
     loaded = Documents.load(tmp_path)
     assert len(loaded) == COUNT
     loaded.save(tmp_path)

@@ -87,19 +87,33 @@ class MappedFile:
         self.checksum = checksum  # see `arrays_checksum`
         self._path, self._descriptor = path, os.dup(file.fileno())
         weakref.finalize(self, os.close, self._descriptor)
-        self._before = self._size_and_time()
-
-    def _size_and_time(self) -> tuple[int, int]:
-        found = os.fstat(self._descriptor)
-        return found.st_size, found.st_mtime_ns
+        self._before = os.fstat(self._descriptor)
+        self._reading = Lock()
 
     def require_unchanged(self) -> None:
-        """CorruptIndexError if the file was written to or cut since it was opened."""
-        if self._size_and_time() != self._before:
+        """CorruptIndexError if the file was written to or cut since it was opened.
+
+        Its time of writing can be put back (`cp -p`, `rsync`), that of any change cannot: then all
+        is read again, unless the file lost its name, so that nobody can have opened it.
+        """
+        before, now = self._before, os.fstat(self._descriptor)
+        is_as_before = (now.st_size, now.st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+        if is_as_before and now.st_ctime_ns == before.st_ctime_ns:
+            return
+        if not is_as_before or (now.st_nlink >= before.st_nlink and not self._is_intact()):
             raise CorruptIndexError(
                 f"{os.fspath(self._path)}: was changed in place while it is mapped; load it again "
                 "(another file renamed over it, as `save` does, would do no harm)"
             )
+        self._before = now
+
+    def _is_intact(self) -> bool:
+        copy = os.dup(self._descriptor)  # of one place in the file with all others
+        with self._reading, open(copy, "rb", buffering=0) as file:
+            try:
+                return verify_open(file, self.path) == self.checksum
+            except CorruptIndexError:
+                return False
 
 
 class Entry(NamedTuple):
@@ -330,13 +344,15 @@ def verify_arrays(path: Path) -> None:
         verify_open(file, os.fspath(path))
 
 
-def verify_open(file: BinaryIO | FileIO, place: str) -> None:
-    """The same, of an open file."""
+def verify_open(file: BinaryIO | FileIO, place: str) -> str:
+    """The same, of an open file; returns its `arrays_checksum`."""
     with ThreadPoolExecutor(thread_count(None)) as pool, _naming(place):
         _, entries, start = _contents(file)
+        checksum = _header_checksum(file, start)
         for name, entry in entries.items():
             _read_array(pool, file, start, name, entry, None)
             start += entry.nbytes
+    return checksum
 
 
 def arrays_checksum(path: Path) -> str:

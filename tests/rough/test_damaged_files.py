@@ -8,6 +8,7 @@ import signal
 import stat
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -251,6 +252,24 @@ def test_a_mapped_file_that_is_changed_in_place(tmp_path, use, change) -> None:
         index.save(tmp_path / "y")
     assert not (tmp_path / "y").exists()
     assert index.nbytes > 0 and len(index) == 300  # what is in memory is still there
+
+
+@pytest.mark.parametrize("change", [overwrite, copy_over])
+def test_a_mapped_file_whose_time_is_put_back(tmp_path, change) -> None:
+    """As `cp -p` and `rsync` put it; what only has another mode or one more name is still served."""
+    path = tmp_path / "x.hnsw"
+    expected = saved(path).search(rows_of(5), 5)
+    index = load(path, mmap=True)
+    time.sleep(0.02)  # the clock of a file system is coarse
+    path.chmod(0o600)
+    os.link(path, tmp_path / "y.hnsw")
+    np.testing.assert_array_equal(index.search(rows_of(5), 5).labels, expected.labels)
+    before = path.stat().st_mtime_ns
+    time.sleep(0.02)
+    change(path)
+    os.utime(path, ns=(1, before))
+    with pytest.raises(CorruptIndexError, match="changed in place while it is mapped"):
+        index.search(rows_of(5), 5)
 
 
 @pytest.mark.parametrize("use", ["search", "exact_search", "search_radius", "vectors"])

@@ -357,6 +357,12 @@ class Index(StateSearching):
                 dtype, 100 * LOST_SHARE, f"{rounded.worn:,}", f"{count:,}",
                 " rerank=None does," if self.refine else "",
             )  # fmt: skip
+        if rounded.blurred:
+            logger.warning(
+                "float32 takes over %.0f %% of what tells them apart from %s of %s vectors, in any "
+                "dtype; subtract their mean, and multiply all that is tiny by one factor",
+                100 * LOST_SHARE, f"{rounded.blurred:,}", f"{count:,}",
+            )  # fmt: skip
         if rounded.merged:
             logger.warning(
                 "%s: %s of %s vectors become equal to others that differ, and come back as their "
@@ -364,10 +370,11 @@ class Index(StateSearching):
                 dtype, f"{rounded.merged:,}", f"{count:,}",
             )  # fmt: skip
 
-    def _checked_parts(self, given: np.ndarray) -> Iterator[np.ndarray]:
-        """The vectors (m, dim) as float32, a block at a time."""
+    def _checked_parts(self, given: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The vectors (m, dim) as they are and as float32, a block at a time."""
         for start in range(0, len(given), ENCODE_ROWS):
-            yield self.checked_rows(given[start : start + ENCODE_ROWS], start)
+            part = given[start : start + ENCODE_ROWS]
+            yield part, self.checked_rows(part, start)
 
     def checked_rows(self, part: np.ndarray, first: int) -> np.ndarray:
         """float32 (m, dim) of vectors from row `first` on; what `add` raises where they are bad."""

@@ -24,7 +24,7 @@ from hnsw_gpu.engine.build import (
 from hnsw_gpu.engine.graph import Graph
 from hnsw_gpu.engine.labels import Deleted, Labels
 from hnsw_gpu.engine.repair import repair
-from hnsw_gpu.engine.rounding import Rounded, count_worn
+from hnsw_gpu.engine.rounding import Rounded, count_blurred, count_worn
 from hnsw_gpu.engine.state import State, empty_state
 from hnsw_gpu.engine.vectors import empty_rows, encode
 
@@ -35,19 +35,20 @@ REPAIR_SHARE = 2048  # new nodes a repair: it then takes about as long as adding
 
 
 def with_vectors(
-    state: State, count: int, parts: Iterator[np.ndarray]
+    state: State, count: int, parts: Iterator[tuple[np.ndarray, np.ndarray]]
 ) -> tuple[State, np.ndarray, Rounded]:
     """The state with `count` vectors behind its nodes, the node of each, and what rounding did.
 
-    parts: float32 (m, dim), valid. Nodes int64 (count,) that are new follow the old ones; they have
-    no links yet.
+    parts: (m, dim) as they were given, and as float32, valid. Nodes int64 (count,) that are new
+    follow the old ones; they have no links yet.
     """
     first = state.node_count
     state = _with_rows_for(state, first + count)
-    kept, start, worn = state.parameters, first, 0
+    kept, start, worn, blurred = state.parameters, first, 0, 0
     finest = state.rows if state.refine_rows is None else state.refine_rows
     given = np.empty(0 if finest.dtype == np.float32 else count, np.uint64)
-    for part in parts:
+    for raw, part in parts:
+        blurred += count_blurred(raw, part, kept.metric)
         place = slice(start, start + len(part))
         state.rows[place] = encode(part, kept.metric, kept.dtype)
         if state.refine_rows is not None:
@@ -64,7 +65,7 @@ def with_vectors(
         for rows in (state.rows, state.refine_rows):
             if rows is not None:
                 copies.move_together(rows, sources, first)
-    return state, nodes, Rounded(worn, merged)
+    return state, nodes, Rounded(worn, merged, blurred)
 
 
 def insert(

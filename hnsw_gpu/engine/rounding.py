@@ -17,7 +17,9 @@ from hnsw_gpu.engine.vectors import decode
 LOST_SHARE = 0.25  # of what tells a vector apart; normal: 0.0005 (fp16), 0.01 (int8), 0.09 (int4)
 LEAST_ROWS = 32  # of fewer, the mean is close to each
 LEAST_APART = 1e-13  # of squared lengths: below, vectors are copies of each other
+LEAST_APART_GIVEN = 1e-26  # the same of float64, before it becomes float32
 EPSILON = 2.0**-23  # of a float32 near 1, as dot products of unit vectors are
+LEAST_SQUARE = 1e-37  # of differences: below, a float32 sum of squares loses them
 
 
 class Rounded(NamedTuple):
@@ -25,6 +27,34 @@ class Rounded(NamedTuple):
 
     worn: int  # lost more than LOST_SHARE of what tells them apart
     merged: int  # share a node with a vector that was given otherwise
+    blurred: int  # lost as much to float32, which all dtypes begin with
+
+
+def count_blurred(given: np.ndarray, exact: np.ndarray, metric: str) -> int:
+    """How many of vectors (m, dim) lose more than LOST_SHARE of what tells them apart to float32.
+
+    They lose it when they become `exact`, float32 (m, dim); or in distances, which are float32 for
+    all dtypes: squares of tiny differences vanish, and so does what inner products differ by beside
+    what they share. (Under cosine `count_worn` looks at those.)
+    """
+    if len(given) < LEAST_ROWS:
+        return 0
+    given = given.astype(np.float64, copy=False)
+    apart = _squares(given - given.mean(axis=0))
+    squares = _squares(given)
+    is_blurred = _squares(given - exact) > LOST_SHARE**2 * apart
+    is_blurred &= apart > LEAST_APART_GIVEN * squares
+    if metric == "l2":
+        is_blurred |= (apart > 0) & (apart < LEAST_SQUARE)
+    elif metric == "ip":
+        least = np.minimum(apart, squares - np.square(given).max(axis=1))
+        is_lost = EPSILON * squares > LOST_SHARE / 2 * least
+        is_blurred |= is_lost & (least > LEAST_APART * squares)
+    return int(is_blurred.sum())
+
+
+def _squares(rows: np.ndarray) -> np.ndarray:
+    return np.einsum("ij,ij->i", rows, rows)
 
 
 def count_worn(exact: np.ndarray, rows: np.ndarray, metric: str, dim: int, dtype: str) -> int:

@@ -8,6 +8,8 @@ from hnsw_gpu.engine.workers import run_chunks, thread_count
 
 CHUNK = 4096  # rows that a thread takes at a time
 UNIT_ERROR = 1e-3  # of a squared length; an encoder errs by 1e-6
+HALF_UNIT_ERROR = 2e-3  # of halves, each of which errs by 2^-11
+CODE_ERROR = 0.51  # of a scale: how far an int8 code is from its number
 NORM_ERROR = 1e-5  # relative; an encoder rounds twice
 TINY = 1e-37  # a norm below loses bits
 HALF_EXPONENT = np.uint16(0x7C00)  # all of these bits: NaN or infinite
@@ -28,16 +30,19 @@ def row_problems(name, rows, dim, metric, dtype):
     """What is wrong, in sentences that name the first row, with rows (n, row) of vectors (dim)."""
     kinds = np.zeros(-(-len(rows) // CHUNK), np.int64)
     firsts = np.zeros(len(kinds), np.int64)
+    is_unit = metric == "cosine"
 
     def look(start, stop):
         if dtype == "int8":
-            found = _int8_defect(rows, dim, start, stop)
+            found = _int8_defect(rows, dim, is_unit, start, stop)
         elif dtype == "int4":
-            found = _int4_defect(rows, dim, metric == "cosine", start, stop)
+            found = _int4_defect(rows, dim, is_unit, start, stop)
         elif dtype == "fp16":
             found = _fp16_defect(rows.view(np.uint16), dim, start, stop)
+            if is_unit and not found[0]:
+                found = _not_unit(rows[start:stop, :dim], start)
         else:
-            found = _fp32_defect(rows, dim, metric == "cosine", start, stop)
+            found = _fp32_defect(rows, dim, is_unit, start, stop)
         kinds[start // CHUNK], firsts[start // CHUNK] = found
 
     run_chunks(look, len(rows), CHUNK, thread_count(None))
@@ -77,8 +82,15 @@ def _fp16_defect(bits, dim, start, stop):
     return 0, -1
 
 
+def _not_unit(halves, start):
+    """As `_fp32_defect`, of float16 rows that are fit otherwise: which is not of length 1."""
+    floats = halves.astype(np.float32)
+    bad = np.abs(np.einsum("ij,ij->i", floats, floats) - 1) > HALF_UNIT_ERROR
+    return (6, start + int(bad.argmax())) if bad.any() else (0, -1)
+
+
 @jit
-def _int8_defect(rows, dim, start, stop):
+def _int8_defect(rows, dim, is_unit, start, stop):
     """As `_fp32_defect`, of codes with their tail."""
     end = rows.shape[1] - TAIL_BYTES
     for i in range(start, stop):
@@ -99,6 +111,9 @@ def _int8_defect(rows, dim, start, stop):
         expected = np.float64(scale) * np.float64(scale) * squares
         if not abs(norm - expected) <= NORM_ERROR * expected + TINY:
             return 4, i
+        most = UNIT_ERROR + CODE_ERROR * np.float64(scale) * np.sqrt(np.float64(dim))
+        if is_unit and abs(np.sqrt(expected) - 1) > most:
+            return 6, i
     return 0, -1
 
 

@@ -60,6 +60,13 @@ def put_tail(row, place, dtype, change_value):
     return change
 
 
+def put_zero_row(row):
+    def change(array):
+        array[row] = 0
+
+    return change
+
+
 FLOATS = [
     (put(299, 20, np.nan), "row 299 has NaN, infinite or too large values"),
     (put(0, 0, np.inf), "row 0 has NaN, infinite or too large values"),
@@ -97,6 +104,7 @@ HALVES = [  # four bits a number: byte 0 holds the first and the last of 21
     (put(3, 19, 0x80), "row 3 has values in the padding"),
 ]
 UNIT = (put_tail(4, 4, np.float32, lambda x: x * 0.99), "row 4 has a length other than 1, which co")
+FLAT = (put_zero_row(4), "row 4 has a length other than 1, which co")
 LARGE = (put(4, 4, 3e20), "row 4 has NaN, infinite or too large values")
 LONG = (put(4, 4, 3), "row 4 has a length other than 1, which cosine needs")
 FORGED = [
@@ -107,7 +115,8 @@ FORGED = [
         ("cosine", "fp32", False, "vectors", [*FLOATS, LONG]),
         ("l2", "fp16", False, "vectors", FLOATS),
         ("l2", "int8", False, "vectors", CODES),
-        ("cosine", "int8", False, "vectors", CODES),
+        ("cosine", "int8", False, "vectors", [*CODES, FLAT]),
+        ("cosine", "fp16", False, "vectors", [*FLOATS, LONG]),
         ("l2", "int4", "fp32", "vectors", HALVES),
         ("cosine", "int4", "fp16", "vectors", [*HALVES, UNIT]),
         ("ip", "int4", "fp32", "refine_vectors", FLOATS),
@@ -256,7 +265,7 @@ def test_a_mapped_file_that_is_changed_in_place(tmp_path, use, change) -> None:
 
 @pytest.mark.parametrize("change", [overwrite, copy_over])
 def test_a_mapped_file_whose_time_is_put_back(tmp_path, change) -> None:
-    """As `cp -p` and `rsync` put it; what only has another mode or one more name is still served."""
+    """As `cp -p` and `rsync` put it; with another mode or one more name it is still served."""
     path = tmp_path / "x.hnsw"
     expected = saved(path).search(rows_of(5), 5)
     index = load(path, mmap=True)

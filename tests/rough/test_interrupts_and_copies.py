@@ -2,11 +2,13 @@
 
 import concurrent.futures
 import copy
+import itertools
 import multiprocessing
 import os
 import pickle
 import subprocess
 import sys
+import tempfile
 import threading
 import tracemalloc
 from pathlib import Path
@@ -14,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import oracle
 import pytest
+import tqdm
 
 import hnsw_gpu
 import hnsw_gpu.index
@@ -25,7 +28,7 @@ from hnsw_gpu.serve.answer_future import AnswerFuture
 DIM, ROWS = 8, 300
 VECTORS = oracle.gaussian(ROWS, DIM, seed=1)
 QUERIES = oracle.gaussian(5, DIM, seed=2)
-PACKAGE = str(Path(hnsw_gpu.__file__).parent)
+TRACED = str(Path(hnsw_gpu.__file__).parent), str(Path(tqdm.__file__).parent)
 
 
 def built(rows: np.ndarray = VECTORS, **settings) -> Index:
@@ -42,12 +45,12 @@ class Pressed(BaseException):
 
 
 def raise_at(line: int):
-    """A trace function that raises at that line that the package executes, in this thread."""
+    """A trace function that raises at that line of the package and its bars, in this thread."""
     left = line
 
     def trace(frame, event, _):
         nonlocal left
-        if not frame.f_code.co_filename.startswith(PACKAGE):
+        if not frame.f_code.co_filename.startswith(TRACED):
             return None
         if event == "line":
             left -= 1
@@ -58,6 +61,15 @@ def raise_at(line: int):
     return trace
 
 
+def one_vector() -> Index:
+    """Of a label that was not there before."""
+    index = Index(DIM, "l2", M=4, ef_construction=20)
+    index.add(QUERIES[:1], [next(LABELS)])
+    return index
+
+
+LABELS = itertools.count(10 * ROWS)
+SCRATCH = tempfile.TemporaryDirectory()
 CALLS = {
     "search": lambda index: index.search(QUERIES, 3, threads=2),
     "search with a filter": lambda index: index.search(QUERIES, 3, allow=np.arange(ROWS) > 9),
@@ -67,10 +79,17 @@ CALLS = {
     "delete": lambda index: index.delete(index.labels[-1:]),
     "check": lambda index: index.check(),
     "compact": lambda index: index.compact(),
+    "neighbor_graph": lambda index: index.neighbor_graph(1, progress=True),
+    "search_radius": lambda index: index.search_radius(QUERIES, 1.0),
+    "tune": lambda index: index.tune(0.1, k=1, queries=QUERIES),
+    "replace": lambda index: index.add(VECTORS[:2], [0, 1], replace=True),
+    "merge": lambda index: index.merge(one_vector()),
+    "save": lambda index: index.save(Path(SCRATCH.name) / "i.hnsw"),
 }
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # a file, unclosed
 @pytest.mark.parametrize("call", CALLS)
 def test_an_exception_at_every_line_leaves_nothing_locked(call) -> None:
     """Other threads search, add and delete afterwards, and the index is sound."""
@@ -424,7 +443,7 @@ def test_a_batcher_cannot_be_pickled() -> None:
 
 
 def run(program: str) -> str:
-    environment = {**os.environ, "PYTHONPATH": str(Path(PACKAGE).parent)}
+    environment = {**os.environ, "PYTHONPATH": str(Path(TRACED[0]).parent)}
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=120,
         env=environment,

@@ -317,6 +317,33 @@ def test_outliers_are_told(metric, warned):
     refined.check()
 
 
+def beside(shared, scale):
+    """Rows, float64, that share one number, beside which the others are small."""
+    vectors, _ = drawn()
+    vectors = vectors.astype(np.float64) * scale
+    vectors[:, 0] = shared
+    return vectors
+
+
+@pytest.mark.parametrize("dtype", ("fp32", "int8"))
+@pytest.mark.parametrize(
+    ("metric", "vectors"),
+    [
+        ("l2", beside(1, 1e-23)),  # squares of differences vanish
+        ("ip", beside(1, 1e-5)),  # products differ by less than float32 resolves
+        *((metric, drawn()[0].astype(np.float64) + 1e8) for metric in ("l2", "ip", "cosine")),
+        ("l2", (1e12 + 1e3 * drawn()[0].astype(np.float64)).astype(np.int64)),
+    ],
+)
+def test_what_float32_cannot_tell_apart_is_told(metric, vectors, dtype, warned):
+    built(vectors, metric, dtype)
+    told = [text for text in warned() if text.startswith("float32 takes over 25 %")]
+    assert len(told) == 1 and f"from {N} of {N} vectors" in told[0]
+    moved = vectors - vectors.mean(axis=0)
+    built(moved / moved.std(), metric, dtype)
+    assert not any(text.startswith("float32") for text in warned())
+
+
 @pytest.mark.parametrize("refine", (False, True))
 def test_a_thousand_rows_of_one_code(refine):
     """Scales that differ keep the nodes apart: all are reached, though their distances tie."""

@@ -1,4 +1,4 @@
-"""Finding labels that do not ascend: a hash table of entries, which grows with the labels."""
+"""Finding labels that do not ascend: a hash table of their nodes, which grows with the labels."""
 
 import numpy as np
 
@@ -6,35 +6,42 @@ from hnsw_gpu.engine.compiled import jit
 
 
 class LabelTable:
-    """Hash table of entries 0, 1, ... by their labels, which are all different.
+    """Hash table of nodes by the labels that they carry, or carried once.
 
-    One thread adds at a time. Others may look up meanwhile: they are given how many entries they
-    know of, and see no more.
+    What a node carries no more is passed over. So one table serves the labels of before a change
+    and after it: one thread adds at a time, and others may look up meanwhile.
     """
 
-    def __init__(self, labels):
-        self._slots = np.empty(0, np.int64)
-        self.add(labels, 0)
+    def __init__(self, offsets, labels):
+        nodes = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
+        self._slots = np.full(4 << len(labels).bit_length(), -1, np.int64)
+        self._used = 0
+        self._enter(labels, nodes)
 
     @property
     def nbytes(self):
         """Bytes held."""
         return self._slots.nbytes
 
-    def add(self, labels, first):
-        """Enter `labels` from entry `first` on; those before are in, in the same places."""
-        if len(self._slots) < 2 * len(labels):
-            first, slots = 0, np.full(4 << len(labels).bit_length(), -1, np.int64)
-        else:
-            slots = self._slots
-        _enter(slots, labels, first)
-        self._slots = slots
+    def with_added(self, labels, nodes, offsets, all_labels):
+        """A table with `labels` (m,) of `nodes` (m,) too, which are among all: this one if it fits.
 
-    def find(self, labels, wanted):
-        """int64 entries (m,), of entries of `labels` (n,), of labels (m,); -1 where not there."""
-        entries = np.empty(len(wanted), np.int64)
-        _find(self._slots, labels, wanted, entries)
-        return entries
+        offsets, all_labels: where node i carries `all_labels[offsets[i]:offsets[i + 1]]`.
+        """
+        if 2 * (self._used + len(labels)) > len(self._slots):
+            return LabelTable(offsets, all_labels)
+        self._enter(labels, nodes)
+        return self
+
+    def _enter(self, labels, nodes):
+        _enter(self._slots, labels, nodes)
+        self._used += len(labels)
+
+    def find(self, offsets, labels, wanted):
+        """int64 places (m,) in `labels` of the labels `wanted` (m,); -1 where not there."""
+        places = np.empty(len(wanted), np.int64)
+        _find(self._slots, offsets, labels, wanted, places)
+        return places
 
 
 @jit(is_inlined=True)
@@ -45,22 +52,23 @@ def _slot(slots, label):
 
 
 @jit
-def _enter(slots, labels, first):
-    for entry in range(first, len(labels)):
-        slot = _slot(slots, labels[entry])
+def _enter(slots, labels, nodes):
+    for i in range(len(labels)):
+        slot = _slot(slots, labels[i])
         while slots[slot] >= 0:
             slot = (slot + 1) & (len(slots) - 1)
-        slots[slot] = entry
+        slots[slot] = nodes[i]
 
 
 @jit
-def _find(slots, labels, wanted, entries):
+def _find(slots, offsets, labels, wanted, places):
     for i in range(len(wanted)):
         slot = _slot(slots, wanted[i])
-        entries[i] = -1
-        while slots[slot] >= 0:
-            entry = slots[slot]
-            if entry < len(labels) and labels[entry] == wanted[i]:
-                entries[i] = entry
-                break
+        places[i] = -1
+        while slots[slot] >= 0 and places[i] < 0:
+            node = slots[slot]
+            if node < len(offsets) - 1:
+                for place in range(offsets[node], offsets[node + 1]):
+                    if labels[place] == wanted[i]:
+                        places[i] = place
             slot = (slot + 1) & (len(slots) - 1)

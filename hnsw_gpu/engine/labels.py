@@ -87,8 +87,8 @@ class Labels:
             place = np.minimum(np.searchsorted(self.labels, labels), len(self.labels) - 1)
             return np.where(self.labels[place] == labels, place, -1)
         if self._table is None:
-            self._table = LabelTable(self.labels)
-        return self._table.find(self.labels, labels)
+            self._table = LabelTable(self.offsets, self.labels)
+        return self._table.find(self.offsets, self.labels, labels)
 
     def entries_of(self, labels, told=None):
         """int64 entries of labels (m,); KeyError names the first not here, as `told` (m,) does."""
@@ -118,6 +118,7 @@ class Labels:
             more = np.concatenate([[0], np.cumsum(np.bincount(nodes[:split], minlength=known))])
             merged = np.insert(self.labels, places, labels[:split])
             here = Labels(self.offsets + more, merged, deleted)
+            here._table = self._table_with(labels[:split], nodes[:split], here)
             return here.with_added(labels[split:], nodes[split:], count)
         counts = np.bincount(nodes - known, minlength=count - known)
         ends = len(self.labels) + np.cumsum(counts)
@@ -128,13 +129,16 @@ class Labels:
         )
         added.offsets = added._room[0][: count + 1]
         added.labels = added._room[1][: len(self.labels) + len(labels)]
-        if self._table is not None:
-            self._table.add(added.labels, len(self.labels))
-            added._table = self._table
+        added._table = self._table_with(labels, nodes, added)
         joint = np.concatenate([self.labels[-1:], labels])
         added._ascends = self._is_ascending and bool((joint[1:] > joint[:-1]).all())
         added._live_count = self.live_count + int((counts > 0).sum())
         return added
+
+    def _table_with(self, labels, nodes, held):
+        """The table of `held`, which has labels (m,) of nodes (m,) more; None if there is none."""
+        table = self._table
+        return table and table.with_added(labels, nodes, held.offsets, held.labels)
 
     def without(self, entries):
         """Labels after removing entries, which `undeleted` brings back; the nodes stay."""
@@ -144,7 +148,11 @@ class Labels:
         gone = self.labels[entries], self.nodes(entries)
         joint = [np.concatenate(pair) for pair in zip(self.deleted, gone, strict=True)]
         left = Labels(before[self.offsets], self.labels[kept], Deleted(*joint))
-        left._ascends = self._ascends or None  # what is left of ascending ones ascends
+        left._ascends = self._ascends  # what is left of others may ascend, and need not be known to
+        left._table = self._table
+        emptied = np.unique(gone[1])
+        emptied = emptied[left.offsets[emptied] == left.offsets[emptied + 1]]
+        left._live_count = self.live_count - len(emptied)
         return left
 
     def undeleted(self, labels, told=None):

@@ -8,12 +8,15 @@ from hnsw_gpu.engine import Labels
 
 @pytest.mark.parametrize("seed", range(20))
 def test_changes_in_any_order(seed):
-    """New nodes, copies of old ones and deletes: each node carries what a list of it would."""
+    """New nodes, copies of old ones, deletes, labels that come back: each node carries its list.
+
+    Labels of before a change say afterwards what they said.
+    """
     rng = np.random.default_rng(seed)
     free = rng.permutation(400).astype(np.int64)  # labels that nobody had
     if seed % 2:
         free.sort()
-    held, expected = Labels(), []
+    held, expected, before = Labels(), [], []
     while len(free) > 20:
         some, free = np.split(free, [rng.integers(1, 20)])
         new = max(len(expected) + rng.integers(0, 8), 1)
@@ -28,6 +31,21 @@ def test_changes_in_any_order(seed):
             held = held.without(held.entries_of(gone))
             expected = [[one for one in each if one not in gone] for each in expected]
             agree(held, expected)
+            if seed % 2 == 0:
+                free = rng.permutation(np.concatenate([free, gone]))
+        before.append((held, [list(each) for each in expected]))
+    for each in before:
+        agree(*each)
+
+
+def test_the_table_of_labels_does_not_grow_by_what_comes_and_goes():
+    held = Labels().with_added(np.arange(100)[::-1], np.arange(100), 100)
+    held.find(np.array([3]))
+    size = held.nbytes
+    for _ in range(1000):
+        held = held.without(held.find(np.array([7, 30]))).undeleted(np.array([30, 7]))
+    assert held.nbytes == size
+    agree(held, [[label] for label in range(99, -1, -1)])
 
 
 def agree(held, expected):

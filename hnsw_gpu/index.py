@@ -227,8 +227,9 @@ class Index(StateSearching):
     def memory(self, queries: int = 10_000, *, ef: int = 64) -> dict[str, int]:
         """Bytes by name that the index takes on a GPU, and a batch of queries; needs no GPU.
 
-        Where less is free, a large batch is cut in parts, and an index is a MemoryError. Of a query
-        for k = 10, with `rerank` as it is by default.
+        Where less is free, a large batch is cut in parts, refine rows stay with the host, whose CPU
+        re-ranks, and an index that does not fit without them is a MemoryError. Of a query for
+        k = 10, with `rerank` as it is by default.
         """
         count = inputs.integer("queries", queries, 0)
         ef = inputs.integer("ef", ef, 1)

@@ -422,7 +422,7 @@ class StateSearching(Searching):
         def find(state: State, engine: CpuEngine | GpuEngine) -> SearchResult | GpuEngine | None:
             if isinstance(engine, CpuEngine):
                 return None
-            if allow is not None or not state.labels.are_all_live:
+            if allow is not None or not state.labels.are_all_live or engine.reranks_on_host:
                 return engine
             found = engine.search_on_device(
                 queries, walk, state.labels,

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 SETUP = "python3 -m venv .venv-{0} && .venv-{0}/bin/pip install -q "
 DEMO = SETUP.format("demo") + '".[demo]" && .venv-demo/bin/hnsw-gpu demo'
 TESTS = SETUP.format("test") + '-e ".[test,toolkit]" && '
-TESTS += ".venv-test/bin/python -m pytest -n auto --dist loadgroup --no-loadscope-reorder"
+TESTS += ".venv-test/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder"
 
 
 def test_it_is_short():

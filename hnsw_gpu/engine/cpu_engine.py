@@ -50,11 +50,15 @@ class CpuEngine(NamedTuple):
         )
         if self.refine_rows is None:
             return Walked(found.keys, found.blocked)
-        fine = self._encoded(queries, self.refine_rows, self.refine)
-        keys = exact.rerank(
-            found.keys, self.refine_rows, fine, self.metric, k=walk.k, threads=walk.threads
+        return Walked(self.reranked(found.keys, queries, walk), found.blocked)
+
+    def reranked(self, keys: np.ndarray, queries: Queries, walk: Walk) -> np.ndarray:
+        """Keys (q, k) of the nearest nodes in keys (q, m), by the finest rows."""
+        fine = self._encoded(queries, self.finest, self.refine or self.dtype)
+        found: np.ndarray = exact.rerank(
+            keys, self.finest, fine, self.metric, k=walk.k, threads=walk.threads
         )
-        return Walked(keys, found.blocked)
+        return found
 
     def compare(self, queries: Queries, ids: np.ndarray, k: int, threads: int = 1) -> np.ndarray:
         fine = self._encoded(queries, self.finest, self.refine or self.dtype)

@@ -77,6 +77,7 @@ class DeviceIndex:
         self.give_back(self.stream)
         self._labels: LabelArrays | None = None
         self._top = self.node_count = 0
+        self.has_refine_rows = bool(self._refine)  # None fit: they stay in the host's memory
 
     def give_back(self, stream: Any) -> None:
         """Have CuPy keep no memory for a stream that has come to its end."""
@@ -106,12 +107,12 @@ class DeviceIndex:
     ) -> None:
         """Upload what is new, after the events `after`; see `GpuEngine.update`."""
         first = self.node_count
-        self._refuse(graph)
+        self._require_room(graph)
         with self.device, self.stream:
             for event in after:
                 self.stream.wait_event(event)
             self._put("rows", rows, first)
-            if refine_rows is not None:
+            if refine_rows is not None and self.has_refine_rows:
                 self._put("refine_rows", refine_rows, first)
             self._put("neighbors0", graph.neighbors0, 0 if changed is None else first)
             if changed is not None and len(changed):
@@ -136,11 +137,22 @@ class DeviceIndex:
             self.uploaded.record(self.stream)
         self._labels = labels
 
-    def _refuse(self, graph: Graph) -> None:
+    def _require_room(self, graph: Graph) -> None:
+        """MemoryError where the index does not fit; if it does without refine rows, do without."""
         parts = launch_plan.index_bytes(
             self._dtype, self._refine, self._dim, self._M, len(graph.neighbors0), len(graph.nodes)
         )
         available = self.free_bytes() + self.nbytes
+        if not self.has_refine_rows:
+            parts["refine rows"] = 0
+        elif sum(parts.values()) > available >= sum(parts.values()) - parts["refine rows"]:
+            logger.info(
+                "refine rows, %s, stay in the host's memory, where the CPU re-ranks by them: %s of "
+                "GPU memory are free",
+                gigabytes(parts["refine rows"]), gigabytes(available),
+            )  # fmt: skip
+            self.has_refine_rows, parts["refine rows"] = False, 0
+            self._arrays.pop("refine_rows", None)
         if sum(parts.values()) > available:
             figures = ", ".join(f"{name} {gigabytes(size)}" for name, size in parts.items() if size)
             raise MemoryError(
@@ -200,7 +212,7 @@ class DeviceIndex:
         )
         kernel((planned.grid,), (planned.block,), (graph, task), shared_mem=planned.shared_mem)
         self.on_counts(counts)
-        if not self._refine:
+        if not self.has_refine_rows:
             return keys, counts
         if k <= launch_plan.MOST_KEPT:
             return self._keep_nearest(batch, k, candidates=keys), counts
@@ -257,7 +269,7 @@ class DeviceIndex:
         count, m = len(batch.fine), len(ids) if candidates is None else candidates.shape[1]
         task = argument(
             "Comparison",
-            rows=self._arrays["refine_rows" if self._refine else "rows"],
+            rows=self._arrays["refine_rows" if self.has_refine_rows else "rows"],
             queries=batch.fine,
             ids=ids,
             candidates=candidates,
@@ -303,7 +315,7 @@ class DeviceIndex:
             return queries
 
         coarse = encoded(self._dtype)
-        return EncodedQueries(coarse, encoded(self._refine) if self._refine else coarse)
+        return EncodedQueries(coarse, encoded(self._refine) if self.has_refine_rows else coarse)
 
     def keys_to_labels(self, keys: Any, labels: Any, distances: Any, root: bool) -> None:
         """Write labels and distances (q, k) of keys (q, m)."""
@@ -364,9 +376,9 @@ def mask_stride(allowed: Any) -> int:
     return 0 if allowed is None or allowed.ndim == 1 else int(allowed.shape[1])
 
 
-def keys_walked(walk: launch_plan.BeamShape, k: int, refine: str) -> int:
-    """Keys a query that `walk` holds at once: as found, and as compared again."""
-    return walk.k + (keys_compared(walk.k, k) if refine else 0)
+def keys_walked(walk: launch_plan.BeamShape, k: int, is_reranked: bool) -> int:
+    """Keys a query that `walk` holds at once: as found, and as compared again, where they are."""
+    return walk.k + (keys_compared(walk.k, k) if is_reranked else 0)
 
 
 def keys_compared(ids: int, k: int) -> int:

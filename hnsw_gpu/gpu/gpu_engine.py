@@ -17,7 +17,6 @@ import numpy as np
 from hnsw_gpu.engine import (
     KEY_NONE,
     CpuEngine,
-    Graph,
     Queries,
     SharedLock,
     Walk,
@@ -98,7 +97,7 @@ class GpuEngine:
         self._device = self._index.device
         self._batches = HostBatches(self._cupy, self._index)
         self._arrays = DeviceArrays(self._cupy, self._device, dim)
-        self._rows = self._refine_rows = np.empty((0, 0))
+        self._cpu: CpuEngine | None = None  # what is here, in the host's memory
         self._version = -1  # of what is here
         self._changes = LinkChanges()
         self._using = SharedLock()
@@ -123,6 +122,11 @@ class GpuEngine:
         return self._process == os.getpid()
 
     @property
+    def reranks_on_host(self) -> bool:
+        """Do the refine rows not fit the GPU, so that the CPU re-ranks by its own?"""
+        return bool(self._refine) and not self._index.has_refine_rows
+
+    @property
     def node_count(self) -> int:
         """Nodes on the GPU."""
         return self._index.node_count
@@ -132,24 +136,18 @@ class GpuEngine:
         """Bytes of GPU memory that the index holds, room for more included."""
         return self._index.nbytes
 
-    def update(
-        self,
-        graph: Graph,
-        rows: np.ndarray,
-        refine_rows: np.ndarray | None = None,
-        changed: np.ndarray | None = None,
-    ) -> None:
-        """Upload what is new: rows, and links of nodes, that the last update did not bring.
+    def update(self, cpu: CpuEngine, changed: np.ndarray | None = None) -> None:
+        """Upload what `cpu` has: rows, and links of nodes, that the last update did not bring.
 
-        `changed`: int (m,) ids of older nodes whose links on layer 0 are new; None: all may be. The
-        rows are read again by self searches. MemoryError where the GPU has too little.
+        `changed`: int (m,) ids of older nodes whose links on layer 0 are new; None: all may be.
+        Self searches read rows of `cpu` again, and re-ranking does where the refine rows do not fit
+        the GPU. MemoryError where all else does not.
         """
         if changed is not None:
             changed = changed[changed < self.node_count]
-        self._index.update(graph, rows, refine_rows, changed, self._ends())
+        self._index.update(cpu.graph, cpu.rows, cpu.refine_rows, changed, self._ends())
         self._searches = {}
-        self._rows = rows
-        self._refine_rows = rows if refine_rows is None else refine_rows
+        self._cpu = cpu
 
     def note(self, version: int, changed: np.ndarray | None) -> None:
         """Before `at` is asked for a version: nodes (m,) whose links on layer 0 are new in it.
@@ -178,7 +176,7 @@ class GpuEngine:
             changed = np.empty(0, np.int64)  # all is new
         self._version = -1  # until all is there; a signal handler may raise at any line
         try:
-            self.update(cpu.graph, cpu.rows, cpu.refine_rows, changed)
+            self.update(cpu, changed)
         except BaseException:
             self._forget()
             raise
@@ -213,7 +211,7 @@ class GpuEngine:
                 event.synchronize()
             self._index.stream.synchronize()
         self._searches = {}
-        self._rows = self._refine_rows = np.empty((0, 0))
+        self._cpu = None
         self._version = -1
         self._batches.forget()
         self._index.forget()
@@ -237,7 +235,8 @@ class GpuEngine:
         """
         allowed, walk = _one_row(allowed), walk.within(self.node_count)
         planned = self._planned(walk, allowed is not None or queries.own is not None)
-        keys = np.full((queries.size, walk.k), KEY_NONE, np.uint64)
+        width = planned.k if self.reranks_on_host else walk.k
+        keys = np.full((queries.size, width), KEY_NONE, np.uint64)
         counts = np.zeros((queries.size, 3), np.int32)
         found = Walked(keys, counts[:, 2])
         if not self.node_count:
@@ -250,9 +249,12 @@ class GpuEngine:
                 bits = slot.upload("allowed", allowed if allowed.ndim == 1 else allowed[part])
             return self._index.walk(batch, planned, min(walk.k, planned.k), bits)
 
-        keys_held = keys_walked(planned, walk.k, self._refine)
+        keys_held = keys_walked(planned, walk.k, self._index.has_refine_rows)
         bytes_a_query = self._bytes_a_query(keys_held) + 4 * mask_stride(allowed)
         self._batches.run((keys, counts), bytes_a_query, work)
+        if self.reranks_on_host:
+            assert self._cpu is not None
+            return Walked(self._cpu.reranked(keys, queries, walk), found.blocked)
         return found
 
     def compare(self, queries: Queries, ids: np.ndarray, k: int, threads: int = 1) -> np.ndarray:
@@ -260,6 +262,9 @@ class GpuEngine:
 
         A stored node that asks is compared with itself, if it is among the ids.
         """
+        if self.reranks_on_host:
+            assert self._cpu is not None
+            return self._cpu.compare(queries, ids, k, threads)
         ids = np.ascontiguousarray(ids, np.int32)
         result = np.full((queries.size, k), KEY_NONE, np.uint64)
         if not len(ids):
@@ -273,6 +278,9 @@ class GpuEngine:
 
     def own_keys(self, ids: np.ndarray) -> np.ndarray:
         """Keys (m,) of stored nodes (m,) by their distance to themselves, in the finest rows."""
+        if self.reranks_on_host:
+            assert self._cpu is not None
+            return self._cpu.own_keys(ids)
 
         def work(slot: Slot, part: slice) -> Any:
             keys = ids[part, None].astype(np.uint64) << np.uint64(1)
@@ -303,9 +311,10 @@ class GpuEngine:
         if queries.vectors is not None:
             return self._index.encode(slot.upload("queries", queries.vectors))
         ids = np.ascontiguousarray(queries.own, np.int32)
-        coarse = fine = slot.upload("coarse", rows_as_queries(self._rows[ids]))
-        if self._refine:
-            fine = slot.upload("fine", rows_as_queries(self._refine_rows[ids]))
+        assert self._cpu is not None
+        coarse = fine = slot.upload("coarse", rows_as_queries(self._cpu.rows[ids]))
+        if self._index.has_refine_rows:
+            fine = slot.upload("fine", rows_as_queries(self._cpu.finest[ids]))
         return EncodedQueries(coarse, fine, slot.upload("own", ids))
 
     def _bytes_a_query(self, keys: int) -> int:
@@ -338,7 +347,7 @@ class GpuEngine:
             every = np.arange(self.node_count, dtype=np.int32)
             keys_held = keys_compared(len(every), walk.k)
         else:
-            keys_held = keys_walked(planned, walk.k, self._refine)
+            keys_held = keys_walked(planned, walk.k, self._index.has_refine_rows)
         stream = self._arrays.stream(stream)
         with self._lock:  # until the end is noted, for which an upload of other labels waits
             index.set_labels(labels, after=self._ends())

@@ -51,7 +51,7 @@ class Case(NamedTuple):
     queries: np.ndarray
 
     def upload(self, changed: np.ndarray | None = None) -> "Case":
-        self.gpu.update(self.cpu.graph, self.cpu.rows, self.cpu.refine_rows, changed)
+        self.gpu.update(self.cpu, changed)
         return self
 
 
@@ -243,8 +243,8 @@ def test_more_asked_than_there_is(device: str) -> None:
 def test_an_empty_index(device: str) -> None:
     engine = GpuEngine("l2", "fp32", "", DIM, M)
     rows = vectors_module.empty_rows(0, DIM, "fp32")
-    engine.update(reference.graph_of([{}], M)._replace(
-        layer_offsets=np.zeros(1, np.int64)), rows)  # fmt: skip
+    graph = reference.graph_of([{}], M)._replace(layer_offsets=np.zeros(1, np.int64))
+    engine.update(CpuEngine(graph, rows, None, "l2", "fp32", ""))
     assert (walked(engine, np.zeros((2, DIM), np.float32), 3, 5) == KEY_NONE).all()
 
 
@@ -500,7 +500,7 @@ def test_what_a_batch_takes_is_what_was_reckoned(
 def test_an_index_that_cannot_fit_is_refused_with_figures(machine: cupy_stand_in.Machine) -> None:
     case = make_case("l2", "int8", "fp32")
     parts = launch_plan.index_bytes("int8", "fp32", DIM, M, NODES, len(case.cpu.graph.nodes))
-    machine.free = sum(parts.values()) - 1
+    machine.free = sum(parts.values()) - parts["refine rows"] - 1  # they could do without
     expected = r"the index takes 0\.0 MB of GPU memory \(rows 0\.0 MB, refine rows 0\.0 MB, layer 0"
     with pytest.raises(MemoryError, match=expected):
         case.upload()
@@ -877,7 +877,7 @@ def test_after_memory_ran_out_all_is_uploaded_again(
     with monkeypatch.context() as patched:
         patched.setattr(cupy, "empty", scarce)
         patched.setattr(case.gpu._index, "free_bytes", lambda: 1)  # old and new do not fit
-        patched.setattr(case.gpu._index, "_refuse", lambda graph: None)
+        patched.setattr(case.gpu._index, "_require_room", lambda graph: None)
         with pytest.raises(MemoryError):
             case.upload()
         case.upload()

@@ -157,6 +157,41 @@ def test_int4(device, tmp_path):
     assert_alike(cpu, loaded, ef=60)
 
 
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_refine_rows_that_do_not_fit_stay_on_the_host(machine, caplog, dtype):
+    """The GPU walks on the codes, and the CPU re-ranks: the same answers, whatever is asked."""
+    import cupy
+
+    cpu, gpu = (hnsw_gpu.Index(DIM, "l2", dtype, M=4, refine=True, device="cpu") for _ in "12")
+    for index in (cpu, gpu):
+        index.add(vectors(ROWS, seed=1))
+    parts = gpu.memory(queries=0)
+    machine.free = sum(parts.values()) - parts["labels"] - 1
+    with caplog.at_level(logging.INFO, "hnsw_gpu"):
+        gpu.to("cuda")
+    assert "refine rows, 0.0 MB, stay in the host's memory" in caplog.text
+    held = parts["rows"] + parts["layer 0"] + parts["layers above"]
+    assert held <= machine.live < held + 1000
+    machine.free += 1 << 20  # for batches
+    queries = vectors(9, seed=2)
+    for turn in range(2):
+        for rerank in ("auto", None):
+            assert_alike(cpu, gpu, ef=60, rerank=rerank)
+            assert_alike(cpu, gpu, ef=60, rerank=rerank, allow=np.arange(0, ROWS, 3))
+        assert_alike(cpu, gpu, allow=[1, 2, 3])
+        oracle.assert_same(cpu.neighbor_graph(5, ef=300), gpu.neighbor_graph(5, ef=300))
+        oracle.assert_same(cpu.exact_search(queries, 7), gpu.exact_search(queries, 7))
+        found = gpu.search(cupy.asarray(queries), 7, ef=60)
+        wanted = cpu.search(queries, 7, ef=60, expand=4)
+        oracle.assert_same(wanted, hnsw_gpu.SearchResult(*(part.get() for part in found)))
+        for index in (cpu, gpu):
+            index.add(vectors(3, seed=20 + turn) * 2)
+            index.delete(np.arange(40 * turn, 40 * turn + 40))
+    gpu.to("cpu").to("cuda")  # where they fit by now
+    assert machine.live > held + parts["refine rows"]
+    assert_alike(cpu, gpu, ef=60)
+
+
 def test_int4_of_more_dimensions_than_shared_memory_holds_stays_on_the_cpu(machine, caplog):
     dim = machine.limits.shared_per_block // 4 + 1
     why = f"dim={dim}: an int4 query is rotated in shared memory"

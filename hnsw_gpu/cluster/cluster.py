@@ -219,7 +219,7 @@ class Cluster(Sharded):
         The rows of a Dataset get two columns more, `labels` and `distances`, lists of k each. Of
         files (a path, or several, of what `dedup` reads, as every node sees them) there is a row
         each of `row`, its number, and these two. Ray Data decides how many batches are under way,
-        and keeps no order of rows.
+        and keeps no order of rows. A lost shard is always an error, whatever `on_shard_error` is.
 
         out: a folder of its own to write parquet files into; None: the Dataset of the answers is
             returned, which is computed as it is read.

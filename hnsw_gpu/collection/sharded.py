@@ -119,9 +119,9 @@ class Sharded(Searching):
 
     def _integers_twice(self, ends: list[Any]) -> tuple[int | None, int]:
         """The first label that several shards have, and how many there are."""
-        least, beyond = ends[0][0], max(last for _, last in ends) + 1
         parts = -(-len(self) // LABELS_AT_A_TIME)
-        edges = [least + (beyond - least) * i // parts for i in range(parts + 1)]
+        some = np.sort(np.concatenate(self._of_each(_evenly, parts)))
+        edges = [*np.unique(some[:: len(ends)]).tolist(), max(last for _, last in ends) + 1]
         first, count = None, 0
         for start, stop in itertools.pairwise(edges):
             some = np.sort(np.concatenate(self._of_each(_labels_within, start, stop)))
@@ -211,6 +211,13 @@ def _stored(shard: Index, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Of labels (m,), bool (m,) of those that a shard holds, and their vectors."""
     mine = shard.holds(labels)
     return mine, shard.vectors(labels[mine])
+
+
+def _evenly(shard: Index, count: int) -> np.ndarray:
+    """`count` of a shard's labels, the least among them; none of an empty one."""
+    labels = shard.labels
+    count = count if len(labels) else 0
+    return labels[np.linspace(0, len(labels), count, endpoint=False).astype(np.int64)]
 
 
 def _labels_within(shard: Index, start: int, stop: int) -> np.ndarray:

@@ -83,8 +83,8 @@ class LocalFolder:
         path = self.path / name
         if not path.is_file() and os.path.lexists(path):
             raise CorruptIndexError(f"{path}: is not a file")
-        with open(path, "rb") as file:
-            return file.read(most)
+        with open(path, "rb") as file:  # of what is not there no buffer is made
+            return file.read(min(most, os.fstat(file.fileno()).st_size + 1))
 
     def write(self, name: str, data: bytes) -> None:
         """Write a file."""

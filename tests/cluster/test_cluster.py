@@ -275,6 +275,10 @@ def test_a_shard_that_is_lost_for_good(folder):
         ):
             with pytest.raises(ShardLostError, match=r"shard-0001\.hnsw"):
                 ask()
+        pytest.importorskip("pyarrow", reason="needs the extra `io`")
+        answers = partial.map_batches(ray.data.from_items([{"embedding": list(QUERIES[0])}]), k=5)
+        with pytest.raises(Exception, match=r"no replica answers of \('shard-0001\.hnsw',\)"):
+            answers.take_all()
         assert [replica["state"] for replica in replicas(partial)] == ["live", "lost"]
         end_for_good(partial, 0)
         with pytest.raises(ShardLostError, match=r"shard-0000\.hnsw"):

@@ -226,7 +226,7 @@ def test_killed_workers_change_nothing(tmp_path, path, runner):
         is_done.set()
         killer.join()
     assert tables_of(tmp_path / "out") == tables_of(tmp_path / "whole")
-    assert "_build" in killed
+    assert killed == ["_build", "_join"]
 
 
 def dies(folder, number, *, advance):

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import zlib
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 
 import hnsw_gpu
 from hnsw_gpu import CorruptIndexError
+from hnsw_gpu.collection import sharded
 from hnsw_gpu.collection.manifest import (
     MANIFEST,
     Manifest,
@@ -224,3 +226,21 @@ def test_labels_that_two_shards_have(tmp_path):
         hnsw_gpu.load(tmp_path / "c")
     said = "label 13 is in shard-0000.hnsw and in shard-0002.hnsw (1 are)"
     assert str(caught.value) == f"{tmp_path / 'c'}: {said}"
+
+
+def test_labels_are_compared_a_part_at_a_time(tmp_path, monkeypatch):
+    """However unevenly they lie: most of a range may be empty."""
+    labels = np.random.default_rng(1).permutation(len(ROWS)).astype(np.int64)
+    labels[0] = 2**62
+    looked_at, within = Counter(), sharded._labels_within
+
+    def counted(shard, start, stop):
+        found = within(shard, start, stop)
+        looked_at[start] += len(found)
+        return found
+
+    monkeypatch.setattr(sharded, "LABELS_AT_A_TIME", 20)
+    monkeypatch.setattr(sharded, "_labels_within", counted)
+    make(tmp_path / "c", ROWS, labels)
+    assert len(hnsw_gpu.load(tmp_path / "c")) == len(ROWS) == looked_at.total()
+    assert max(looked_at.values()) <= 3 * 20

@@ -49,6 +49,13 @@ FACTORS = {
     "has_allowed_keys": (False, True),
     "arch": ARCHS,
 }
+# What the model of the manual reckons with (H100, L40S and 4090, A10, T4), beside the covering.
+MODELLED = [
+    {"dim": dim, "metric": "cosine", "dtype": "int4", "M": 16, "warps": 1, "tag_bits": 16}
+    | {"has_allowed_keys": False, "arch": arch}
+    for dim in (100, 128, 768)
+    for arch in (75, 86, 89, 90)
+]
 EFS = (64, 128, 512)
 K = 10
 NODES = {16: 10**6, 32: 10**9}  # by the width of a tag
@@ -58,8 +65,9 @@ DESCRIPTION = f"""\
 # What NVRTC makes of the kernels, for each compute capability (sm_90 is 9.0).
 #
 # The list of specialisations holds every pair of values of metric, dtype, dim, M, warps, tag bits,
-# "an allowed list is kept" and compute capability; a kernel is named with the constants that its
-# text makes use of, and has a number where it was compiled. The second table is of the launch
+# "an allowed list is kept" and compute capability, and what the model of the manual is made of; a
+# kernel is named with the constants that its text makes use of, and has a number where it was
+# compiled. The second table is of the launch
 # plan, k = {K}, {NODES[16]:,} nodes (16-bit tags) or {NODES[32]:,}; it has no line where the plan
 # takes another number of warps for a query.
 #
@@ -105,7 +113,7 @@ def compile_text(
 def specialised() -> dict[Unit, dict]:
     """Every unit to compile, with the arguments of the first specialisation that it belongs to."""
     units: dict[Unit, dict] = {}
-    for kernel, row in itertools.product(KERNELS, covered()):
+    for kernel, row in itertools.product(KERNELS, covered() + MODELLED):
         text, arguments = kernel_source.source(kernel), dict(row)
         arch = arguments.pop("arch")
         definitions = used(text, kernel_source.definitions(**arguments))

@@ -135,13 +135,16 @@ def entry_mask(value: ArrayLike, state: State, queries: int) -> np.ndarray:
     """bool mask (entries,) or (queries, entries) of `allow=` over the entries of a state's labels.
 
     `value`: bool (n,) or (queries, n) indexed by label; the same as uint8 bits packed little-endian
-    (`np.packbits(mask, axis=-1, bitorder="little")`); or labels (m,), signed integers or strings.
+    (`np.packbits(mask, axis=-1, bitorder="little")`); or labels (m,): strings, or integers of any
+    dtype but uint8.
     """
     entry_labels = state.labels.labels
     are_strings = isinstance(value, np.ndarray) and value.dtype.kind == "T"  # fit or not, no matter
     allow = np.asarray(value) if are_strings else label_array("allow", value)
     if allow.size == 0 and allow.ndim == 1 and allow.dtype != bool:
         return np.zeros(len(entry_labels), bool)
+    if allow.dtype in (np.uint16, np.uint32, np.uint64):  # what is beyond int64 becomes negative
+        allow = allow.astype(np.int64)
     if allow.dtype.kind in "iT" and allow.ndim == 1:  # labels that are not here allow nothing
         return np.isin(entry_labels, numbers_of(state, allow, "allow"))
     if allow.dtype not in (np.dtype(bool), np.dtype(np.uint8)):

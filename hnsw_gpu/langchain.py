@@ -3,6 +3,7 @@
 Names and defaults are LangChain's, as its FAISS store has them where `VectorStore` says nothing.
 """
 
+import copy
 import operator
 import uuid
 from collections.abc import Callable, Iterable, Sequence
@@ -112,9 +113,12 @@ class HNSWVectorStore(VectorStore):  # type: ignore[misc]
         ids = [None for _ in texts] if ids is None else ids
         if not len(texts) == len(metadatas) == len(ids):
             raise ValueError(f"{len(texts)} texts, {len(metadatas)} metadatas and {len(ids)} ids")
+        for text in texts:
+            if not isinstance(text, str):
+                raise TypeError(f"texts: {type(text).__name__}, expected strings")
         named = [str(uuid.uuid4()) if id is None else id for id in ids]
         pairs = zip(texts, metadatas, strict=True)
-        records = [Record(text, dict(metadata)) for text, metadata in pairs]
+        records = [Record(text, copy.deepcopy(metadata)) for text, metadata in pairs]
         self._documents.add(named, vectors, records)
         return named
 
@@ -276,7 +280,8 @@ class HNSWVectorStore(VectorStore):  # type: ignore[misc]
 
 
 def _document(id: str, record: Record) -> Document:
-    return Document(id=id, page_content=record.text, metadata=record.metadata)  # a copy of it
+    metadata = copy.deepcopy(record.metadata)  # a caller may write into it
+    return Document(id=id, page_content=record.text, metadata=metadata)
 
 
 # ---------------------------------------------------------------- filters

@@ -21,9 +21,9 @@ def warm(
 ) -> dict[str, float]:
     """Compile what indexes of these dtypes and metrics need, and keep it: seconds by dtype.
 
-    That is all methods of `Index`, with refine rows and without, on the CPU. What was compiled
-    before takes no time. The code is kept in $NUMBA_CACHE_DIR, else beside the sources, else in the
-    user's cache folder; the logger warns where it can be kept nowhere.
+    That is all methods of `Index`, with refine rows and without, mapped or not, on the CPU. What
+    was compiled before takes no time. The code is kept in $NUMBA_CACHE_DIR, else beside the
+    sources, else in the user's cache folder; the logger warns where it can be kept nowhere.
     """
     dtypes = [inputs.one_of("dtype", name, STORAGE) for name in _listed(dtype)]
     metrics = [inputs.metric(name) for name in _listed(metric)]
@@ -55,18 +55,26 @@ def _use(index: Index) -> None:
     vectors = rng.normal(size=(COUNT, DIM)).astype(np.float32) * far.astype(np.float32)
     index.add(vectors[: COUNT // 2])
     index.add(vectors[COUNT // 2 :])
+    index.add(vectors[:2])  # copies
     queries = vectors[:2]
-    few, most = np.arange(4), np.arange(COUNT) % 4 > 0
+    few, most = np.arange(4), np.arange(COUNT + 2) % 4 > 0
     for allow in (None, few, most):
         index.search(queries, 2, allow=allow)
     index.exact_search(queries, 2)
     index.search_radius(queries, radius=1)
     index.neighbor_graph(2)
+    index.update(most.nonzero()[0][:2], vectors[:2] + 1)
     index.delete(few)
     index.search(queries, 2)
     index.vectors(index.labels[:2])
-    index.compact()
+    index.tune(0.5, k=1)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "warm.hnsw"
         index.save(path)
-        load_index(path).check()
+        other = load_index(path)
+        other.check()
+        load_index(path, mmap=True).search(queries, 2)
+    other.delete(other.labels)
+    other.add(vectors[:9] + 2, np.arange(9) + 2 * COUNT)
+    index.merge(other)
+    index.compact()

@@ -47,6 +47,7 @@ def test_allow_everything_is_no_allow_bit_for_bit(index, queries, ef):
         np.arange(N),
         np.arange(N)[::-1],
         np.arange(N, dtype=np.int32),
+        np.append(np.arange(N, dtype=np.uint64), np.uint64(2**64 - 1)),  # which is no label
         list(range(N)),
     ):
         oracle.assert_same(index.search(queries, K, ef=ef, allow=allow), expected)

@@ -37,6 +37,23 @@ def cosine_distances(query):
     return dict(zip(IDS, 1 - rows @ vector / lengths, strict=True))
 
 
+def test_nobody_writes_into_the_store_from_outside():
+    given = {"tags": ["a"]}
+    store = HNSWVectorStore.from_texts(["text"], EMBEDDING, [given], ids=["1"])
+    given["tags"].append("b")
+    store.get_by_ids(["1"])[0].metadata["tags"].append("c")
+    (found,) = store.similarity_search("text")
+    found.metadata["tags"].append("d")
+    assert store.get_by_ids(["1"])[0].metadata == {"tags": ["a"]}
+
+
+def test_a_text_is_a_string():
+    store = filled()
+    with pytest.raises(TypeError, match="texts: NoneType, expected strings"):
+        store.add_embeddings([(None, EMBEDDING.embed_query("a"))])
+    assert len(store.similarity_search("a", k=100)) == len(IDS)
+
+
 def test_searches_tell_the_nearest_and_how_far():
     store, distances = filled(), cosine_distances("a question")
     nearest = sorted(IDS, key=distances.__getitem__)

@@ -78,6 +78,16 @@ def test_own_vectors_are_left_out(copies):
     assert (everything.distances[:, 0] == 0).all()  # the index itself is as it was
 
 
+@pytest.mark.parametrize("pieces", [[1500, 123], [100] * 15])
+def test_an_index_that_grew_in_pieces_is_as_one_that_was_saved(pieces, tmp_path):
+    """It has room for more, which holds nothing yet."""
+    index = hnsw_gpu.Index(DIM, "l2", M=4, ef_construction=20)
+    for seed, count in enumerate(pieces):
+        index.add(clusters(count, seed))
+    index.save(tmp_path / "docs.hnsw")
+    assert index.tune(0.9) == hnsw_gpu.load(tmp_path / "docs.hnsw", device="cpu").tune(0.9)
+
+
 def test_it_is_kept(index, tmp_path):
     index.tune(0.93, k=7)
     index.save(tmp_path / "docs.hnsw")

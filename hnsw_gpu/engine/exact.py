@@ -99,13 +99,13 @@ def _merge_ids(keys, rows, ids, queries, metric, begin, end):
 def rerank(keys, rows, queries, metric, *, k, threads):
     """The k smallest keys (q, k) of the nodes in `keys` (q, m), by their distance in `rows`."""
     result = np.full((len(keys), k), KEY_NONE, np.uint64)
-    rows = engine_view(rows)
+    view = engine_view(rows)
 
     def merge(begin, end):
         if are_mapped(rows):
             nodes = key_nodes(keys[begin:end])
             ask_for(rows, nodes[nodes >= 0])
-        _rerank(result, keys, rows, queries, METRICS[metric], begin, end)
+        _rerank(result, keys, view, queries, METRICS[metric], begin, end)
 
     run_chunks(merge, len(keys), CHUNK, threads)
     return result

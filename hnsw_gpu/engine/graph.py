@@ -36,7 +36,9 @@ def unlinked(graph, is_gone):
     neighbors0, neighbors = np.empty_like(graph.neighbors0), np.empty_like(graph.neighbors)
     _unlink(graph.neighbors0, neighbors0, is_gone)
     for layer in range(1, graph.top + 1):
-        part = slice(*graph.layer_offsets[layer - 1 : layer + 1])
+        start, stop = graph.layer_offsets[layer - 1 : layer + 1]
+        used = np.searchsorted(graph.nodes[start:stop], len(is_gone))  # room follows
+        part = slice(start, start + used)
         _unlink(graph.neighbors[part], neighbors[part], is_gone[graph.nodes[part]])
     return graph._replace(neighbors0=neighbors0, neighbors=neighbors)
 

@@ -4,6 +4,7 @@ import numpy as np
 
 from hnsw_gpu.engine.compiled import jit
 from hnsw_gpu.engine.distance import TAIL_BYTES
+from hnsw_gpu.engine.vectors import engine_view
 from hnsw_gpu.engine.workers import run_chunks, thread_count
 
 CHUNK = 4096  # rows that a thread takes at a time
@@ -30,19 +31,19 @@ def row_problems(name, rows, dim, metric, dtype):
     """What is wrong, in sentences that name the first row, with rows (n, row) of vectors (dim)."""
     kinds = np.zeros(-(-len(rows) // CHUNK), np.int64)
     firsts = np.zeros(len(kinds), np.int64)
-    is_unit = metric == "cosine"
+    is_unit, view = metric == "cosine", engine_view(rows)
 
     def look(start, stop):
         if dtype == "int8":
-            found = _int8_defect(rows, dim, is_unit, start, stop)
+            found = _int8_defect(view, dim, is_unit, start, stop)
         elif dtype == "int4":
-            found = _int4_defect(rows, dim, is_unit, start, stop)
+            found = _int4_defect(view, dim, is_unit, start, stop)
         elif dtype == "fp16":
-            found = _fp16_defect(rows.view(np.uint16), dim, start, stop)
+            found = _fp16_defect(view, dim, start, stop)
             if is_unit and not found[0]:
                 found = _not_unit(rows[start:stop, :dim], start)
         else:
-            found = _fp32_defect(rows, dim, is_unit, start, stop)
+            found = _fp32_defect(view, dim, is_unit, start, stop)
         kinds[start // CHUNK], firsts[start // CHUNK] = found
 
     run_chunks(look, len(rows), CHUNK, thread_count(None))

@@ -77,9 +77,9 @@ def encode(vectors, metric, dtype):
 def decode(rows, dim, dtype):
     """float32 vectors (n, dim) that encoded rows stand for."""
     if dtype == "int4":
-        return decode_int4(rows, dim)
+        return decode_int4(engine_view(rows), dim)
     if dtype == "int8":
-        return decode_int8(rows, dim)
+        return decode_int8(engine_view(rows), dim)
     return rows[:, :dim].astype(np.float32)
 
 
@@ -118,7 +118,7 @@ def rows_as_queries(rows):
     if queries.dtype == np.float32:
         queries[:] = rows.view(np.float16) if rows.dtype == np.uint16 else rows
     else:
-        _rows_as_queries(rows, queries)
+        _rows_as_queries(engine_view(rows), queries)
     return queries
 
 
@@ -128,6 +128,20 @@ def _rows_as_queries(rows, queries):
         as_query(rows, i, queries, i)
 
 
+class Alias:
+    """An array that numba takes for one like any other, whether it may be written or not."""
+
+    def __init__(self, array):
+        self._array = array  # whose memory it is
+        about = array.__array_interface__
+        self.__array_interface__ = about | {"data": (about["data"][0], False)}
+
+
 def engine_view(rows):
-    """The rows as compiled code takes them: numba has no float16 arrays on the CPU."""
-    return rows.view(np.uint16) if rows.dtype == np.float16 else rows
+    """The rows as compiled code takes them, which reads them alone.
+
+    numba has no float16 arrays on the CPU, and compiles all anew for arrays that cannot be written,
+    as those are that are mapped.
+    """
+    rows = rows.view(np.uint16) if rows.dtype == np.float16 else rows
+    return rows if rows.flags.writeable else np.asarray(Alias(rows))

@@ -194,6 +194,10 @@ class Batcher:
         if timeout_s is not None and not inputs.number("timeout_s", timeout_s) > 0:
             raise ValueError(f"timeout_s={timeout_s}: expected more than 0")
         mask = None if allow is None else label_inputs.label_array("allow", allow)
+        if mask is not None and mask.ndim == 2 and len(mask) != len(queries):
+            raise ValueError(
+                f"allow: shape {mask.shape}, expected one row for each of {len(queries)} queries"
+            )
         is_bulk = len(queries) > self._rows_of_a_batch(index)
         reranked = inputs.reranked(rerank, k, ef, index.dtype)
         key = BatchKey.of(index, k, ef, reranked, mask, is_bulk)
@@ -254,6 +258,8 @@ class Batcher:
     def swap(self, index: Searching) -> None:
         """Search another index from now on; requests already queued stay with theirs."""
         self._require_threads()
+        if not isinstance(index, Searching):
+            raise TypeError(f"index: {type(index).__name__}, expected an Index or a Collection")
         with self._lock:
             self._index = index
             self._most_in_flight = index.calls_at_once

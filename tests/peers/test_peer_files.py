@@ -318,6 +318,8 @@ def test_any_damage_is_refused_or_harmless(read, tmp_path):
 def test_errors_name_what_was_expected(tmp_path):
     with pytest.raises(ValueError, match=r"hnswlib-0.8.0.bin: holds vectors of 6 numbers, not of"):
         hnsw_gpu.from_hnswlib(HNSWLIB, 7, "l2")
+    with pytest.raises(ValueError, match="metric='cosine', and its vectors are not of unit length"):
+        hnsw_gpu.from_hnswlib(HNSWLIB, DIM, "cosine")
     with pytest.raises(ValueError, match="metric='l2', and the graph is one of 'cosine'"):
         hnsw_gpu.from_usearch(USEARCH, "l2")
     with pytest.raises(FileNotFoundError):

@@ -366,12 +366,21 @@ def test_what_is_wrong_with_a_request_is_its_callers_alone(index):
             (QUERIES[:1], 5, {"timeout_s": 0}, ValueError, "timeout_s=0"),
             (QUERIES[:1], 5, {"allow": "all"}, TypeError, "allow"),
             (QUERIES[:1], 5, {"allow": np.ones(7, bool)}, ValueError, "a mask of 7"),
+            (
+                QUERIES[:2],
+                5,
+                {"allow": np.ones((3, ROWS), bool)},
+                ValueError,
+                r"shape \(3, 3000\), expected one row for each of 2 queries",
+            ),
         ]:
             with pytest.raises(error, match=words):
                 await batcher.search(queries, k, **how)
         equal(await good, index.search(QUERIES[:1], 5))
 
     with Batcher(index) as batcher:
+        with pytest.raises(TypeError, match="index: NoneType, expected an Index"):
+            batcher.swap(None)
         asyncio.run(ask(batcher))
     for wrong in ({"batch_rows": 0}, {"queue_rows": 0}, {"threads": 0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):

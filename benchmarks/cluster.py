@@ -9,16 +9,21 @@ Counted: recall and distances of one index and of the same rows in more shards.
 
 The model takes the searches, and says for 1 to 64 shards of up to 100 million rows what a shard
 holds, what a query sends, and how long callers wait by the number of replicas: every shard is a
-queue with a server a replica, arrivals are Poisson, a search takes a measured time, longer by the
-logarithm of the rows, and an answer is there when the last shard's is. Nothing of the network but
-its bytes is in it.
+queue with a server a replica, arrivals are Poisson, a call takes a measured time, of which the
+search's grows with the logarithm of the rows, and an answer is there when the last shard's is.
+Nothing of the network but its bytes is in it.
+
+What the process that drives holds is measured with ten times as many rows too.
 """
 
 import functools
 import heapq
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -41,13 +46,14 @@ from hnsw_gpu.engine import encode_queries, search_graph
 from hnsw_gpu.files import Here, StepRunner
 from hnsw_gpu.searching import Searching
 
-BATCH, K, CALLERS = 256, 10, 4  # rows a call, results a query, threads that ask
+BATCH, K, CALLERS = 256, 10, 4  # rows a call, results a query, threads that ask a cluster
 SHARDS = (1, 2, 4, 8, 16, 32, 64)
 REPLICAS = (1, 2, 3)
 SHARD_ROWS = (1_000_000, 10_000_000, 100_000_000)
 LOAD = 0.7  # of what one replica of a shard can answer
-ARRIVALS = 2000
+ARRIVALS = 20_000
 JOB_SHARDS = 6
+DRIVEN_ROWS = (100_000, 1_000_000)
 WORKERS = (1, 2)
 DEDUP = Settings(threshold=0.97, method="hnsw", ef_construction=64, ef=32)
 DIMS = (100, 256, 768)
@@ -79,9 +85,10 @@ def model(measured: dict[str, Any], dim: int) -> list[dict[str, Any]]:
     """Of every number of shards, rows a shard and replicas: bytes, and quantiles of the wait."""
     rng = np.random.default_rng(0)
     base = np.asarray(measured["call_s"])
+    search_s = median(measured["call_in_process_s"])
     found = []
     for rows in SHARD_ROWS:
-        service = base * math.log(rows) / math.log(measured["rows"])
+        service = base + search_s * (math.log(rows) / math.log(measured["rows"]) - 1)
         rate = LOAD / float(service.mean())
         for shards in SHARDS:
             merge_s = measured["merge_s"][str(shards)] / BATCH
@@ -103,8 +110,10 @@ def model(measured: dict[str, Any], dim: int) -> list[dict[str, Any]]:
     return found
 
 
-def rate_of(search: Callable[[np.ndarray], object], queries: np.ndarray, seconds: float) -> float:
-    """Queries/s of CALLERS threads, each with batches of its own."""
+def rate_of(
+    search: Callable[[np.ndarray], object], queries: np.ndarray, seconds: float, callers: int
+) -> float:
+    """Queries/s of threads that call, each with batches of its own."""
     until = time.perf_counter() + seconds
 
     def ask(_: int) -> int:
@@ -115,8 +124,8 @@ def rate_of(search: Callable[[np.ndarray], object], queries: np.ndarray, seconds
         return calls
 
     started = time.perf_counter()
-    with ThreadPoolExecutor(CALLERS) as callers:
-        calls = sum(callers.map(ask, range(CALLERS)))
+    with ThreadPoolExecutor(callers) as pool:
+        calls = sum(pool.map(ask, range(callers)))
     return calls * len(queries) / (time.perf_counter() - started)
 
 
@@ -144,13 +153,13 @@ def measure(folder: Path, queries: np.ndarray, seconds: float) -> dict[str, Any]
     rates = {}
     for threads in (1, 2):
         rates[f"in_process_{threads}_threads"] = rate_of(
-            functools.partial(index.search, k=K, threads=threads), queries, seconds
+            functools.partial(index.search, k=K, threads=threads), queries, seconds, 1
         )
     for workers in WORKERS:
         with hnsw_gpu.Cluster(folder, replicas=workers, address="local", cpus=1) as cluster:
             cluster.search(queries, K)
             rates[f"{workers}_workers"] = rate_of(
-                functools.partial(cluster.search, k=K), queries, seconds
+                functools.partial(cluster.search, k=K), queries, seconds, CALLERS
             )
             if workers == 1:
                 found["call_s"] = calls_of(cluster, queries)
@@ -218,6 +227,69 @@ def measure_jobs(rows: Path, shard_rows: int, rounds: int) -> dict[str, Any]:
             ),
         }
     return found
+
+
+# Most bytes that are a driver's own, but for what it takes to be connected.
+DRIVER = """
+import re, sys, threading, time
+from pathlib import Path
+import numpy as np
+import hnsw_gpu
+from hnsw_gpu.cli import main
+from hnsw_gpu.cluster import steps_on_ray
+
+def held():
+    told = Path("/proc/self/status").read_text()
+    return int(re.search(r"RssAnon:\\s+(\\d+) kB", told)[1]) << 10
+
+def most(work):
+    peak, is_done = [held()], threading.Event()
+    def watch():
+        while not is_done.wait(0.005):
+            peak[0] = max(peak[0], held())
+    watching = threading.Thread(target=watch)
+    watching.start()
+    work()
+    is_done.set()
+    watching.join()
+    return peak[0]
+
+def search(place):
+    with hnsw_gpu.Cluster(place) as cluster:
+        for _ in range(20):
+            cluster.search(np.zeros((100, 4), np.float32) + 1, 10)
+
+how = "--shard-rows 100000 --M 4 --ef-construction 8 --ray local".split()
+with steps_on_ray("local"):
+    for place in sys.argv[1:]:
+        rows, docs, out = f"{place}.npy", f"{place}.docs", f"{place}.out"
+        dedup = ["dedup", rows, "-o", out, "--ef", "8", "--threshold", "0.9999999"]
+        print(
+            "most",
+            most(lambda: main(["build", rows, "-o", docs, *how], standalone_mode=False)),
+            most(lambda: main([*dedup, *how], standalone_mode=False)),
+            most(lambda: search(docs)),
+        )
+"""
+
+
+def driver() -> list[dict[str, int]]:
+    """Most bytes that the process which drives a job, or searches, holds by the rows of it."""
+    with tempfile.TemporaryDirectory() as folder:
+        places = [Path(folder) / name for name in ("first", *map(str, DRIVEN_ROWS))]
+        for place, count in zip(places, (1000, *DRIVEN_ROWS), strict=True):
+            rows = np.random.default_rng(0).normal(size=(count, 4)).astype(np.float32)
+            np.save(f"{place}.npy", rows)
+        told = subprocess.run(
+            [sys.executable, "-c", DRIVER, *map(str, places)],
+            check=True, stdout=subprocess.PIPE, text=True,
+            env={**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 20)},
+        ).stdout  # fmt: skip
+    peaks = [list(map(int, line.split())) for line in re.findall("^most (.*)", told, re.M)]
+    return [
+        {"rows": rows, **dict(zip(("build", "dedup", "search"), peak, strict=True))}
+        for rows, peak in zip(DRIVEN_ROWS, peaks[1:], strict=True)  # code is loaded, first
+    ]
 
 
 def cut() -> dict[str, Any]:
@@ -326,6 +398,7 @@ def main(rows: int, dim: int, seconds: float, rounds: int, out: Path) -> None:
         "jobs": jobs,
         "sizes": sizes(),
         "cut": cut(),
+        "driver_bytes": driver(),
         "model": model(measured, dim),
     }
     out.write_text(json.dumps(rounded(result), indent=1) + "\n")

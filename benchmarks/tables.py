@@ -300,7 +300,7 @@ def mapped() -> str:
     limit = f"mapped, within {found['limit_bytes'] / 2**20:.0f} MiB"
     most = found["in memory"]["queries_per_s"]
     return table(
-        ["", "queries/s, of those in memory", "reads a query", "MiB, without pages of the file"],
+        ["", "queries/s, of those in memory", "waits a query", "MiB, without pages of the file"],
         [
             [
                 limit if case == cases[2] else case,
@@ -391,10 +391,7 @@ def one_query() -> str:
     """Calls of one query each beside hnswlib's, and the same queries in one call."""
     found = results("one-query")
     return table(
-        [
-            "rows, one thread",
-            *(f"{label}: one query a call, all in one" for label in OURS.values()),
-        ],
+        ["rows", *OURS.values()],
         [
             [
                 f"{of['rows']:,}",
@@ -412,7 +409,7 @@ def one_query() -> str:
         "one-query",
         found,
         "python -m benchmarks.cpu.one_query",
-        f"{SETS['glove']}, queries/s over hnswlib's at recall@10 of 0.95.",
+        f"{SETS['glove']}, recall@10 0.95, one thread.",
     )
 
 
@@ -611,6 +608,19 @@ def workers() -> str:
     ) + source("cluster", found["about"], CLUSTER, more)
 
 
+def driver() -> str:
+    """What the process that drives a job, or searches, holds by the rows of it."""
+    found = results("cluster")
+    jobs = ("build", "dedup", "search")
+    return table(
+        ["rows, 4-d, in shards of 100,000", *(f"{job}, MiB" for job in jobs)],
+        [
+            [f"{of['rows']:,}", *(f"{of[job] / 2**20:,.0f}" for job in jobs)]
+            for of in found["driver_bytes"]
+        ],
+    ) + source("cluster", found["about"], CLUSTER, "Python and its packages included.")
+
+
 def cut() -> str:
     """Recall and distances of one index, and of the same rows in shards."""
     found = results("cluster")
@@ -677,6 +687,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "roofline": roofline,
     "sizes": sizes,
     "workers": workers,
+    "driver": driver,
     "cut": cut,
     "waits": waits,
 }

@@ -19,6 +19,7 @@ LEAST_ROWS = 32  # of fewer, the mean is close to each
 LEAST_APART = 1e-13  # of squared lengths: below, vectors are copies of each other
 LEAST_APART_GIVEN = 1e-26  # the same of float64, before it becomes float32
 EPSILON = 2.0**-23  # of a float32 near 1, as dot products of unit vectors are
+BLOCK_ROWS = 256  # looked at at a time, as float64
 LEAST_SQUARE = 1e-37  # of differences: below, a float32 sum of squares loses them
 
 
@@ -39,9 +40,15 @@ def count_blurred(given: np.ndarray, exact: np.ndarray, metric: str) -> int:
     """
     if len(given) < LEAST_ROWS:
         return 0
-    given = given.astype(np.float64, copy=False)
-    apart = _squares(given - given.mean(axis=0))
-    squares = _squares(given)
+    mean, count = given.mean(axis=0, dtype=np.float64), 0
+    for start in range(0, len(given), BLOCK_ROWS):
+        block = slice(start, start + BLOCK_ROWS)
+        count += _count_blurred(given[block].astype(np.float64), exact[block], mean, metric)
+    return count
+
+
+def _count_blurred(given: np.ndarray, exact: np.ndarray, mean: np.ndarray, metric: str) -> int:
+    apart, squares = _squares(given - mean), _squares(given)
     is_blurred = _squares(given - exact) > LOST_SHARE**2 * apart
     is_blurred &= apart > LEAST_APART_GIVEN * squares
     if metric == "l2":

@@ -22,6 +22,7 @@ import os
 import pickle
 import secrets
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +33,8 @@ import numba
 import numpy as np
 from numba import njit
 from tqdm import tqdm
+
+from hnsw_gpu.engine.workers import run_to_a_stop
 
 try:  # without it inner functions are compiled alone too, which takes longer and gives the same
     from hnsw_gpu.engine.parts import PartCompiler
@@ -113,11 +116,33 @@ def jit(
     compiled = njit(nogil=True, fastmath=fastmath, forceinline=is_inlined, **options)(function)
     if is_inner:
         compiled.__class__ = _inner(compiled.__class__)
-    elif MISSING or not hasattr(compiled, "_cache"):
+        return compiled
+    if hasattr(compiled, "_compile_for_args"):  # else numba is made otherwise
+        compiled.__class__ = _outer(compiled.__class__)
+    if MISSING or not hasattr(compiled, "_cache"):
         _say_once(NOT_KEPT, MISSING or f"numba {numba.__version__} has no place for a cache")
     elif function.__closure__ is None:
         compiled._cache = DiskCache(function)
     return compiled
+
+
+@functools.cache
+def _outer(kind: type) -> type:
+    """A kind of compiled function that the main thread has another one compile, and waits for it.
+
+    Else what a signal handler raises, KeyboardInterrupt for one, may leave numba's lock held, for
+    which everybody else would wait, or LLVM with half of its work.
+    """
+
+    def _compile_for_args(self: Any, *arguments: Any, **named: Any) -> Any:
+        compile_it = functools.partial(kind._compile_for_args, self, *arguments, **named)  # type: ignore[attr-defined]
+        if threading.current_thread() is not threading.main_thread():
+            return compile_it()
+        found: list[Any] = []
+        run_to_a_stop(lambda _: found.append(compile_it()))
+        return found[0]
+
+    return type("Outer", (kind,), {"_compile_for_args": _compile_for_args})
 
 
 @functools.cache

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -427,6 +428,45 @@ def test_nothing_is_compiled_after_warm(copy):
     assert re.search(r"int8\b.* \d", printed), printed
     assert said == ""
     assert copy.run(WARMED) == ("[]", "")
+
+
+INTERRUPTED = """
+import sys, threading
+
+class Pressed(BaseException):
+    pass
+
+def press(frame, event, _):
+    \"\"\"Raise where the lock was just taken, once.\"\"\"
+    if frame.f_code.co_filename.endswith("compiler_lock.py") and frame.f_code.co_name == "acquire":
+        if event == "return":
+            sys.settrace(None)
+            raise Pressed
+        return press
+    return press if event == "call" else None
+
+def work():
+    global keys
+{indented}
+
+sys.settrace(press)
+try:
+    work()
+except Pressed:
+    print("pressed")
+finally:
+    sys.settrace(None)
+other = threading.Thread(target=work, daemon=True)
+other.start()
+other.join(60)
+print("waits" if other.is_alive() else "done")
+"""
+
+
+def test_an_interrupt_while_compiling_leaves_no_lock_held(copy):
+    """It is raised in the main thread, which does not compile."""
+    job = INTERRUPTED.format(indented=textwrap.indent(FP32, "    "))
+    assert copy.run(job)[0].split() == ["25", "25", "done"]
 
 
 def test_a_numba_without_a_place_for_a_cache(monkeypatch, caplog):

@@ -1,8 +1,14 @@
 """The model of clusters, where its answers are known."""
 
 import numpy as np
+import pytest
 
 from benchmarks import cluster
+
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch):
+    monkeypatch.setattr(cluster, "ARRIVALS", 2000)
 
 
 def test_nobody_waits_where_nobody_else_asks():
@@ -34,7 +40,7 @@ def test_the_last_shard_decides():
 
 def test_bytes():
     measured = {
-        "rows": 1000, "bytes_a_row": 400.0, "call_s": [0.001],
+        "rows": 1000, "bytes_a_row": 400.0, "call_s": [0.001], "call_in_process_s": [0.0006],
         "merge_s": {str(shards): 0.256 for shards in cluster.SHARDS},
     }  # fmt: skip
     points = cluster.model(measured, dim=64)
@@ -42,4 +48,6 @@ def test_bytes():
     [point] = [p for p in points if (p["shard_rows"], p["shards"], p["replicas"]) == (10**8, 64, 2)]
     assert point["shard_bytes"] == 400 * 10**8
     assert point["sent_bytes_a_query"] == 64 * (64 * 4 + 10 * 12)
-    assert point["p50_s"] >= 0.001 + 0.001  # a search, a merge
+    grown = 0.0006 * (8 / 3 - 1)  # the search alone takes longer, by the logarithm
+    assert point["p50_s"] >= 0.001 + grown + 0.001 - 1e-9  # a call, a merge
+    assert point["queries_per_s"] == pytest.approx(cluster.LOAD / (0.001 + grown))

@@ -7,6 +7,7 @@ the others are ended before the error is raised.
 
 import contextlib
 import pickle
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -20,6 +21,7 @@ from hnsw_gpu.files import Shown
 WINDOW = 256  # tasks that are submitted at a time
 RETRIES = 3  # of a task whose worker is lost
 END_S = 10.0  # for tasks that are ended
+AGAIN_S = 5  # when tasks that have not ended are cancelled once more
 
 
 class StepsOnRay:
@@ -77,12 +79,13 @@ class StepsOnRay:
         """End tasks, and wait until they have ended."""
         if ends_with_last_user(self._connection):
             return  # and all tasks; Ray may abort where a task is cancelled as its answer comes
-        for task in running:
-            with contextlib.suppress(Exception):  # the cluster itself may be what was lost
-                self._ray.cancel(task, force=True)
-        if running:
-            with contextlib.suppress(Exception):
-                self._ray.wait(running, num_returns=len(running), timeout=END_S)
+        until = time.monotonic() + END_S
+        with contextlib.suppress(Exception):  # the cluster itself may be what was lost
+            while running and time.monotonic() < until:  # again: one may have been about to begin
+                for task in running:
+                    with contextlib.suppress(Exception):
+                        self._ray.cancel(task, force=True)
+                _, running = self._ray.wait(running, num_returns=len(running), timeout=AGAIN_S)
 
 
 @contextlib.contextmanager

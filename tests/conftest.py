@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+# Ray's workers would give way to the tests that compute beside those of Ray, and these wait.
+os.environ.setdefault("RAY_worker_niceness", "0")
 RAY = "tests/cluster/"
 LONG = ("tests/test_docs.py", "tests/test_packaging.py")
 

@@ -330,6 +330,7 @@ def convert(
 @click.option("-o", "--output", type=OUTPUT, required=True, help="The .npz to write.")
 @click.option("-k", "k", default=10, show_default=True, help="Results per query.")
 @click.option("--ef", default=64, show_default=True, help="Beam capacity: higher recall, slower.")
+@click.option("--recall", type=float, help="In place of --ef: the one that `tune` found for it.")
 @rerank_option
 @device_option
 @threads_option
@@ -341,6 +342,7 @@ def search(
     output: Path,
     k: int,
     ef: int,
+    recall: float | None,
     rerank: int | str | None,
     device: str,
     threads: int | None,
@@ -360,6 +362,7 @@ def search(
     check_output(output, index, queries, suffixes=(".npz",))
     rows = read_vectors(queries)
     opened = _open(index, device, options=storage_options)
+    ef = opened.chosen_ef(k, ef, recall)
     labels, distances, seconds = _search(opened, rows, k, ef, rerank, threads)
     write_result(output, labels, distances)
     rate = len(rows) / max(seconds, 1e-9)

@@ -18,6 +18,7 @@ ALIASES = {
     "cos": "cosine",
     "angular": "cosine",
 }
+DEFAULT_EF = 64
 LEAST_RERANK = 20  # nodes that refine rows re-rank, and the share of ef: see benchmarks/README.md
 RERANK_SHARE = 4
 MOST_NODES = 2**31 - 1
@@ -87,6 +88,13 @@ def share(name: str, value: Any) -> float:
     if not 0 < given <= 1:
         raise ValueError(f"{name}: {given}, expected above 0 and at most 1")
     return given
+
+
+def recall(value: Any, ef: int) -> float:
+    """The recall that a search is asked for in place of ef."""
+    if ef != DEFAULT_EF:
+        raise ValueError(f"ef={ef}, recall={value}: expected one of the two")
+    return share("recall", value)
 
 
 def integer(name: str, value: Any, least: int, most: int | None = None) -> int:

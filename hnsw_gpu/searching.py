@@ -28,7 +28,6 @@ from hnsw_gpu.results import RadiusResult, SearchResult, into, reported
 from hnsw_gpu.string_labels import STRINGS, labels_of, numbers_of
 from hnsw_gpu.tuning import SAMPLE, SAMPLE_SHARE, Tuned, required, tuned
 
-DEFAULT_EF = 64
 WARM_ROWS = 64
 SELF_ROWS = 16384  # nodes of a neighbour graph searched at a time
 Found = TypeVar("Found")
@@ -195,10 +194,7 @@ class Searching:
         is a filter or something was deleted. They are not checked: one with NaN finds nothing, as
         does any that would be refused.
         """
-        if recall is not None:
-            if ef != DEFAULT_EF:
-                raise ValueError(f"ef={ef}, recall={recall}: expected one of the two")
-            ef = required(self._tuned, recall, k)
+        ef = self.chosen_ef(k, ef, recall)
         expand = self._expand(ef) if expand is None else expand
         walk = inputs.walk(k, ef, threads, expand, ef_upper, rerank, self.dtype)
         answer = self._on_gpu(queries, walk, allow, stream, out)
@@ -222,6 +218,15 @@ class Searching:
         expand = self._expand(ef)
         walk = inputs.walk(k, ef, threads, expand, rerank=rerank, dtype=self.dtype)
         return self._found(queries, walk, allow)
+
+    def chosen_ef(self, k: int, ef: int, recall: float | None) -> int:
+        """ef, or in its place the one that `tune` found for this recall and k.
+
+        ValueError: both are given, or nothing was tuned for the two.
+        """
+        if recall is None:
+            return ef
+        return required(self._tuned, inputs.recall(recall, ef), k)
 
     def checked_queries(self, queries: ArrayLike) -> np.ndarray:
         """float32 (q, dim) of the queries of a search; what `search` raises where they are bad."""

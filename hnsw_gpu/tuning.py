@@ -84,11 +84,11 @@ def _recalls(found: SearchResult, truth: SearchResult, metric: str) -> np.ndarra
 
 def required(tunings: dict[tuple[float, int], int], recall: float, k: int) -> int:
     """The ef that was found for this recall and k; ValueError says what there is."""
-    target = inputs.number("recall", recall)
-    ef = tunings.get((target, k))
+    k = inputs.integer("k", k, 1, inputs.MOST_NODES)
+    ef = tunings.get((recall, k))
     if ef is None:
         known = ", ".join(f"{r} at k={n}" for r, n in sorted(tunings)) or "nothing"
         raise ValueError(
-            f"recall={target}, k={k}: call tune(recall={target}, k={k}) first; so far: {known}"
+            f"recall={recall}, k={k}: call tune(recall={recall}, k={k}) first; so far: {known}"
         )
     return ef

@@ -1,5 +1,6 @@
 """`tune`: the smallest ef that reaches a recall, which other queries then get."""
 
+import asyncio
 import pickle
 
 import click.testing
@@ -104,6 +105,18 @@ def test_it_is_kept(index, tmp_path):
     pickle.loads(pickle.dumps(mapped)).search(queries, 3, recall=0.5)
 
 
+def test_a_batcher_takes_it(index):
+    found, queries = index.tune(0.93, k=7), clusters(5, 5)
+    expected = index.search(queries, 7, ef=found.ef)
+    with hnsw_gpu.Batcher(index) as batcher:
+        told = batcher.submit(queries, 7, recall=0.93).result()
+        np.testing.assert_array_equal(told.labels, expected.labels)
+        told = asyncio.run(batcher.search(queries, 7, recall=0.93))
+        np.testing.assert_array_equal(told.labels, expected.labels)
+        with pytest.raises(ValueError, match=r"ef=32, recall=0\.93: expected one of the two"):
+            batcher.submit(queries, 7, ef=32, recall=0.93)
+
+
 def test_what_is_wrong_is_said(index):
     with pytest.raises(
         ValueError, match=r"recall=0.123, k=10: call tune\(recall=0.123, k=10\) first"
@@ -142,4 +155,11 @@ def test_the_command(tmp_path):
     for asked in ([], [str(tmp_path / "q.npy")]):
         done = run(main, ["tune", str(tmp_path / "docs.hnsw"), *asked, "--recall", "0.9"])
         assert done.exit_code == 0 and "recall@10" in done.output, done.output
-    assert hnsw_gpu.load(tmp_path / "docs.hnsw").search(clusters(3, 0), recall=0.9).labels.shape
+    tuned = hnsw_gpu.load(tmp_path / "docs.hnsw")
+    expected = tuned.search(np.load(tmp_path / "q.npy"), recall=0.9)
+    search = ["search", str(tmp_path / "docs.hnsw"), str(tmp_path / "q.npy")]
+    search += ["-o", str(tmp_path / "found.npz"), "--recall"]
+    done = run(main, [*search, "0.9"])
+    assert done.exit_code == 0, done.output
+    np.testing.assert_array_equal(np.load(tmp_path / "found.npz")["labels"], expected.labels)
+    assert "call tune(recall=0.8, k=10) first" in run(main, [*search, "0.8"]).output

@@ -115,6 +115,7 @@ class Batcher:
         k: int = 10,
         *,
         ef: int = 64,
+        recall: float | None = None,
         rerank: int | str | None = "auto",
         allow: ArrayLike | None = None,
         timeout_s: float | None = None,
@@ -125,6 +126,7 @@ class Batcher:
         within `timeout_s`. RuntimeError: closed. A cancelled task leaves the queue.
         """
         index = self._index
+        ef = index.chosen_ef(k, ef, recall)
         given = _own(index.checked_queries(queries))
         return await self.search_checked(
             index, given, k, ef=ef, rerank=rerank, allow=allow, timeout_s=timeout_s
@@ -163,6 +165,7 @@ class Batcher:
         k: int = 10,
         *,
         ef: int = 64,
+        recall: float | None = None,
         rerank: int | str | None = "auto",
         allow: ArrayLike | None = None,
         timeout_s: float | None = None,
@@ -174,6 +177,7 @@ class Batcher:
         """
         future = AnswerFuture()
         index = self._index
+        ef = index.chosen_ef(k, ef, recall)
         given = _own(index.checked_queries(queries))
         request = self._enqueue(index, given, k, ef, rerank, allow, timeout_s, future)
         future.add_done_callback(lambda _: self._forget(request))

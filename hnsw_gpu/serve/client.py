@@ -104,6 +104,7 @@ class Client:
         k: int = 10,
         *,
         ef: int = 64,
+        recall: float | None = None,
         rerank: int | str | None = "auto",
         allow: str | None = None,
         timeout_s: float | None = None,
@@ -119,8 +120,10 @@ class Client:
         if given.dtype not in (np.float16, np.float32):
             given = given.astype(np.float32)
         k, ef = inputs.integer("k", k, 1, inputs.MOST_NODES), inputs.integer("ef", ef, 1)
-        options = {"k": k, "ef": ef, "rerank": "all" if rerank is None else rerank}
-        path = "/v1/search?" + urlencode(options | ({"allow": allow} if allow else {}))
+        options: dict[str, Any] = {"k": k, "rerank": "all" if rerank is None else rerank}
+        options |= {"ef": ef} if recall is None else {"recall": f"{inputs.recall(recall, ef):.17f}"}
+        options |= {} if allow is None else {"allow": _name(allow)}
+        path = "/v1/search?" + urlencode(options)
         headers = {"Content-Type": formats.NPY, "Accept": formats.NPY}
         if timeout_s is not None:
             asked_s = min(_positive("timeout_s", timeout_s), LONGEST_TIMEOUT_S)
@@ -287,6 +290,14 @@ def _positive(name: str, value: float) -> float:
     if not inputs.number(name, value) > 0:
         raise ValueError(f"{name}={value}: expected more than 0")
     return float(value)
+
+
+def _name(allow: str) -> str:
+    if not isinstance(allow, str):
+        raise TypeError(
+            f"allow: {type(allow).__name__}, expected the name of a filter of the server"
+        )
+    return allow
 
 
 def _whole_number(value: Any, default: int) -> int:

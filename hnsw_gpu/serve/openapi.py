@@ -86,6 +86,11 @@ def _search(limits: dict[str, int]) -> dict[str, Any]:
             parameter("k", number(limits["k"], 10), "results per query"),
             parameter("ef", number(limits["ef"], 64), "beam capacity: higher recall, slower"),
             parameter(
+                "recall",
+                {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
+                "in place of ef: the one that was tuned for this recall and k",
+            ),
+            parameter(
                 "rerank",
                 {
                     "oneOf": [

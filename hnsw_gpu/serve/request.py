@@ -1,6 +1,7 @@
 """What a request asks for: parameters, media types, queries, a filter."""
 
 import json
+import re
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +13,7 @@ from hnsw_gpu.serve.problem import Problem
 from hnsw_gpu.serve.served_index import ServedIndex
 
 MOST_K = MOST_EF = 10_000
+SHARE = re.compile(r"[01]?\.[0-9]{1,20}|1", re.ASCII)
 MOST_RESULTS = 2**22  # rows times k: 50 MB of answer
 
 
@@ -20,6 +22,7 @@ class SearchParameters(NamedTuple):
 
     k: int
     ef: int
+    recall: float | None  # in place of ef
     rerank: int | str | None
     filter_name: str | None
     timeout_s: float  # the caller's, at most the server's
@@ -31,12 +34,15 @@ def search_parameters(request: Request, most_timeout_s: float) -> SearchParamete
     """Problem 406, 415 or 422 says what is wrong with them."""
     given = request.query_params
     for name in given:
-        if name not in ("k", "ef", "rerank", "allow"):
-            raise Problem(422, f"{name!r:.60}: expected k, ef, rerank or allow")
+        if name not in ("k", "ef", "recall", "rerank", "allow"):
+            raise Problem(422, f"{name!r:.60}: expected k, ef, recall, rerank or allow")
         if len(given.getlist(name)) > 1:
             raise Problem(422, f"{name}: given more than once")
     k = _whole_number("k", given.get("k", "10"), MOST_K)
     ef = _whole_number("ef", given.get("ef", "64"), MOST_EF)
+    recall = _share("recall", given["recall"]) if "recall" in given else None
+    if recall is not None and "ef" in given:
+        raise Problem(422, "ef, recall: expected one of the two")
     rerank = _rerank(given.get("rerank", "auto"))
     timeout_s = most_timeout_s
     timeout_ms = request.headers.get("x-timeout-ms")
@@ -46,7 +52,9 @@ def search_parameters(request: Request, most_timeout_s: float) -> SearchParamete
     accept = formats.negotiate(request.headers.get("accept"), content_type)
     if accept is None:
         raise Problem(406, f"Accept: expected one of {', '.join(formats.FORMATS)}")
-    return SearchParameters(k, ef, rerank, given.get("allow"), timeout_s, content_type, accept)
+    return SearchParameters(
+        k, ef, recall, rerank, given.get("allow"), timeout_s, content_type, accept
+    )
 
 
 def _rerank(text: str) -> int | str | None:
@@ -65,6 +73,12 @@ def _whole_number(name: str, text: str, most: int) -> int:
     return int(text)
 
 
+def _share(name: str, text: str) -> float:
+    if not SHARE.fullmatch(text):
+        raise Problem(422, f"{name}={text!r:.60}: expected a share such as 0.95")
+    return float(text)
+
+
 def checked_content_type(request: Request, known: tuple[str, ...]) -> str:
     """The media type of the body; Problem 415 unless it is known and not compressed."""
     media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -73,6 +87,15 @@ def checked_content_type(request: Request, known: tuple[str, ...]) -> str:
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise Problem(415, "Content-Encoding: expected none")
     return media
+
+
+def beam_capacity(asked: SearchParameters, served: ServedIndex) -> int:
+    """The ef that is asked for, or that was tuned for the recall asked for; ValueError: none was,
+    or it is larger than a request may ask for."""
+    ef = served.index.chosen_ef(asked.k, asked.ef, asked.recall)
+    if ef > MOST_EF:
+        raise ValueError(f"recall={asked.recall}: takes ef={ef:,}, at most {MOST_EF:,} a request")
+    return ef
 
 
 def check_cost(search: formats.SearchBody, served: ServedIndex, k: int, most_numbers: int) -> int:

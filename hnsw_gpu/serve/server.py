@@ -43,6 +43,7 @@ from hnsw_gpu.serve.request import (
     MOST_K,
     MOST_RESULTS,
     SearchParameters,
+    beam_capacity,
     check_cost,
     checked_content_type,
     is_forced,
@@ -160,11 +161,12 @@ class Server:
                 size = 0 if is_npy else len(body)
                 search = await call(size, formats.read_search, asked.content_type, body)
                 allow = requested_filter(served, search, asked.filter_name)
+                ef = beam_capacity(asked, served)
                 numbers = check_cost(search, served, asked.k, self._most_numbers)
                 queries = await call(numbers, queries_of, search, served)
                 left_s = max(deadline - time.perf_counter(), 1e-9)
                 return served, await batcher.search_checked(
-                    served.index, queries, asked.k, ef=asked.ef, rerank=asked.rerank,
+                    served.index, queries, asked.k, ef=ef, rerank=asked.rerank,
                     allow=allow, timeout_s=left_s,
                 )  # fmt: skip
         except TimeoutError:

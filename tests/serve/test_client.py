@@ -17,7 +17,7 @@ import served
 from served import QUERIES, ROWS, running
 
 from hnsw_gpu import Client, Index, ServerError, load
-from hnsw_gpu.serve import client, formats
+from hnsw_gpu.serve import client, formats, request
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +114,32 @@ def test_numbers_that_are_no_characters(number):
     body = formats.write_npy(np.zeros((1, 1), dtype))
     with pytest.raises(formats.MalformedError, match="labels: numbers that are no"):
         formats.read_result(body[:-8] + np.uint32(number).tobytes() + body[-4:])
+
+
+def test_recall_in_place_of_ef(tmp_path):
+    index = load(served.saved(tmp_path), device="cpu")
+    found = index.tune(0.9, k=3, queries=QUERIES)
+    index._tuned = {**index._tuned, (0.5, 3): request.MOST_EF + 1}
+    index.save(tmp_path / "docs.hnsw")
+    expected = index.search(QUERIES, 3, ef=found.ef)
+    assert (expected.distances != index.search(QUERIES, 3).distances).any()
+    with (
+        running(tmp_path / "docs.hnsw") as one,
+        Client(f"http://127.0.0.1:{one.port}", retries=0) as asking,
+    ):
+        equal(asking.search(QUERIES, 3, recall=0.9), expected)
+        with pytest.raises(ServerError, match=r"recall=0\.9, k=4: .* so far: 0\.5 at k=3, 0\.9 at"):
+            asking.search(QUERIES, 4, recall=0.9)
+        with pytest.raises(ValueError, match=r"ef=65, recall=0\.9: expected one of the two"):
+            asking.search(QUERIES, 3, ef=65, recall=0.9)
+        with pytest.raises(ServerError, match=r"recall=0\.5: takes ef=10,001, at most 10,000"):
+            asking.search(QUERIES, 3, recall=0.5)
+
+
+def test_what_is_no_name_of_a_filter(asking):
+    for wrong in (np.arange(ROWS) % 2 == 0, [1, 2], []):
+        with pytest.raises(TypeError, match=r"allow: .*, expected the name of a filter"):
+            asking.search(QUERIES, allow=wrong)
 
 
 def test_rerank(tmp_path):

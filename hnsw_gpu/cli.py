@@ -146,8 +146,8 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON i
     help="The index file to write; of a collection the folder, or a URL such as s3://...",
 )
 @click.option("--shard-rows", type=POSITIVE, help="Build a collection, so many rows a shard.")
-@click.option("--column", help="Of the vectors, in tables of a collection.  [default: embedding]")
-@click.option("--id-column", help="Of the labels, in those.  [default: row numbers]")
+@click.option("--column", help="Of the vectors, in tables.  [default: embedding]")
+@click.option("--id-column", help="Of the labels, in tables.  [default: row numbers]")
 @click.option("--metric", default="cosine", show_default=True, help="l2, ip or cosine.")
 @click.option("--dtype", default="fp32", show_default=True, help="fp32, fp16, int8 or int4.")
 @click.option("--M", "M", default=16, show_default=True, help="Links of a node on a layer.")
@@ -184,9 +184,12 @@ def build(
     A larger --ef-construction or --M finds better links and takes longer; --M also takes more
     memory. int4 is the fastest to search on a CPU at nearly full recall; it keeps fp16 rows too.
 
-    With --shard-rows VECTORS are files or folders, also .parquet, Arrow IPC and .safetensors, of
-    more than memory holds. A collection is written: a folder of shards and a manifest.json, which
-    the other commands take as they take an index. Killed or interrupted, the same command goes on.
+    VECTORS are files or folders: .npy, .npz, .fbin, .fvecs and the like, .safetensors, .parquet and
+    Arrow IPC.
+
+    With --shard-rows they may be more than memory holds. A collection is written: a folder of
+    shards and a manifest.json, which the other commands take as they take an index. Killed or
+    interrupted, the same command goes on.
 
     With --ray shards are built by tasks of a Ray cluster, whose nodes see the same VECTORS and
     folder, or write to the same URL, and have this release installed. Needs the extra `ray`; a URL
@@ -195,19 +198,20 @@ def build(
     \b
     Example:
       hnsw-gpu build vectors.npy -o docs.hnsw --dtype int4
+      hnsw-gpu build table.parquet -o docs.hnsw --id-column id
       hnsw-gpu build embeddings/ -o docs.collection --shard-rows 1000000 --id-column id
       hnsw-gpu build embeddings/ -o s3://bucket/docs --shard-rows 1000000 --ray 10.0.0.1:6379
     """
     started = time.perf_counter()
     if shard_rows is None:
         context = click.get_current_context()
-        of_collections = (column, id_column, address, storage_options)
-        if len(paths) > 1 or isinstance(output, str) or any(v is not None for v in of_collections):
-            raise click.UsageError(
-                "several files, --column, --id-column, --ray and a URL need --shard-rows"
-            )
+        if isinstance(output, str) or address is not None or storage_options is not None:
+            raise click.UsageError("--ray and a URL need --shard-rows")
+        if labels is not None and id_column is not None:
+            raise click.UsageError("--labels, --id-column: expected one of the two")
         OUTPUT.convert(output, None, context)
-        _build_index(paths[0], output, labels, threads, how)
+        how |= {"column": column or "embedding", "id_column": id_column, "threads": threads}
+        _build_index(paths, output, labels, how)
         return
     if labels is not None:
         raise click.UsageError("--labels is of one index: a collection takes --id-column")
@@ -248,16 +252,14 @@ def _runner(
 
 
 def _build_index(
-    vectors: Path, output: Path, labels: Path | None, threads: int | None, how: dict[str, Any]
+    paths: tuple[Path, ...], output: Path, labels: Path | None, how: dict[str, Any]
 ) -> None:
-    from hnsw_gpu.files import read_vectors
+    from hnsw_gpu.collection import build_index
 
-    check_output(output, vectors, labels)
-    rows = read_vectors(vectors)
-    numbers = None if labels is None else _read_labels(labels)
-    index = hnsw_gpu.Index(rows.shape[1], **how)
+    check_output(output, *paths, labels)
+    given = None if labels is None else _read_labels(labels)
     started = time.perf_counter()
-    index.add(rows, numbers, threads=threads, progress=is_watched())
+    index = build_index(paths, labels=given, progress=is_watched(), **how)
     seconds = time.perf_counter() - started
     with doing(f"saving {output}"):
         index.save(output)

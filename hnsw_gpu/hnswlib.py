@@ -24,6 +24,7 @@ from hnsw_gpu import index
 from hnsw_gpu.conversion import index_of
 from hnsw_gpu.exhaustive import exact_search
 from hnsw_gpu.files import CorruptIndexError, atomic_file
+from hnsw_gpu.inputs import LARGEST_LABEL
 from hnsw_gpu.peers import read_hnswlib
 
 __all__ = ["BFIndex", "Index"]
@@ -75,7 +76,10 @@ class _Elements:
         """int64 (count,)."""
         if ids is None:
             return self._next_label + np.arange(count)
-        labels = np.asarray(ids).astype(np.int64)
+        given = np.asarray(ids)
+        if given.dtype == np.uint64 and given.size and given.max() > LARGEST_LABEL:
+            raise ValueError(f"label {given.max()}: expected at most 2^63 - 1")
+        labels = given.astype(np.int64)
         if labels.ndim == 0 and count == 1:
             labels = labels[None]
         if labels.ndim != 1 or len(labels) != count:

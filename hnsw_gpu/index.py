@@ -390,6 +390,8 @@ class Index(StateSearching):
         smaller of the two are inserted into the larger, with the links that they have. What was
         deleted in either cannot come back. KeyboardInterrupt leaves the index as it was.
         """
+        if not isinstance(other, Index):
+            raise TypeError(f"other: {type(other).__name__}, expected an Index")
         kinds = [
             (index.dim, index.metric, index.dtype, index.refine, index.M) for index in (self, other)
         ]

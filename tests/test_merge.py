@@ -128,6 +128,8 @@ def test_what_does_not_fit_is_refused():
     assert len(index) == 700
     with pytest.raises(ValueError, match="is in both"):
         index.merge(index)
+    with pytest.raises(TypeError, match="other: NoneType, expected an Index"):
+        index.merge(None)
     for how in ({"metric": "ip"}, {"dtype": "int8"}):
         with pytest.raises(ValueError, match="merge: dim, metric, dtype, refine and M are"):
             index.merge(built(ROWS[:3], [10000, 10001, 10002], **how))

@@ -1,6 +1,6 @@
 """Collections: a folder of shards and a manifest, searched as one index."""
 
-from hnsw_gpu.collection.building import build_collection, interrupted_state
+from hnsw_gpu.collection.building import build_collection, build_index, interrupted_state
 from hnsw_gpu.collection.collection import (
     Collection,
     load_collection,
@@ -18,6 +18,7 @@ __all__ = [
     "ShardEntry",
     "Sharded",
     "build_collection",
+    "build_index",
     "interrupted_state",
     "is_collection",
     "load",

@@ -1,4 +1,4 @@
-"""A collection from files of vectors, which may be more than memory holds; resumable.
+"""An index from files of vectors, and a collection from more than memory holds, which is resumable.
 
 Rows are cut in shards of equal length; to build and save one is a step, done here one after the
 other or wherever a runner does it (`files/step_runner.py`). A saved shard is whole, and is its own
@@ -60,6 +60,31 @@ class Plan(NamedTuple):
     id_column: str | None
     how: dict[str, Any]  # parameters of an Index
     threads: int | None
+
+
+def build_index(
+    paths: Sequence[Path],
+    *,
+    column: str = "embedding",
+    id_column: str | None = None,
+    labels: np.ndarray | None = None,
+    threads: int | None = None,
+    progress: bool = False,
+    **how: Any,
+) -> Index:
+    """One index of all rows of files; the arguments are those of `build_collection`.
+
+    labels: in place of a column's.
+    """
+    sources = open_sources(paths, column=column)
+    index = Index(sources.dim, **how)
+    if labels is None:
+        labels = ids_of(sources, id_column, 0, len(sources))
+    rows = sources.mapped()  # `add` reads it in parts
+    if rows is None:
+        rows = _rows(sources, 0, len(sources), index)
+    index.add(rows, labels, threads=threads, progress=progress)
+    return index
 
 
 def build_collection(

@@ -34,7 +34,7 @@ class ArrayFile:
 
     def __init__(self, path: Path, column: str, *, stays_open: bool) -> None:
         self.path, self._column = path, column
-        array = self._opened()
+        array = self.array()
         self.rows, self.dim = array.shape
         first = np.asarray(array[:0])
         self._dtype = (
@@ -45,7 +45,8 @@ class ArrayFile:
         is_read_whole = isinstance(array, np.ndarray) and not isinstance(array, np.memmap)
         self._array = array if stays_open or is_read_whole else None
 
-    def _opened(self) -> Any:
+    def array(self) -> Any:
+        """What is sliced like an array (rows, dim): of most files one that is mapped."""
         if self.path.suffix.lower() == ".safetensors":
             return _tensor(self.path, self._column)
         return vector_files.read_vectors(self.path)
@@ -61,7 +62,7 @@ class ArrayFile:
     def blocks(
         self, start: int, stop: int, count: int, on_invalid: str = "raise"
     ) -> Iterator[np.ndarray]:
-        array = self._opened() if self._array is None else self._array
+        array = self.array() if self._array is None else self._array
         for first in range(start, stop, count):
             yield np.asarray(array[first : min(first + count, stop)])
 
@@ -246,6 +247,12 @@ class Sources:
                     for part, field in zip(columns, whole, strict=True)
                 ]
                 yield pyarrow.RecordBatch.from_arrays(columns, schema=whole)
+
+    def mapped(self) -> np.ndarray | None:
+        """All rows (n, dim) as they lie in a file, if they are one array of one file."""
+        first = self.files[0]
+        array = first.array() if len(self.files) == 1 and isinstance(first, ArrayFile) else None
+        return array if isinstance(array, np.ndarray) else None
 
     def where(self, row: int) -> str:
         """The file and the row in it, for people."""

@@ -122,8 +122,9 @@ def _check(peer: PeerGraph) -> None:
         raise ValueError(f"levels {peer.levels.min()} to {peer.levels.max()}, and top layer {top}")
     if peer.levels[peer.entry_point] != top:
         raise ValueError(f"entry point {peer.entry_point} is not on the top layer, {top}")
-    if (peer.labels[~peer.is_deleted] < 0).any():
-        raise ValueError("labels beyond int64")
+    live = peer.labels[~peer.is_deleted]
+    if live.min(initial=0) < 0:
+        raise ValueError(f"label {live.min()}, expected 0 or more")
     ordered = np.sort(peer.labels[peer.labels >= 0])
     repeated = ordered[1:][ordered[1:] == ordered[:-1]]
     if len(repeated):

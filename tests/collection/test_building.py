@@ -349,11 +349,32 @@ def test_an_input_that_changes_meanwhile(tmp_path, paths, monkeypatch):
     assert not (tmp_path / "out" / MANIFEST).exists()
 
 
+def test_one_index_of_any_files(paths, tmp_path):
+    """As `Index.add` makes it, of the same rows and labels."""
+    how = ("--M", 8, "--ef-construction", 40)
+    run(*paths, "-o", tmp_path / "all.hnsw", "--column", "vec", "--id-column", "id", *how)
+    expected = hnsw_gpu.Index(10, M=8, ef_construction=40)
+    expected.add(ROWS, IDS)
+    expected.save(tmp_path / "expected.hnsw")
+    built = (tmp_path / "all.hnsw").read_bytes()
+    assert built == (tmp_path / "expected.hnsw").read_bytes()
+    np.save(tmp_path / "a.npy", ROWS)
+    run(tmp_path / "a.npy", "-o", tmp_path / "one.hnsw", *how)
+    one = hnsw_gpu.load(tmp_path / "one.hnsw")
+    assert one.labels.tolist() == list(range(len(ROWS)))
+    said = run(tmp_path / "a.npy", "-o", tmp_path / "x.hnsw", "--id-column", "id", code=1)
+    assert "a.npy: no column 'id' beside the vectors: none" in said
+    assert not (tmp_path / "x.hnsw").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["a.npy", "b.npy", "-o", "c.hnsw"], "need --shard-rows"),
-        (["a.npy", "-o", "c.hnsw", "--id-column", "id"], "need --shard-rows"),
+        (["a.npy", "-o", "c.hnsw", "--ray", "local"], "--ray and a URL need --shard-rows"),
+        (
+            ["a.npy", "-o", "c.hnsw", "--id-column", "id", "--labels", "a.npy"],
+            "--labels, --id-column: expected one of the two",
+        ),
         (["a.npy", "-o", "c", "--shard-rows", "9", "--labels", "a.npy"], "takes --id-column"),
         (["a.npy", "-o", "c", "--shard-rows", "0"], "0 is not in the range"),
         (["a.npy", "-o", "."], "is a directory"),

@@ -288,7 +288,7 @@ def test_the_command_line(bucket, options, path, tmp_path):
     told = run("check", f"{bucket}/none", *how, code=1)
     assert "No such file" in told and SECRET not in told
     assert "expected a JSON object" in run("check", url, "--storage-options", "[1]", code=2)
-    assert "a URL need --shard-rows" in run("build", path, "-o", url, code=2)
+    assert "--ray and a URL need --shard-rows" in run("build", path, "-o", url, code=2)
 
 
 def test_a_file_system_that_has_folders(path, tmp_path, monkeypatch):

@@ -104,6 +104,14 @@ def faiss_index(metric, wrapped):
     return made
 
 
+def test_labels_that_are_negative_are_refused():
+    faiss = peer("faiss")
+    made = faiss.IndexIDMap(faiss.IndexHNSWFlat(DIM, M))
+    made.add_with_ids(ROWS[:3], np.array([4, -5, 6]))
+    with pytest.raises(ValueError, match="label -5, expected 0 or more"):
+        hnsw_gpu.from_faiss(made)
+
+
 def ask(index):
     faiss = peer("faiss")
     return index.search(QUERIES, K, params=faiss.SearchParametersHNSW(efSearch=EF))

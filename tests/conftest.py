@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 from typing import Any
 
 import pytest
@@ -14,6 +15,12 @@ LONG = ("tests/test_docs.py", "tests/test_packaging.py")
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
 )
+
+
+def pytest_configure() -> None:
+    """Under `nohup`, or in the background of a script, Ctrl-C is ignored: not in tests of it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(optionalhook=True)  # there may be no xdist

@@ -70,10 +70,23 @@ ray.shutdown()
 """
 
 
-def started(code, *arguments, **how):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, **how)
+@pytest.fixture
+def started():
+    """What starts a program, which does not outlive the test."""
+    programs = []
+
+    def start(code, *arguments, **how):
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-c", code, *map(str, arguments)]
+        programs.append(
+            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, **how)
+        )
+        return programs[-1]
+
+    yield start
+    for program in programs:
+        program.kill()
+        program.communicate()
 
 
 def is_alive(pid):
@@ -83,7 +96,7 @@ def is_alive(pid):
 
 
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGKILL])
-def test_a_program_that_ends_leaves_nothing(tmp_path, sign):
+def test_a_program_that_ends_leaves_nothing(started, tmp_path, sign):
     """Neither actors nor the Ray that it started."""
     make(tmp_path / "c", ROWS, shards=2)
     program = started(FOREVER, tmp_path / "c", stderr=subprocess.DEVNULL)
@@ -111,7 +124,7 @@ def stat_of(place):
     return ""
 
 
-def test_the_driver_holds_nothing_of_the_size_of_the_data(tmp_path):
+def test_the_driver_holds_nothing_of_the_size_of_the_data(started, tmp_path):
     """Ten times as many rows of other labels: the same memory, but for the shards' answers."""
     for shards, count in ((1, 10_000), (2, 50_000)):
         rows = np.random.default_rng(1).normal(size=(count, 4)).astype(np.float32)
@@ -134,7 +147,7 @@ def test_the_driver_holds_nothing_of_the_size_of_the_data(tmp_path):
     assert more < less + 2.5 * 2 * answers
 
 
-def test_the_command(tmp_path):
+def test_the_command(started, tmp_path):
     """`hnsw-gpu serve --ray local`: searches, and ends with all that it started."""
     for extra in ("starlette", "uvicorn", "prometheus_client"):
         pytest.importorskip(extra, reason="needs the extra `serve`")
@@ -199,7 +212,7 @@ def test_a_node_that_is_lost(tmp_path):
         nodes.shutdown()
 
 
-def test_the_deployment_of_the_manual(tmp_path):
+def test_the_deployment_of_the_manual(started, tmp_path):
     """Fifteen lines, asked over HTTP, in a program of their own."""
     pytest.importorskip("ray.serve", reason="needs ray[serve]")
     make(tmp_path / "docs.collection", ROWS, shards=2)

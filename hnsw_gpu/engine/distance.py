@@ -29,6 +29,7 @@ F32, I8, I16, I32, I64 = (
 )
 CACHE_LINE = 64
 COMPILED = {"_nrt": False, **INNER}
+CODES_AT_ONCE = 32  # bytes of a row, whose length is a multiple
 TAIL_BYTES = 12  # end of a row of codes: float32 scale, float32 norm, int32 sum of codes
 PREFETCH_LINES = 16  # of one row; the hardware prefetcher follows a longer one by itself
 
@@ -401,6 +402,46 @@ def _distance_of_dtype(metric, queries, q, rows, i):
     return float_distance
 
 
+@intrinsic
+def _write_codes(typingctx, rows, i, queries, q):
+    """Write the bytes of row `i` as a query's: of int8 the codes and 128; of int4 2 c - 15 of the
+    codes c, those in low bits before those in high ones."""
+
+    def codegen(context, builder, signature, arguments):
+        row, row_bytes = row_pointer(context, builder, rows, *arguments[:2])
+        query, _ = row_pointer(context, builder, queries, *arguments[2:])
+        block = ir.VectorType(I8, CODES_AT_ONCE)
+
+        def every(number):
+            return ir.Constant(block, [I8(number)] * block.count)
+
+        def write(codes, offset):
+            address = builder.bitcast(builder.gep(query, [offset]), block.as_pointer())
+            builder.store(codes, address, align=1)
+
+        def odd(codes):
+            return builder.sub(builder.shl(codes, every(1)), every(15))
+
+        step = I64(block.count)
+        with cgutils.for_range_slice(builder, I64(0), row_bytes, step, I64) as (offset, _):
+            codes = _load(builder, row, offset, I8, block.count)
+            if rows.dtype == types.int8:
+                write(builder.xor(codes, every(-128)), offset)
+            else:
+                write(odd(builder.and_(codes, every(15))), offset)
+                write(odd(builder.lshr(codes, every(4))), builder.add(row_bytes, offset))
+        return context.get_dummy_value()
+
+    return types.void(rows, types.int64, queries, types.int64), codegen
+
+
+@jit(is_inlined=True)
+def _write_zeros(queries, q, start, end):
+    """From byte `start` to `end`, a multiple of four further on."""
+    for offset in range(start, end, 4):
+        _store_int(queries, q, offset, np.int32(0))
+
+
 @jit(is_inner=True)
 def as_query(rows, i, queries, q):
     """Write encoded row `i` as encoded query `q`."""
@@ -416,14 +457,11 @@ def _as_query_of_dtype(rows, i, queries, q):
     if rows.dtype == types.int8:
 
         def int8_as_query(rows, i, queries, q):
-            codes = rows.shape[1] - TAIL_BYTES
-            for j in range(codes):
-                queries[q, j] = np.uint8(rows[i, j]) ^ np.uint8(128)
-            tail = queries.shape[1] - TAIL_BYTES
-            for j in range(codes, tail):  # what meets the row's tail counts nothing
-                queries[q, j] = 0
-            for j in range(TAIL_BYTES):
-                queries[q, tail + j] = np.uint8(rows[i, codes + j])
+            codes, tail = rows.shape[1] - TAIL_BYTES, queries.shape[1] - TAIL_BYTES
+            _write_codes(rows, i, queries, q)
+            _write_zeros(queries, q, codes, tail)  # what meets the row's tail counts nothing
+            for offset in range(0, TAIL_BYTES, 4):
+                _store_int(queries, q, tail + offset, _int_at(rows, i, codes + offset))
 
         return int8_as_query
 
@@ -431,15 +469,9 @@ def _as_query_of_dtype(rows, i, queries, q):
 
         def int4_as_query(rows, i, queries, q):
             end, query_end = rows.shape[1], queries.shape[1]
-            codes = end - TAIL_BYTES
-            for j in range(codes):  # what meets no code of a row meets a zero
-                queries[q, j] = 2 * np.int64(rows[i, j] & 15) - 15
-                queries[q, end + j] = 2 * np.int64(rows[i, j] >> 4) - 15
-            for j in range(TAIL_BYTES):
-                queries[q, codes + j] = 0
-                queries[q, end + codes + j] = 0
-            for j in range(2 * end, query_end - TAIL_BYTES):
-                queries[q, j] = 0
+            _write_codes(rows, i, queries, q)
+            _write_zeros(queries, q, end - TAIL_BYTES, end)  # what meets no code meets a zero
+            _write_zeros(queries, q, 2 * end - TAIL_BYTES, query_end - TAIL_BYTES)
             _store_float(queries, q, query_end - 12, _float_at(rows, i, end - 12))
             _store_float(queries, q, query_end - 8, _float_at(rows, i, end - 8))
             _store_int(queries, q, query_end - 4, np.int32(15) * _int_at(rows, i, end - 4))

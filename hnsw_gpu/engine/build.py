@@ -29,7 +29,7 @@ from typing import NamedTuple
 import numpy as np
 
 from hnsw_gpu.engine.alignment import empty_aligned, taken_aligned
-from hnsw_gpu.engine.beam import insert, size
+from hnsw_gpu.engine.beam import TOGETHER, insert, insert_some, size
 from hnsw_gpu.engine.compiled import jit
 from hnsw_gpu.engine.distance import IP, as_query, distance
 from hnsw_gpu.engine.exact import rerank
@@ -46,6 +46,7 @@ RELAXED = np.float32(1.05)  # what is nearer to a kept neighbour than this share
 RELAXED_OWN = np.float32(1.2)  # to the point is rejected; the same for the point's own links
 NEAR_COPY = np.float32(4)  # times nearer to a kept neighbour than to the point
 BITS_OF_DISTANCE = np.uint64(0xFFFFFFFF00000000)
+SELECTED = np.uint64(1)  # in a candidate's key: the node's links were selected with this one
 NOBODY = np.iinfo(np.int32).max  # in `nodes`, where a layer has room: behind every id
 
 
@@ -55,6 +56,9 @@ class GrowingGraph(NamedTuple):
     graph: Graph
     rows: np.ndarray  # (n, row) encoded
     metric: int
+    # int16 (n,): so many first links on layer 0 were selected among each other for the node. When
+    # they are selected among again, none of them can reject another.
+    selected: np.ndarray
 
 
 class Selection(NamedTuple):
@@ -64,6 +68,7 @@ class Selection(NamedTuple):
     kept_keys: np.ndarray  # (M0,) uint64
     own: np.ndarray  # (1, ...) the target as query
     candidates: np.ndarray  # (1, M0 + sources of a target) uint64
+    unsorted: np.ndarray  # (M0 + sources of a target + TOGETHER,) uint64, of the candidates
     rejected: np.ndarray  # (M0,) uint64, the nearest that may fill free slots
 
 
@@ -116,7 +121,7 @@ def insert_nodes(graph, room, rows, levels, metric, *, ef_construction, threads,
     if rewritten is not None:
         rewritten.neighbors0.append(np.arange(start, stop))
         rewritten.neighbors.append(own_rows)
-    growth = GrowingGraph(room, engine_view(rows), METRICS[metric])
+    growth = GrowingGraph(room, engine_view(rows), METRICS[metric], np.zeros(stop, np.int16))
     while start < stop:
         end = min(stop, start + max(1, min(start // BATCH_DIVISOR, BATCH)))
         batch_levels = levels[: end - start]
@@ -288,7 +293,8 @@ def give_links(graph, rows, metric, links, first, *, threads):
     keys = np.where(links < 0, KEY_NONE, links.astype(np.uint64) << np.uint64(1))
     keys = rerank(keys, rows, own, metric, k=links.shape[1], threads=threads)
     targets = np.where(keys == KEY_NONE, -1, nodes[:, None])
-    growth = GrowingGraph(graph, engine_view(rows), METRICS[metric])
+    none = np.zeros(len(graph.neighbors0), np.int16)
+    growth = GrowingGraph(graph, engine_view(rows), METRICS[metric], none)
     _give_links(growth, targets.ravel(), keys.ravel(), threads)
 
 
@@ -300,6 +306,7 @@ def _new_selection(growth, most_sources):
         kept_keys=np.empty(M0, np.uint64),
         own=queries[M0:],
         candidates=np.empty((1, M0 + most_sources), np.uint64),
+        unsorted=np.empty(M0 + most_sources + TOGETHER, np.uint64),
         rejected=np.empty(M0, np.uint64),
     )
 
@@ -348,7 +355,9 @@ def _link_points(growth, task, selection, first, start, stop, targets, sources):
             candidates = size(task.keys, row)
             limit = graph.neighbors.shape[1] if layer else targets.shape[1]
             factor = _factor(growth, layer, RELAXED_OWN)
-            count = _select(growth, layer, task.keys, row, candidates, limit, factor, selection)
+            count = _select(
+                growth, layer, task.keys, row, candidates, limit, factor, np.uint64(0), selection
+            )
             layer_start = graph.layer_offsets[layer - 1] if layer else np.int64(0)
             first_target = graph.neighbors0.shape[0] + layer_start if layer else np.int64(0)
             for j in range(count):
@@ -384,11 +393,12 @@ def _factor(growth, layer, relaxed):
 
 
 @jit(is_inner=True)
-def _select(growth, layer, keys, row, candidates, limit, factor, selection):
+def _select(growth, layer, keys, row, candidates, limit, factor, mark, selection):
     """Algorithm 4, strict but for the factor: writes the kept keys, nearest first; how many.
 
     The candidates are keys[row, :candidates], ascending by distance to the point; at most `limit`
-    are kept. `rejected` gets the nearest others that are no near copies, then KEY_NONE.
+    are kept. None that has the bit `mark` rejects another that has it. `rejected` gets the nearest
+    others that are no near copies, then KEY_NONE.
     """
     count, rejected = np.int64(0), np.int64(0)
     for i in range(candidates):
@@ -396,6 +406,8 @@ def _select(growth, layer, keys, row, candidates, limit, factor, selection):
         node = _node(growth.graph, layer, key_node(key))
         is_kept = True
         for j in range(count):
+            if key & selection.kept_keys[j] & mark:
+                continue
             between = distance(growth.metric, selection.kept, j, growth.rows, node)
             if make_key(factor * between, np.int64(0)) <= key & BITS_OF_DISTANCE:
                 is_kept = False
@@ -444,7 +456,7 @@ def _relink_targets(growth, selection, targets, sources, group_start):
 @jit(is_inlined=True)
 def _relink(growth, layer, neighbors, row, sources, selection):
     """Give one target its new links: append them, or select among old and new."""
-    graph, candidates = growth.graph, selection.candidates
+    graph, candidates, unsorted = growth.graph, selection.candidates, selection.unsorted
     width = neighbors.shape[1]
     count = 0
     while count < width and neighbors[row, count] >= 0:
@@ -452,22 +464,31 @@ def _relink(growth, layer, neighbors, row, sources, selection):
     new = 0
     for i in range(len(sources)):
         if not _has(neighbors, row, count, key_node(sources[i])):
-            candidates[0, new] = sources[i]
+            unsorted[new] = sources[i]
             new += 1
     if count + new <= width:
         for i in range(new):
-            neighbors[row, count + i] = key_node(candidates[0, i])
+            neighbors[row, count + i] = key_node(unsorted[i])
         return
     number = row - graph.layer_offsets[layer - 1] if layer else row
     as_query(growth.rows, _node(graph, layer, number), selection.own, np.int64(0))
-    candidates[0, new : new + count] = KEY_NONE
+    selected = np.int64(0) if layer else np.int64(growth.selected[row])  # nearest first
     for j in range(count):
         link = np.int64(neighbors[row, j])
         node = _node(graph, layer, link)
         key = make_key(distance(growth.metric, selection.own, np.int64(0), growth.rows, node), link)
-        insert(candidates, np.int64(0), new + count, key)
+        if j < selected:
+            candidates[0, j] = key | SELECTED
+        else:
+            unsorted[new + j - selected] = key
+    candidates[0, selected : new + count] = KEY_NONE
+    insert_some(candidates, np.int64(0), new + count, unsorted, new + count - selected)
     factor = _factor(growth, layer, RELAXED)
-    count = _select(growth, layer, candidates, np.int64(0), new + count, width, factor, selection)
+    count = _select(
+        growth, layer, candidates, np.int64(0), new + count, width, factor, SELECTED, selection
+    )
+    if layer == 0:
+        growth.selected[row] = count
     if factor != 1:
         count = _fill(selection, count, width)
     for j in range(width):

@@ -9,9 +9,9 @@ least 1 and at most BATCH. For a batch:
    point of a new cluster gets its links to the world outside, as if it had been inserted alone.
    The `ef_construction` smallest keys are the candidates; `_select` keeps at most M of them,
    nearest first, as the point's own links, on layer 0 half as many again.
-2. The reverse links (target, source) are grouped by target, ordered by (distance, source).
-3. Every target takes its new links: appended where they fit, else selected again, at most M (M0 on
-   layer 0), among old and new.
+2. The reverse links (target, source) are grouped by target.
+3. Every target takes its new links: appended by (distance, source) where they fit, else selected
+   again, at most M (M0 on layer 0), among old and new.
 
 Each row is written by one iteration of one loop, so the threads need no locks and leave no trace.
 Selection is algorithm 4 of Malkov & Yashunin in its strict form: a candidate is kept only if it is
@@ -312,9 +312,12 @@ def _new_selection(growth, most_sources):
 
 
 def _group(targets, sources):
-    """The pairs that exist, by (target, source key), and where each target's begin and end."""
+    """The pairs that exist, by target, in no order of a target's; where each target's begin and end.
+
+    (To order those too, with `lexsort`, takes thirteen times as long.)
+    """
     pairs = np.flatnonzero(targets >= 0)
-    order = pairs[np.lexsort((sources[pairs], targets[pairs]))]
+    order = pairs[np.argsort(targets[pairs])]
     targets, sources = targets[order], sources[order]
     changes = np.flatnonzero(targets[1:] != targets[:-1]) + 1
     ends = [len(targets)] if len(targets) else []
@@ -467,8 +470,10 @@ def _relink(growth, layer, neighbors, row, sources, selection):
             unsorted[new] = sources[i]
             new += 1
     if count + new <= width:
+        candidates[0, :new] = KEY_NONE
+        insert_some(candidates, np.int64(0), np.int64(new), unsorted, np.int64(new))
         for i in range(new):
-            neighbors[row, count + i] = key_node(unsorted[i])
+            neighbors[row, count + i] = key_node(candidates[0, i])
         return
     number = row - graph.layer_offsets[layer - 1] if layer else row
     as_query(growth.rows, _node(graph, layer, number), selection.own, np.int64(0))

@@ -312,9 +312,9 @@ def _new_selection(growth, most_sources):
 
 
 def _group(targets, sources):
-    """The pairs that exist, by target, in no order of a target's; where each target's begin and end.
+    """The pairs that exist, by target, and where each target's begin and end.
 
-    (To order those too, with `lexsort`, takes thirteen times as long.)
+    A target's are in no order: to order them too, with `lexsort`, takes thirteen times as long.
     """
     pairs = np.flatnonzero(targets >= 0)
     order = pairs[np.argsort(targets[pairs])]

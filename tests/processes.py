@@ -1,9 +1,10 @@
-"""What tests ask of /proc: the processes there are, and the most memory that a command takes."""
+"""What tests ask of other processes: which there are, how much memory one takes, and patience."""
 
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 WATCHED = """
@@ -48,3 +49,11 @@ def processes() -> Iterator[tuple[int, int, str]]:
             state, parent = stat.rpartition(")")[2].split()[:2]
             if state != "Z":
                 yield int(place.name), int(parent), name
+
+
+def wait(is_true: Callable[[], object], seconds: float = 90.0) -> None:
+    """Until something is true, which must not take longer than that."""
+    until = time.monotonic() + seconds
+    while not is_true():
+        assert time.monotonic() < until
+        time.sleep(0.02)

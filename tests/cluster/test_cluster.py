@@ -5,10 +5,7 @@ import os
 import pickle
 import re
 import signal
-import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +15,12 @@ import pytest
 pyarrow = pytest.importorskip("pyarrow", reason="needs the extra `io`")
 ray = pytest.importorskip("ray", reason="needs the extra `ray`")
 
+from callers import same, sixteen_callers
 from collections_of import make, manifest_of
-from processes import processes
+from processes import processes, wait
 
 import hnsw_gpu
-from hnsw_gpu import CorruptIndexError, PartialResult, SearchResult, ShardLostError
+from hnsw_gpu import CorruptIndexError, PartialResult, ShardLostError
 from hnsw_gpu.cluster.answered_batches import _lists_of
 from hnsw_gpu.collection.manifest import entry_of, write_manifest
 from hnsw_gpu.files import folders
@@ -71,13 +69,6 @@ def actors() -> set[int]:
     return {pid for pid, parent, name in processes() if parent in raylets and "ShardActor" in name}
 
 
-def wait(is_true, seconds=60.0):
-    until = time.monotonic() + seconds
-    while not is_true():
-        assert time.monotonic() < until
-        time.sleep(0.05)
-
-
 def replicas(cluster):
     return [replica for shard in cluster.status()["shards"] for replica in shard["replicas"]]
 
@@ -91,13 +82,6 @@ def end_for_good(cluster, shard):
 
 def all_live(cluster):
     return all(replica["state"] == "live" for replica in replicas(cluster))
-
-
-def same(found, expected):
-    return all(
-        (mine.dtype, mine.shape, mine.tobytes()) == (its.dtype, its.shape, its.tobytes())
-        for mine, its in zip(found, expected, strict=True)
-    )
 
 
 def everything_asked(index):
@@ -188,38 +172,11 @@ def test_answers_of_two_replicas_from_threads_tasks_and_processes(folder, pair):
     assert all_live(pair)
 
 
-@contextmanager
-def sixteen_callers(cluster, k):
-    """They ask one query after the other until the block ends; what went wrong, and how many."""
-    expected = [SearchResult(*(a[None] for a in row)) for row in zip(*k[1], strict=True)]
-    failed, differing, asked, is_over = [], [], [0] * 16, threading.Event()
-
-    def ask(caller):
-        while not is_over.is_set():
-            q = (asked[caller] * 16 + caller) % len(QUERIES)
-            try:
-                if not same(cluster.search(QUERIES[q], k[0]), expected[q]):
-                    differing.append(q)
-            except Exception as error:
-                failed.append(error)
-            asked[caller] += 1
-
-    callers = [threading.Thread(target=ask, args=(caller,)) for caller in range(16)]
-    for caller in callers:
-        caller.start()
-    try:
-        yield failed, differing, asked
-    finally:
-        is_over.set()
-        for caller in callers:
-            caller.join()
-
-
 def test_nobody_notices_that_actors_are_killed(folder, pair):
     """One of a shard, one of another, then all of one shard: by SIGKILL, under 16 callers."""
     whole = hnsw_gpu.load(folder / "2").search(QUERIES, 5)
     wait(lambda: all_live(pair))
-    with sixteen_callers(pair, (5, whole)) as (failed, differing, asked):
+    with sixteen_callers(pair, QUERIES, whole) as (failed, differing, asked):
         for victims in ([(0, 0)], [(1, 1)], [(0, 0), (0, 1)]):
             wait(lambda: all_live(pair))
             before = min(asked)

@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,9 @@ pytestmark = pytest.mark.slow
 
 pytest.importorskip("ray", reason="needs the extra `ray`")
 
+from callers import sixteen_callers
 from collections_of import make, manifest_of
+from processes import wait
 
 import hnsw_gpu
 from hnsw_gpu.collection.manifest import entry_of, write_manifest
@@ -112,10 +113,7 @@ def test_a_program_that_ends_leaves_nothing(started, tmp_path, sign):
     program.communicate(timeout=60)
     if sign == signal.SIGINT:
         assert program.returncode == 130
-    until = time.monotonic() + 60
-    while any(map(is_alive, [*pids, *own])):
-        assert time.monotonic() < until
-        time.sleep(0.05)
+    wait(lambda: not any(map(is_alive, [*pids, *own])))
 
 
 def stat_of(place):
@@ -181,7 +179,7 @@ def test_the_command(started, tmp_path):
 
 
 def test_a_node_that_is_lost(tmp_path):
-    """Its actors are made on another one; with two replicas nobody notices but by the time."""
+    """Under 16 callers: its actors are made on another one, and nobody notices but by the time."""
     from ray.cluster_utils import Cluster as Nodes
 
     make(tmp_path / "c", ROWS, shards=2)
@@ -198,18 +196,19 @@ def test_a_node_that_is_lost(tmp_path):
                 for replica in shard["replicas"]
             ]
             assert 0 < parents.count(raylet) < 4
-            os.kill(raylet, signal.SIGKILL)
-            until = time.monotonic() + 60
-            while True:
-                found = cluster.search(ROWS[:50], 5)
-                assert (found.labels == expected.labels).all()
-                assert (found.distances == expected.distances).all()
-                states = [r["state"] for s in cluster.status()["shards"] for r in s["replicas"]]
-                if states == ["live"] * 4 and not is_alive(raylet):
-                    break
-                assert time.monotonic() < until, states
+            with sixteen_callers(cluster, ROWS[:50], expected) as (failed, differing, asked):
+                wait(lambda: min(asked) > 3)
+                os.kill(raylet, signal.SIGKILL)
+                wait(lambda: not is_alive(raylet) and states(cluster) == ["live"] * 4)
+                before = min(asked)
+                wait(lambda: min(asked) > before + 3)
+            assert (failed, differing) == ([], [])
     finally:
         nodes.shutdown()
+
+
+def states(cluster):
+    return [replica["state"] for s in cluster.status()["shards"] for replica in s["replicas"]]
 
 
 def test_the_deployment_of_the_manual(started, tmp_path):

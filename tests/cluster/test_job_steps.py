@@ -19,7 +19,7 @@ ray = pytest.importorskip("ray", reason="needs the extra `ray`")
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
 
-from processes import processes
+from processes import processes, wait
 
 import hnsw_gpu
 from hnsw_gpu import cli
@@ -90,13 +90,6 @@ def of_ray(driver):
             if b"OF_A_DRIVER=%d" % driver in Path(f"/proc/{pid}/environ").read_bytes():
                 found.append(name)
     return [name for name in found if re.search("raylet|gcs_server|ray::_|ray::IDLE", name)]
-
-
-def wait(is_true, seconds=90.0):
-    until = time.monotonic() + seconds
-    while not is_true():
-        assert time.monotonic() < until
-        time.sleep(0.02)
 
 
 class Until:
@@ -290,7 +283,7 @@ def ended(name, path, out, step, how, code):
     driver.send_signal(how)
     _, told = driver.communicate(timeout=60)
     assert driver.returncode == code, told
-    wait(lambda: not of_ray(driver.pid), 60)
+    wait(lambda: not of_ray(driver.pid))
     return told
 
 

@@ -392,6 +392,27 @@ def test_other_processes_take_an_index(method) -> None:
     oracle.assert_same(found, index.search(QUERIES, 5))
 
 
+def asked_and_changed(index: Index) -> tuple[SearchResult, int]:
+    found = index.search(QUERIES, 5)
+    index.add(QUERIES)
+    index.delete(index.labels[:3])
+    index.compact()
+    return found, len(index)
+
+
+def test_joblib_takes_an_index(tmp_path) -> None:
+    """Which maps arrays of a megabyte from a file, read-only, where others pickle them."""
+    joblib = pytest.importorskip("joblib")
+    rows = np.random.default_rng(0).normal(size=(9000, DIM)).astype(np.float32)
+    index = Index(DIM, "l2", M=4, ef_construction=8)
+    index.add(rows)
+    assert index._state.rows.nbytes > 2**18
+    one = joblib.Parallel(n_jobs=2, max_nbytes=2**18, temp_folder=tmp_path)
+    for found, count in one(joblib.delayed(asked_and_changed)(index) for _ in range(2)):
+        oracle.assert_same(found, index.search(QUERIES, 5))
+        assert count == len(index) + len(QUERIES) - 3
+
+
 def refused(index: Index) -> None:
     index.add(np.full((2, DIM), np.nan))
 

@@ -478,6 +478,7 @@ def _relink(growth, layer, neighbors, row, sources, selection):
     number = row - graph.layer_offsets[layer - 1] if layer else row
     as_query(growth.rows, _node(graph, layer, number), selection.own, np.int64(0))
     selected = np.int64(0) if layer else np.int64(growth.selected[row])  # nearest first
+    # Distances that were kept, 4 bytes a link, would save no time: the rows are read all the same.
     for j in range(count):
         link = np.int64(neighbors[row, j])
         node = _node(graph, layer, link)

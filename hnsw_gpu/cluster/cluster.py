@@ -287,30 +287,51 @@ def _another(path: Path | str, manifest: Manifest, *parts: Any) -> Cluster:
 def _actors(
     ray: Any, folder: Folder, manifest: Manifest, replicas: int, cpus: int, gpus: float
 ) -> Iterator[list[list[Any]]]:
-    """Handles of the actors of each shard, which end with the block."""
+    """Handles of the actors of each shard, which end with the block.
+
+    Each asks for a byte: those that ask for nothing Ray puts anywhere, whatever it is told.
+    """
     ray.method(concurrency_group=LOOK)(ShardActor.facts)  # said here: there, Ray is not imported
     made = ray.remote(
         num_cpus=0,
         num_gpus=gpus,
+        memory=1,
         max_restarts=-1,
         max_task_retries=0,
         max_concurrency=cpus,
         concurrency_groups={LOOK: 1},
-        scheduling_strategy="SPREAD",  # replicas of a shard one after the other: on several nodes
     )(ShardActor)
-    device = "cuda" if gpus else "cpu"
+    device, places = "cuda" if gpus else "cpu", itertools.cycle(_places(ray, gpus))
     handles: list[list[Any]] = []
     try:
         for entry in manifest.shards:
             mine = manifest._replace(shards=(entry,))
             handles.append([])
             for _ in range(replicas):
-                handles[-1].append(made.remote(folder, entry, mine, device, cpus))
+                placed = made.options(scheduling_strategy=next(places))
+                handles[-1].append(placed.remote(folder, entry, mine, device, cpus))
         yield handles
     finally:
         if ray.is_initialized():
             for handle in itertools.chain(*handles):
                 ray.kill(handle)
+
+
+def _places(ray: Any, gpus: float) -> list[Any]:
+    """Where actors go, one after the other, so that replicas of a shard are on several nodes.
+
+    (Ray's own "SPREAD" puts two that follow each other on one node now and then.)
+    """
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    ids = [
+        node["NodeID"]
+        for node in ray.nodes()
+        if node["Alive"]
+        and node["Resources"].get("CPU")
+        and node["Resources"].get("GPU", 0) >= gpus
+    ]
+    return [NodeAffinitySchedulingStrategy(each, soft=True) for each in sorted(ids)] or ["SPREAD"]
 
 
 def _opened(

@@ -56,8 +56,8 @@ class GrowingGraph(NamedTuple):
     graph: Graph
     rows: np.ndarray  # (n, row) encoded
     metric: int
-    # int16 (n,): so many first links on layer 0 were selected among each other for the node. When
-    # they are selected among again, none of them can reject another.
+    # int16 (n,), or (0,) where few nodes are added: so many first links on layer 0 were selected
+    # among each other for the node. When they are selected among again, none can reject another.
     selected: np.ndarray
 
 
@@ -121,7 +121,9 @@ def insert_nodes(graph, room, rows, levels, metric, *, ef_construction, threads,
     if rewritten is not None:
         rewritten.neighbors0.append(np.arange(start, stop))
         rewritten.neighbors.append(own_rows)
-    growth = GrowingGraph(room, engine_view(rows), METRICS[metric], np.zeros(stop, np.int16))
+    has_many = (stop - start) * BATCH_DIVISOR > stop  # else few nodes are linked to twice
+    selected = np.zeros(stop if has_many else 0, np.int16)
+    growth = GrowingGraph(room, engine_view(rows), METRICS[metric], selected)
     while start < stop:
         end = min(stop, start + max(1, min(start // BATCH_DIVISOR, BATCH)))
         batch_levels = levels[: end - start]
@@ -293,8 +295,7 @@ def give_links(graph, rows, metric, links, first, *, threads):
     keys = np.where(links < 0, KEY_NONE, links.astype(np.uint64) << np.uint64(1))
     keys = rerank(keys, rows, own, metric, k=links.shape[1], threads=threads)
     targets = np.where(keys == KEY_NONE, -1, nodes[:, None])
-    none = np.zeros(len(graph.neighbors0), np.int16)
-    growth = GrowingGraph(graph, engine_view(rows), METRICS[metric], none)
+    growth = GrowingGraph(graph, engine_view(rows), METRICS[metric], np.empty(0, np.int16))
     _give_links(growth, targets.ravel(), keys.ravel(), threads)
 
 
@@ -477,7 +478,8 @@ def _relink(growth, layer, neighbors, row, sources, selection):
         return
     number = row - graph.layer_offsets[layer - 1] if layer else row
     as_query(growth.rows, _node(graph, layer, number), selection.own, np.int64(0))
-    selected = np.int64(0) if layer else np.int64(growth.selected[row])  # nearest first
+    is_told = layer == 0 and len(growth.selected) > 0
+    selected = np.int64(growth.selected[row]) if is_told else np.int64(0)  # nearest first
     # Distances that were kept, 4 bytes a link, would save no time: the rows are read all the same.
     for j in range(count):
         link = np.int64(neighbors[row, j])
@@ -493,7 +495,7 @@ def _relink(growth, layer, neighbors, row, sources, selection):
     count = _select(
         growth, layer, candidates, np.int64(0), new + count, width, factor, SELECTED, selection
     )
-    if layer == 0:
+    if is_told:
         growth.selected[row] = count
     if factor != 1:
         count = _fill(selection, count, width)

@@ -526,11 +526,12 @@ def graph_of(layers: list[dict[int, list[int]]], M: int) -> Graph:
     )
 
 
-def repair(graph: Graph, table: KeyTable, ef_construction: int) -> np.ndarray:
+def repair(graph: Graph, table: KeyTable, metric: str, ef_construction: int) -> np.ndarray:
     """`neighbors0` with a way from the entry point to every node, and from every node to it.
 
     A node that cannot be reached, smallest id first, gets a link from the nearest reachable node
-    that a search finds and that has an empty slot; else from the first, breadth first from the
+    that a search finds and that has an empty slot, under ip from the one of those that has the
+    fewest links, the nearest of equals; else from the first, breadth first from the
     nearest reachable one found, that has an empty slot, or at least a spare one: a link that the
     tree of shortest paths does not use (the last such). Where the search finds no reachable node,
     the nearest of all that has either gives it.
@@ -575,6 +576,8 @@ def repair(graph: Graph, table: KeyTable, ef_construction: int) -> np.ndarray:
             continue
         near = [other for other in found_near(node, layers) if other in parents]
         givers = [other for other in near if is_empty(other)]
+        if metric == "ip":
+            givers.sort(key=lambda other: len(links[other]))
         if not near:
             reachable = [other for other in near_of_all(node) if other in parents]
             givers = [other for other in reachable if is_empty(other) or spare(other)]

@@ -9,7 +9,9 @@ Where none that was found has an empty slot, the first that has one gives the li
 from the nearest; only where there is none at all does a link make way, one that no path found by
 the breadth-first search needs. Under inner product, with uneven norms, most nodes are among the
 nearest of none: links to them in the places of links to hubs would cost much of the recall, and in
-empty slots they cost none (`tests/engine/test_inner_product.py`).
+empty slots they cost none. There the hubs are the nearest to all, and every search would meet what
+hangs on them: the one with the fewest links gives the link, of all that are found near
+(`tests/engine/test_inner_product.py`).
 """
 
 from typing import NamedTuple
@@ -18,7 +20,7 @@ import numpy as np
 
 from hnsw_gpu.engine.beam import size
 from hnsw_gpu.engine.compiled import jit
-from hnsw_gpu.engine.distance import distance
+from hnsw_gpu.engine.distance import IP, distance
 from hnsw_gpu.engine.graph import reach
 from hnsw_gpu.engine.keys import KEY_NONE, key_node, make_key
 from hnsw_gpu.engine.search import search_graph
@@ -92,14 +94,17 @@ def _lead_to(layer0, lost, near):
         node = lost[i]
         if parents[node] >= 0:  # a node repaired before leads to it
             continue
-        giver, nearest = np.int64(-1), np.int64(-1)
+        giver, nearest, fewest = np.int64(-1), np.int64(-1), np.int64(0)
         for j in range(size(near.keys, i)):
             candidate = key_node(near.keys[i, j])
             if parents[candidate] >= 0:
                 nearest = candidate if nearest < 0 else nearest
                 if _has_empty_slot(layer0, candidate):
-                    giver = candidate
-                    break
+                    links = _free_slot(layer0, candidate)
+                    if giver < 0 or links < fewest:
+                        giver, fewest = candidate, links
+                    if near.metric != IP:
+                        break
         if nearest < 0:
             for other in range(len(parents)):
                 is_giver[other] = parents[other] >= 0 and _free_slot(layer0, other) >= 0

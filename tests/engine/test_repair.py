@@ -43,7 +43,9 @@ def assert_repairs_alike(
     made: Graph, vectors: np.ndarray, metric: str, dtype: str, ef_construction: int
 ) -> None:
     rows = encode(vectors, metric, dtype)
-    wanted = reference.repair(made, reference.node_table(vectors, metric, dtype), ef_construction)
+    wanted = reference.repair(
+        made, reference.node_table(vectors, metric, dtype), metric, ef_construction
+    )
     missing = len(graph.unreachable(made))
     assert missing
     for threads in (1, 2):

@@ -324,14 +324,12 @@ def _places(ray: Any, gpus: float) -> list[Any]:
     """
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    ids = [
-        node["NodeID"]
-        for node in ray.nodes()
-        if node["Alive"]
-        and node["Resources"].get("CPU")
-        and node["Resources"].get("GPU", 0) >= gpus
-    ]
-    return [NodeAffinitySchedulingStrategy(each, soft=True) for each in sorted(ids)] or ["SPREAD"]
+    def can_hold(node: dict[str, Any]) -> bool:
+        has = node["Resources"]
+        return bool(node["Alive"] and has.get("CPU") and has.get("GPU", 0) >= gpus)
+
+    ids = sorted(node["NodeID"] for node in ray.nodes() if can_hold(node))
+    return [NodeAffinitySchedulingStrategy(each, soft=True) for each in ids] or ["SPREAD"]
 
 
 def _opened(

@@ -255,11 +255,13 @@ def _build_index(
     paths: tuple[Path, ...], output: Path, labels: Path | None, how: dict[str, Any]
 ) -> None:
     from hnsw_gpu.collection import build_index
+    from hnsw_gpu.files import list_files
 
     check_output(output, *paths, labels)
+    listed = list_files(paths, except_for=[output])
     given = None if labels is None else _read_labels(labels)
     started = time.perf_counter()
-    index = build_index(paths, labels=given, progress=is_watched(), **how)
+    index = build_index(listed, labels=given, progress=is_watched(), **how)
     seconds = time.perf_counter() - started
     with doing(f"saving {output}"):
         index.save(output)

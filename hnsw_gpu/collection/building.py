@@ -72,13 +72,10 @@ def build_index(
     progress: bool = False,
     **how: Any,
 ) -> Index:
-    """One index of all rows of files; the arguments are those of `build_collection`.
-
-    labels: in place of a column's.
-    """
+    """One index of all rows of files, as `build_collection` reads them; `labels` or a column's."""
     sources = open_sources(paths, column=column)
     index = Index(sources.dim, **how)
-    if labels is None:
+    if id_column is not None:
         labels = ids_of(sources, id_column, 0, len(sources))
     rows = sources.mapped()  # `add` reads it in parts
     if rows is None:

@@ -315,7 +315,7 @@ def _new_selection(growth, most_sources):
 def _group(targets, sources):
     """The pairs that exist, by target, and where each target's begin and end.
 
-    A target's are in no order: to order them too, with `lexsort`, takes thirteen times as long.
+    A target's are in no order: to order them too, with `lexsort`, takes many times as long.
     """
     pairs = np.flatnonzero(targets >= 0)
     order = pairs[np.argsort(targets[pairs])]

@@ -157,8 +157,6 @@ class Sources:
 
         The type is what Arrow unifies those of the files to, without dictionaries.
         """
-        import pyarrow
-
         kind, parts, row = self.column_type(name), [], start
         for file, begin, end in self._spans(start, len(self) if stop is None else stop):
             for part in file.column(name, begin, end, BATCH_ROWS):
@@ -167,6 +165,8 @@ class Sources:
                     raise ValueError(f"{self.where(bad)}: null in column {name!r}")
                 parts.append(part if part.type == kind else _as_type(part, kind, file.path, name))
                 row += len(part)
+        import pyarrow  # where files have columns, it is there
+
         return pyarrow.chunked_array(parts, kind)
 
     def column_type(self, name: str) -> "pyarrow.DataType":

@@ -121,7 +121,7 @@ class Client:
             given = given.astype(np.float32)
         k, ef = inputs.integer("k", k, 1, inputs.MOST_NODES), inputs.integer("ef", ef, 1)
         options: dict[str, Any] = {"k": k, "rerank": "all" if rerank is None else rerank}
-        options |= {"ef": ef} if recall is None else {"recall": f"{inputs.recall(recall, ef):.17f}"}
+        options |= {"ef": ef} if recall is None else {"recall": _decimal(inputs.recall(recall, ef))}
         options |= {} if allow is None else {"allow": _name(allow)}
         path = "/v1/search?" + urlencode(options)
         headers = {"Content-Type": formats.NPY, "Accept": formats.NPY}
@@ -290,6 +290,11 @@ def _positive(name: str, value: float) -> float:
     if not inputs.number(name, value) > 0:
         raise ValueError(f"{name}={value}: expected more than 0")
     return float(value)
+
+
+def _decimal(number: float) -> str:
+    """The number itself when it is read again, without an exponent."""
+    return np.format_float_positional(number, trim="0")
 
 
 def _name(allow: str) -> str:

@@ -365,6 +365,9 @@ def test_one_index_of_any_files(paths, tmp_path):
     said = run(tmp_path / "a.npy", "-o", tmp_path / "x.hnsw", "--id-column", "id", code=1)
     assert "a.npy: no column 'id' beside the vectors: none" in said
     assert not (tmp_path / "x.hnsw").exists()
+    (tmp_path / "x.npz").write_bytes(b"of an earlier run")  # beside its inputs, which are a folder
+    run(tmp_path, "-o", tmp_path / "x.npz", "--column", "vec", *how)
+    assert len(hnsw_gpu.load(tmp_path / "x.npz")) == 2 * len(ROWS)
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,8 @@ def test_numbers_that_are_no_characters(number):
 def test_recall_in_place_of_ef(tmp_path):
     index = load(served.saved(tmp_path), device="cpu")
     found = index.tune(0.9, k=3, queries=QUERIES)
-    index._tuned = {**index._tuned, (0.5, 3): request.MOST_EF + 1}
+    precise = 0.012345678901234567
+    index._tuned = {**index._tuned, (0.5, 3): request.MOST_EF + 1, (precise, 3): found.ef}
     index.save(tmp_path / "docs.hnsw")
     expected = index.search(QUERIES, 3, ef=found.ef)
     assert (expected.distances != index.search(QUERIES, 3).distances).any()
@@ -127,8 +128,9 @@ def test_recall_in_place_of_ef(tmp_path):
         running(tmp_path / "docs.hnsw") as one,
         Client(f"http://127.0.0.1:{one.port}", retries=0) as asking,
     ):
-        equal(asking.search(QUERIES, 3, recall=0.9), expected)
-        with pytest.raises(ServerError, match=r"recall=0\.9, k=4: .* so far: 0\.5 at k=3, 0\.9 at"):
+        for recall in (0.9, precise):
+            equal(asking.search(QUERIES, 3, recall=recall), expected)
+        with pytest.raises(ServerError, match=r"recall=0\.9, k=4: .* so far: .*0\.9 at k=3"):
             asking.search(QUERIES, 4, recall=0.9)
         with pytest.raises(ValueError, match=r"ef=65, recall=0\.9: expected one of the two"):
             asking.search(QUERIES, 3, ef=65, recall=0.9)

@@ -101,6 +101,8 @@ class Labels:
 
     def nodes(self, entries):
         """int64 nodes of entries."""
+        if self._are_nodes:
+            return entries
         return np.searchsorted(self.offsets, entries, side="right") - 1
 
     def with_added(self, labels, nodes, count):
@@ -251,11 +253,16 @@ class Labels:
         """Does every node carry a label? Looked up by every search, and labels never change."""
         return self.live_count == len(self.offsets) - 1
 
+    @property
+    def _are_nodes(self):
+        """Is each entry a node's only one?"""
+        return self.are_all_live and self.live_count == len(self.labels)
+
     def any_of_node(self, entries):
         """bool (..., n): nodes with at least one True among their entries, bool (..., entries)."""
+        if self._are_nodes:
+            return entries
         starts, ends = self.offsets[:-1], self.offsets[1:]
-        if len(starts) == len(self.labels) and (ends > starts).all():
-            return entries  # one entry a node
         result = np.empty((*entries.shape[:-1], len(starts)), bool)
         for row in np.ndindex(entries.shape[:-1]):
             before = np.concatenate([[0], np.cumsum(entries[row])])

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from hnsw_gpu.engine import STORAGE, State, Walk, squared_lengths, thread_count
+from hnsw_gpu.engine import STORAGE, State, Walk, are_lengths_within, squared_lengths, thread_count
 
 METRICS = {"l2": "l2", "euclidean": "l2", "ip": "ip", "cosine": "cosine"}  # and the engines' name
 ALIASES = {
@@ -237,8 +237,9 @@ def float_vectors(
 
     dtype: in which they are to be stored; "" for queries.
     """
-    with np.errstate(over="ignore"):  # a float64 too large becomes inf and is refused below
-        result = np.ascontiguousarray(part, np.float32)
+    result = _as_float32(part)
+    if dtype != "fp16" and _are_plain(result, metric):
+        return result
     squared = squared_lengths(result)
     refuse(name, ~np.isfinite(squared), "NaN or infinite values", first)
     if metric == "cosine":
@@ -258,6 +259,22 @@ def float_vectors(
     return result
 
 
+def _as_float32(part: np.ndarray) -> np.ndarray:
+    """float32, C order; what is too large becomes infinite."""
+    if part.dtype == np.float32:
+        return np.ascontiguousarray(part)
+    with np.errstate(over="ignore"):
+        return np.ascontiguousarray(part, np.float32)
+
+
+def _are_plain(vectors: np.ndarray, metric: str) -> bool:
+    """Are the lengths of float32 vectors (m, dim) all such that nothing is to be looked at?"""
+    least, most = SHORTEST_SQUARED, LONGEST_SQUARED
+    if metric == "cosine":
+        least, most = float(np.finfo(np.float64).tiny), float(np.finfo(np.float64).max)
+    return bool(are_lengths_within(vectors, least, most))
+
+
 def _are_too_short(part: np.ndarray, squared: np.ndarray) -> np.ndarray:
     """bool (m,): which vectors, of these squared lengths in float32, are all but zero."""
     too_short: np.ndarray = (squared > 0) & (squared < SHORTEST_SQUARED)
@@ -268,8 +285,7 @@ def _are_too_short(part: np.ndarray, squared: np.ndarray) -> np.ndarray:
 
 def are_valid(part: np.ndarray, metric: str) -> np.ndarray:
     """bool (m,): which of these vectors `float_vectors` would not refuse, stored as fp32."""
-    with np.errstate(over="ignore"):
-        squared = squared_lengths(np.ascontiguousarray(part, np.float32))
+    squared = squared_lengths(_as_float32(part))
     if metric == "cosine":
         return np.isfinite(squared) & (squared > 0)
     return (squared <= LONGEST_SQUARED) & ~_are_too_short(part, squared)  # NaN is neither

@@ -18,6 +18,7 @@ from hnsw_gpu.engine.state import Parameters, State, empty_state, from_arrays
 from hnsw_gpu.engine.vectors import (
     METRICS,
     STORAGE,
+    are_lengths_within,
     empty_queries,
     empty_rows,
     encode,
@@ -53,6 +54,7 @@ __all__ = [
     "Stopped",
     "Walk",
     "Walked",
+    "are_lengths_within",
     "block_rows",
     "build_graph",
     "compacted",

@@ -29,9 +29,7 @@ QUERY_TAIL_BYTES = 32  # whole chunks of what a GPU reads at once
 
 def encode_int4(vectors, rows):
     """Write float32 vectors (m, dim) as `rows` uint8 (m, B)."""
-    rotated = rotate(vectors)
-    units = np.abs(rotated).max(axis=1, initial=0) / np.float32(FINEST)
-    _encode(rotated, units, np.empty(vectors.shape[1], np.int32), np.empty(LANES), rows)
+    _encode(rotate(vectors), np.empty(vectors.shape[1], np.int32), np.empty(LANES), rows)
 
 
 def decode_int4(rows, dim):
@@ -43,9 +41,15 @@ def decode_int4(rows, dim):
 
 def encode_int4_queries(vectors, queries):
     """Write float32 vectors (q, dim) as `queries` int8 (q, 2 B + QUERY_TAIL_BYTES)."""
-    rotated = rotate(vectors)
-    scales = np.abs(rotated).max(axis=1, initial=0) / np.float32(127)
-    _encode_queries(rotated, scales, np.empty(LANES), queries)
+    _encode_queries(rotate(vectors), np.empty(LANES), queries)
+
+
+@jit(is_inner=True)
+def _largest(vector):
+    largest = np.float32(0)
+    for j in range(len(vector)):
+        largest = max(largest, np.abs(vector[j]))
+    return largest
 
 
 @jit(is_inner=True)
@@ -102,18 +106,19 @@ def _round(vector, unit, coordinates):
 
 
 @jit
-def _encode(vectors, units, coordinates, totals, rows):
+def _encode(vectors, coordinates, totals, rows):
     dim = vectors.shape[1]
     held = rows.shape[1] - TAIL_BYTES
     for i in range(vectors.shape[0]):
         row = rows[i]
         row[:] = 0
         total, scale, square = np.int32(-15 * dim), 0.0, 0.0
-        if units[i] > 0:
-            _round(vectors[i], units[i], coordinates)
+        unit = _largest(vectors[i]) / np.float32(FINEST)
+        if unit > 0:
+            _round(vectors[i], unit, coordinates)
             factor, dot = _best_factor(coordinates)
             square = _square(vectors[i], totals)
-            scale = square / (np.float64(units[i]) * dot)
+            scale = square / (np.float64(unit) * dot)
             total = np.int32(0)
             for j in range(dim):
                 total = np.int32(total + _odd(_code(coordinates[j], factor)))
@@ -128,13 +133,14 @@ def _encode(vectors, units, coordinates, totals, rows):
 
 
 @jit
-def _encode_queries(vectors, scales, totals, queries):
+def _encode_queries(vectors, totals, queries):
     dim = vectors.shape[1]
     row_bytes = (queries.shape[1] - QUERY_TAIL_BYTES) // 2
     held = row_bytes - TAIL_BYTES
     for i in range(vectors.shape[0]):
         vector, query = vectors[i], queries[i]
-        unit = scales[i] if scales[i] > 0 else np.float32(1)
+        scale = _largest(vector) / np.float32(127)
+        unit = scale if scale > 0 else np.float32(1)
         query[:] = 0
         total = np.int32(0)
         for j in range(dim):
@@ -142,6 +148,6 @@ def _encode_queries(vectors, scales, totals, queries):
             total += code
             query[j if j < held else row_bytes + j - held] = code
         tail = query[len(query) - TAIL_BYTES :]
-        tail[:8].view(np.float32)[0] = scales[i]
+        tail[:8].view(np.float32)[0] = scale
         tail[:8].view(np.float32)[1] = _square(vector, totals)
         tail[8:].view(np.int32)[0] = 15 * total

@@ -43,18 +43,45 @@ def squared_lengths(vectors):
     return lengths
 
 
+@jit(is_inlined=True)
+def _squared_length(vectors, i):
+    total = 0.0
+    for j in range(vectors.shape[1]):
+        total += np.float64(vectors[i, j]) * np.float64(vectors[i, j])
+    return total
+
+
 @jit
 def _square_lengths(vectors, lengths):
     for i in range(vectors.shape[0]):
-        total = 0.0
-        for j in range(vectors.shape[1]):
-            total += np.float64(vectors[i, j]) * np.float64(vectors[i, j])
-        lengths[i] = total
+        lengths[i] = _squared_length(vectors, i)
+
+
+@jit
+def are_lengths_within(vectors, least, most):
+    """Are the squared lengths of float32 rows (n, dim) all from least to most?"""
+    for i in range(vectors.shape[0]):
+        if not least <= _squared_length(vectors, i) <= most:  # nor is NaN
+            return False
+    return True
+
+
+@jit
+def _write_padded(vectors, is_unit, rows):
+    """Write vectors (n, dim), of unit length or as they are, as rows (n, dim or more)."""
+    dim = vectors.shape[1]
+    for i in range(vectors.shape[0]):
+        length = np.sqrt(_squared_length(vectors, i)) if is_unit else 0.0
+        for j in range(dim):
+            rows[i, j] = np.float64(vectors[i, j]) / length if length > 0 else vectors[i, j]
+        for j in range(dim, rows.shape[1]):
+            rows[i, j] = 0
 
 
 def _unit(vectors):
-    lengths = np.sqrt(squared_lengths(vectors))
-    return (vectors / lengths[:, None]).astype(np.float32)
+    result = np.empty(vectors.shape, np.float32)
+    _write_padded(vectors, True, result)
+    return result
 
 
 def encode(vectors, metric, dtype):
@@ -87,15 +114,13 @@ def encode_queries(vectors, metric, dtype):
     """Encoded queries of float32 vectors (q, dim): float32 for float rows, codes for codes."""
     if dtype == "int8":
         return rows_as_queries(encode(vectors, metric, dtype))
-    if metric == "cosine":
-        vectors = _unit(vectors)
+    count, length = len(vectors), row_length(vectors.shape[1], dtype)
     if dtype == "int4":
-        queries = _empty_int4_queries(len(vectors), row_length(vectors.shape[1], dtype))
-        encode_int4_queries(vectors, queries)
+        queries = _empty_int4_queries(count, length)
+        encode_int4_queries(_unit(vectors) if metric == "cosine" else vectors, queries)
         return queries
-    queries = empty_aligned((len(vectors), row_length(vectors.shape[1], dtype)), np.float32)
-    queries[:, : vectors.shape[1]] = vectors
-    queries[:, vectors.shape[1] :] = 0
+    queries = empty_aligned((count, length), np.float32)
+    _write_padded(vectors, metric == "cosine", queries)
     return queries
 
 

@@ -374,8 +374,8 @@ def select(
 
     candidates: keys of nodes by their distance to the point; `table[a][b]` is the key of b for a.
     One is kept only if it is strictly nearer to the point than `factor` times its distance to
-    every neighbour kept before it. Where `is_filled`, those follow, up to `limit`, whom the first
-    neighbour that rejects them is nearer than the point, but not four times or more.
+    every neighbour kept before it (see `farther`). Where `is_filled`, those follow, up to `limit`,
+    whom the first neighbour that rejects them is nearer than the point, but not four times or more.
     """
     kept: list[int] = []
     rejected: list[int] = []
@@ -384,12 +384,17 @@ def select(
             break
         node = node_of(candidate)
         between = [distance_of(table[other][node]) for other in kept]
-        near = [d for d in between if candidate >> 32 >= ordered(np.float32(factor) * d)]
+        near = [d for d in between if candidate >> 32 >= ordered(farther(d, np.float32(factor)))]
         if not near:
             kept.append(node)
         elif candidate >> 32 < ordered(4 * near[0]):
             rejected.append(node)
     return (kept + rejected * is_filled)[:limit]
+
+
+def farther(distance: np.float32, factor: np.float32) -> np.float32:
+    """A distance times a factor of 1 or more; one of inner products may be negative."""
+    return distance * factor if distance > 0 else distance * (np.float32(1) / factor)
 
 
 def node_table(vectors: np.ndarray, metric: str, dtype: str) -> KeyTable:
@@ -423,7 +428,7 @@ def insert_nodes(
     seed: int,
     growth: int = 50,
     largest_batch: int = 2048,
-    is_strict: bool = False,
+    target_factor: float = 1.05,
 ) -> Graph:
     """The graph of nodes ..stop, grown from a graph of fewer, in batches of 1/growth of it."""
     M = graph.neighbors.shape[1]
@@ -432,7 +437,7 @@ def insert_nodes(
     while start < stop:
         batch = range(start, min(stop, start + max(1, min(start // growth, largest_batch))))
         levels = {point: draw_level(seed, point, M) for point in batch}
-        insert_batch(layers, table, levels, M, ef_construction, is_strict)
+        insert_batch(layers, table, levels, M, ef_construction, target_factor)
         start = batch.stop
     return graph_of(layers, M)
 
@@ -443,7 +448,7 @@ def insert_batch(
     levels: dict[int, int],
     M: int,
     ef_construction: int,
-    is_strict: bool,
+    target_factor: float,
 ) -> None:
     """Insert the points `levels` names, one level each, into `layers`."""
     own_links: dict[tuple[int, int], list[int]] = {}
@@ -454,7 +459,7 @@ def insert_batch(
             candidates = beams.get(layer, []) + [table[point][mate] for mate in mates]
             nearest = sorted(candidates)[:ef_construction]
             limit = M if layer else M + M // 2
-            factor = 1.0 if layer or is_strict else 1.2
+            factor = 1.0 if layer else 1.2
             own_links[layer, point] = select(nearest, table, limit, factor)
 
     layers += [{} for _ in range(len(layers), max(levels.values()) + 1)]
@@ -465,7 +470,8 @@ def insert_batch(
             sources.setdefault((layer, target), []).append(point)
     for (layer, target), points in sources.items():
         width = M if layer else 2 * M
-        relink(layers[layer], target, points, table, width, is_relaxed=not (layer or is_strict))
+        factor = 1.0 if layer else target_factor
+        relink(layers[layer], target, points, table, width, factor)
 
 
 def point_beams(
@@ -488,8 +494,7 @@ def relink(
     sources: list[int],
     table: KeyTable,
     width: int,
-    *,
-    is_relaxed: bool,
+    factor: float,
 ) -> None:
     """Give a target its reverse links: nearest first where they fit, else selected with the old."""
     old = links[target]
@@ -498,8 +503,7 @@ def relink(
         links[target] = old + [node_of(key) for key in new]
     else:
         candidates = [table[target][node] for node in old] + new
-        factor = 1.05 if is_relaxed else 1.0
-        links[target] = select(candidates, table, width, factor, is_filled=is_relaxed)
+        links[target] = select(candidates, table, width, factor, is_filled=factor > 1)
 
 
 def empty_graph(M: int) -> Graph:

@@ -18,8 +18,8 @@ Selection is algorithm 4 of Malkov & Yashunin in its strict form: a candidate is
 nearer to the point than to every neighbour kept before it; a tie is rejected. On layer 0 a factor
 relaxes that (the alpha of DiskANN, Subramanya et al. 2019), RELAXED_OWN for a point's own links and
 RELAXED for a target's, whose free slots take the nearest that were rejected, unless they are near
-copies of a neighbour. Under inner product distances have no zero to be measured from, so all is
-strict.
+copies of a neighbour. Under inner product it is RELAXED_OWN for both, and nothing fills free slots:
+what a kept neighbour rejects there is nearer to it than to the point, and often to nearly all.
 Afterwards `repair` sees to it that layer 0 leads from every node to every other.
 """
 
@@ -392,8 +392,10 @@ def _add_batch_mates(growth, task, first, q, layer):
 
 @jit(is_inlined=True)
 def _factor(growth, layer, relaxed):
-    """What the distance to a kept neighbour is multiplied by."""
-    return relaxed if layer == 0 and growth.metric != IP else np.float32(1)
+    """How many times farther a kept neighbour counts as than it is."""
+    if layer > 0:
+        return np.float32(1)
+    return RELAXED_OWN if growth.metric == IP else relaxed
 
 
 @jit(is_inner=True)
@@ -404,7 +406,7 @@ def _select(growth, layer, keys, row, candidates, limit, factor, mark, selection
     are kept. None that has the bit `mark` rejects another that has it. `rejected` gets the nearest
     others that are no near copies, then KEY_NONE.
     """
-    count, rejected = np.int64(0), np.int64(0)
+    count, rejected, share = np.int64(0), np.int64(0), np.float32(1) / factor
     for i in range(candidates):
         key = keys[row, i]
         node = _node(growth.graph, layer, key_node(key))
@@ -413,7 +415,8 @@ def _select(growth, layer, keys, row, candidates, limit, factor, mark, selection
             if key & selection.kept_keys[j] & mark:
                 continue
             between = distance(growth.metric, selection.kept, j, growth.rows, node)
-            if make_key(factor * between, np.int64(0)) <= key & BITS_OF_DISTANCE:
+            farther = max(factor * between, share * between)  # under ip it may be negative
+            if make_key(farther, np.int64(0)) <= key & BITS_OF_DISTANCE:
                 is_kept = False
                 if make_key(NEAR_COPY * between, np.int64(0)) > key and rejected < limit:
                     selection.rejected[rejected] = key

@@ -415,7 +415,7 @@ def _select(growth, layer, keys, row, candidates, limit, factor, mark, selection
             if key & selection.kept_keys[j] & mark:
                 continue
             between = distance(growth.metric, selection.kept, j, growth.rows, node)
-            farther = max(factor * between, share * between)  # under ip it may be negative
+            farther = between * (factor if between > 0 else share)  # it is negative under ip
             if make_key(farther, np.int64(0)) <= key & BITS_OF_DISTANCE:
                 is_kept = False
                 if make_key(NEAR_COPY * between, np.int64(0)) > key and rejected < limit:

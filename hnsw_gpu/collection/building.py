@@ -34,6 +34,7 @@ from hnsw_gpu.files import (
     HERE,
     Advance,
     Checkpoints,
+    CorruptIndexError,
     Folder,
     LocalFolder,
     Place,
@@ -43,6 +44,7 @@ from hnsw_gpu.files import (
     held,
     list_files,
     open_sources,
+    verify_open,
 )
 from hnsw_gpu.index import Index
 from hnsw_gpu.progress import bar
@@ -100,7 +102,7 @@ def build_collection(
     id_column: integers or strings, the labels; None: row numbers. how: `metric`, `dtype`, `refine`,
     `M`, `ef_construction` and `seed` of an Index. ValueError where `out` holds anything else than a
     run of the same input and parameters, where another job writes there, where a row is no vector,
-    an id is there twice, or an input changes meanwhile.
+    an id is there twice, a shard that is there is damaged, or an input changes meanwhile.
     """
     inputs.integer("shard_rows", shard_rows, 1, inputs.MOST_NODES)
     folder = folder_at(out)
@@ -159,7 +161,9 @@ def _require_ours(folder: Folder, *, is_begun: bool) -> None:
 def _build_shard(plan: Plan, name: str, start: int, stop: int, *, advance: Advance) -> ShardEntry:
     """Build the shard of some rows, unless it is there; its entry."""
     labels = ids_of(plan.sources, plan.id_column, start, stop)
-    if not plan.out.has(name):
+    if plan.out.has(name):
+        _require_whole(plan.out, name)
+    else:
         index = Index(plan.sources.dim, **plan.how)
         rows = _rows(plan.sources, start, stop, index)
         index.add(rows, labels, threads=plan.threads, progress=advance)
@@ -171,6 +175,20 @@ def _build_shard(plan: Plan, name: str, start: int, stop: int, *, advance: Advan
         place = plan.out.place(name)
         raise ValueError(f"{place}: is not the shard that belongs there; delete it")
     return entry
+
+
+def _require_whole(folder: Folder, name: str) -> None:
+    """CorruptIndexError where a shard that a run before left was damaged since: all of it is read.
+
+    To read it takes far less time than to build it.
+    """
+    place = folder.place(name)
+    with folder.open(name) as file:
+        try:
+            verify_open(file, place)
+        except CorruptIndexError as error:
+            told = f"{error}: delete it, and the same command builds it again"
+            raise CorruptIndexError(told) from None
 
 
 def _rows(sources: Sources, start: int, stop: int, index: Index) -> np.ndarray:

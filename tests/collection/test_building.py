@@ -254,6 +254,20 @@ def test_a_folder_of_another_run(begun, paths, change, words):
     assert "c.parquet has changed since" in told
 
 
+def test_a_shard_that_was_damaged_meanwhile(begun, paths):
+    shard = begun / "shard-0001.hnsw"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1  # of the links or the vectors
+    shard.write_bytes(content)
+    command = [*paths, "-o", begun, "--column", "vec", "--shard-rows", "300"]
+    told = run(*command, code=1)
+    assert "shard-0001.hnsw: array" in told and "is damaged" in told
+    assert "delete it, and the same command" in told
+    shard.unlink()
+    run(*command)
+    assert len(hnsw_gpu.load(begun)) == len(ROWS)
+
+
 def test_a_shard_that_belongs_elsewhere(begun, paths):
     (begun / "shard-0001.hnsw").write_bytes((begun / "shard-0000.hnsw").read_bytes())
     told = run(*paths, "-o", begun, "--column", "vec", "--shard-rows", "300", code=1)

@@ -90,6 +90,7 @@ class Documents:
 
     def records(self, ids: Sequence[str]) -> list[tuple[str, Record]]:
         """Those of the ids that are here, in this order."""
+        _refuse_string("ids", ids)
         found = [(id, self._records.get(id)) for id in dict.fromkeys(ids)]
         return [(id, record) for id, record in found if record is not None]
 
@@ -137,6 +138,7 @@ class Documents:
         Of an id that is given twice the last counts. ValueError and TypeError as of `Index.add`;
         nothing is added then. After KeyboardInterrupt none of the ids is in the store.
         """
+        _refuse_string("ids", ids)
         rows = np.asarray(vectors)
         if not len(ids) == len(rows) == len(records):
             raise ValueError(f"{len(ids)} ids, {len(rows)} vectors and {len(records)} documents")
@@ -163,6 +165,7 @@ class Documents:
 
     def delete(self, ids: Sequence[str]) -> None:
         """Remove documents. Ids that are not here are passed over."""
+        _refuse_string("ids", ids)
         with self._changing.lock:
             known = [id for id in dict.fromkeys(ids) if id in self._records]
             if self.index is not None and known:
@@ -238,6 +241,17 @@ class Documents:
         return loaded
 
 
+def with_ef(ef: int, how: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `Index.search`, with an ef where they name neither one nor a recall."""
+    return how if how.get("recall") is not None else {"ef": ef} | how
+
+
+def _refuse_string(name: str, given: object) -> None:
+    """TypeError for a string where strings are asked for: its characters are meant by nobody."""
+    if isinstance(given, (str, bytes)):
+        raise TypeError(f"{name}: {given!r:.80}, expected a list of strings")
+
+
 def _require_one_store(index: Index, records: Mapping[str, Record]) -> None:
     """ValueError where labels and ids are not the same."""
     if set(index.labels.tolist()) != records.keys():
@@ -284,11 +298,20 @@ def _lines(head: dict[str, Any], records: Mapping[str, Record]) -> Iterator[byte
     for id, record in records.items():
         try:
             line = _line({"id": id} | record._asdict())
+            if not _is_json(record.metadata):
+                raise TypeError("a tuple would come back as a list, and any key as a string")
         except (TypeError, ValueError, RecursionError) as error:
             raise TypeError(f"document {id!r}: JSON cannot hold its metadata: {error}") from None
         checksum = zlib.crc32(line, checksum)
         yield line
     yield _line({"checksum": f"{checksum:08x}"})
+
+
+def _is_json(value: Any) -> bool:
+    """Does JSON give the value back as it is?"""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_json(part) for key, part in value.items())
+    return all(map(_is_json, value)) if isinstance(value, list) else not isinstance(value, tuple)
 
 
 def _line(value: dict[str, Any]) -> bytes:

@@ -44,6 +44,7 @@ from hnsw_gpu.string_labels import (
     with_all_strings,
     without_unused,
 )
+from hnsw_gpu.tuning import Tuning, tell_of_growth
 
 logger = logging.getLogger("hnsw_gpu")
 
@@ -336,7 +337,9 @@ class Index(StateSearching):
             with self._changing.lock:
                 if self._state.names is not None:  # without strings that did not get in before
                     self._state.names.keep_first(self._state.next_label)
+                before = len(self)
                 work(is_stopped)
+                tell_of_growth(self._tuned, before, len(self))
 
         run_to_a_stop(locked)
 
@@ -529,7 +532,7 @@ class Index(StateSearching):
         about: dict[str, Any] = {name: getattr(self, name) for name in PARAMETERS}
         about["next_label"] = state.next_label
         if self._tuned:
-            about["tuned"] = [[*asked, ef] for asked, ef in sorted(self._tuned.items())]
+            about["tuned"] = [[*asked, *kept] for asked, kept in sorted(self._tuned.items())]
         return state, about, to_file(state)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -608,7 +611,7 @@ def load_index(
 
 
 def _load_again(
-    path: str, checksum: str, device: str, tuned: dict[tuple[float, int], int]
+    path: str, checksum: str, device: str, tuned: dict[tuple[float, int], Tuning]
 ) -> Index:
     """The mapped Index of a file that must be the one it was."""
     index = load_index(path, mmap=True, device=device, checksum=checksum)
@@ -635,9 +638,10 @@ def restored(
     """
     index = Index(**{name: about[name] for name in PARAMETERS})
     next_label = inputs.integer("next_label", about["next_label"], 0, inputs.LARGEST_LABEL + 1)
-    for recall, k, ef in about.get("tuned", ()):
+    for recall, k, *kept in about.get("tuned", ()):
         asked = inputs.share("recall", recall), inputs.integer("k", k, 1, inputs.MOST_NODES)
-        index._tuned[asked] = inputs.integer("ef", ef, 1, inputs.MOST_NODES)
+        ef, *vectors = (inputs.integer("tuned", number, 0, inputs.MOST_NODES) for number in kept)
+        index._tuned[asked] = Tuning(max(ef, 1), *vectors)
     kept, (arrays, names) = index._state.parameters, from_file(arrays)
     state = from_arrays(kept, arrays, next_label, unread=unread, unrepaired=unrepaired)
     index._state = state._replace(names=names)

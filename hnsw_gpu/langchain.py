@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from hnsw_gpu.documents import Documents, Found, Record
+from hnsw_gpu.documents import Documents, Found, Record, with_ef
 from hnsw_gpu.files import Place
 from hnsw_gpu.index import Index
 
@@ -79,47 +79,34 @@ class HNSWVectorStore(VectorStore):  # type: ignore[misc]
     def add_texts(
         self,
         texts: Iterable[str],
-        metadatas: list[dict[str, Any]] | None = None,
+        metadatas: Sequence[dict[str, Any] | None] | None = None,
         *,
         ids: Sequence[str | None] | None = None,
     ) -> list[str]:
         """Add texts, or replace those whose ids are here; returns all ids, new ones where None.
 
-        ValueError where there are not as many metadatas or ids as texts.
+        metadatas: dicts; None is an empty one. ValueError where there are not as many metadatas or
+        ids as texts, TypeError where they are something else.
         """
+        if isinstance(texts, str):
+            raise TypeError(f"texts: {texts!r:.80}, expected a list of strings")
         given = list(texts)
+        named, records = _named_records(given, metadatas, ids)  # before embedding is paid for
         vectors = self._embedding.embed_documents(given) if given else []
-        return self._add(given, vectors, metadatas, ids)
+        self._documents.add(named, vectors, records)
+        return named
 
     def add_embeddings(
         self,
         text_embeddings: Iterable[tuple[str, Sequence[float]]],
-        metadatas: list[dict[str, Any]] | None = None,
+        metadatas: Sequence[dict[str, Any] | None] | None = None,
         *,
         ids: Sequence[str | None] | None = None,
     ) -> list[str]:
         """As `add_texts`, of texts with their vectors."""
         pairs = list(text_embeddings)
-        return self._add([text for text, _ in pairs], [row for _, row in pairs], metadatas, ids)
-
-    def _add(
-        self,
-        texts: list[str],
-        vectors: Sequence[Sequence[float]],
-        metadatas: Sequence[dict[str, Any]] | None,
-        ids: Sequence[str | None] | None,
-    ) -> list[str]:
-        metadatas = [{} for _ in texts] if metadatas is None else metadatas
-        ids = [None for _ in texts] if ids is None else ids
-        if not len(texts) == len(metadatas) == len(ids):
-            raise ValueError(f"{len(texts)} texts, {len(metadatas)} metadatas and {len(ids)} ids")
-        for text in texts:
-            if not isinstance(text, str):
-                raise TypeError(f"texts: {type(text).__name__}, expected strings")
-        named = [str(uuid.uuid4()) if id is None else id for id in ids]
-        pairs = zip(texts, metadatas, strict=True)
-        records = [Record(text, copy.deepcopy(metadata)) for text, metadata in pairs]
-        self._documents.add(named, vectors, records)
+        named, records = _named_records([text for text, _ in pairs], metadatas, ids)
+        self._documents.add(named, [row for _, row in pairs], records)
         return named
 
     def delete(self, ids: Sequence[str] | None = None) -> bool:
@@ -192,7 +179,7 @@ class HNSWVectorStore(VectorStore):  # type: ignore[misc]
     ) -> list[Document]:
         """As `max_marginal_relevance_search`, of a vector (dim,)."""
         found, vectors = self._documents.search_vectors(
-            embedding, max(k, fetch_k), self._allowed(filter), **{"ef": self.ef} | kwargs
+            embedding, max(k, fetch_k), self._allowed(filter), **with_ef(self.ef, kwargs)
         )
         query = np.asarray(embedding, np.float32)
         chosen = maximal_marginal_relevance(query, list(vectors), lambda_mult, k)
@@ -202,7 +189,7 @@ class HNSWVectorStore(VectorStore):  # type: ignore[misc]
         self, vector: Sequence[float], k: int, filter: Filter | None, how: dict[str, Any]
     ) -> list[Found]:
         allow = self._allowed(filter)
-        return self._documents.search(vector, k, allow, **{"ef": self.ef} | how)
+        return self._documents.search(vector, k, allow, **with_ef(self.ef, how))
 
     def _allowed(self, filter: Filter | None) -> list[str] | None:
         return None if filter is None else self._documents.ids_where(_passing(filter))
@@ -226,7 +213,7 @@ class HNSWVectorStore(VectorStore):  # type: ignore[misc]
         cls,
         texts: Iterable[str],
         embedding: Embeddings,
-        metadatas: list[dict[str, Any]] | None = None,
+        metadatas: Sequence[dict[str, Any] | None] | None = None,
         *,
         ids: Sequence[str | None] | None = None,
         **kwargs: Any,
@@ -241,7 +228,7 @@ class HNSWVectorStore(VectorStore):  # type: ignore[misc]
         cls,
         text_embeddings: Iterable[tuple[str, Sequence[float]]],
         embedding: Embeddings,
-        metadatas: list[dict[str, Any]] | None = None,
+        metadatas: Sequence[dict[str, Any] | None] | None = None,
         *,
         ids: Sequence[str | None] | None = None,
         **kwargs: Any,
@@ -277,6 +264,30 @@ class HNSWVectorStore(VectorStore):  # type: ignore[misc]
         store = cls(embeddings, ef=ef, relevance_score_fn=relevance_score_fn)
         store._documents = Documents.load(folder_path, mmap=mmap, device=device)
         return store
+
+
+def _named_records(
+    texts: list[str],
+    metadatas: Sequence[dict[str, Any] | None] | None,
+    ids: Sequence[str | None] | None,
+) -> tuple[list[str], list[Record]]:
+    """What is to be kept of texts, and by which ids; ValueError and TypeError as of `add_texts`."""
+    metadatas = [None for _ in texts] if metadatas is None else metadatas
+    ids = [None for _ in texts] if ids is None else ids
+    for name, given in (("metadatas", metadatas), ("ids", ids)):
+        if isinstance(given, (str, dict)):
+            raise TypeError(f"{name}: {given!r:.80}, expected a list, one for each text")
+    if not len(texts) == len(metadatas) == len(ids):
+        raise ValueError(f"{len(texts)} texts, {len(metadatas)} metadatas and {len(ids)} ids")
+    records = []
+    for row, (text, metadata) in enumerate(zip(texts, metadatas, strict=True)):
+        if not isinstance(text, str):
+            raise TypeError(f"texts: {type(text).__name__} in row {row}, expected strings")
+        if not isinstance(metadata, dict | None):
+            told = type(metadata).__name__
+            raise TypeError(f"metadatas: {told} in row {row}, expected dicts, or None")
+        records.append(Record(text, copy.deepcopy(metadata or {})))
+    return [str(uuid.uuid4()) if id is None else id for id in ids], records
 
 
 def _document(id: str, record: Record) -> Document:

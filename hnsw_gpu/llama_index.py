@@ -4,7 +4,7 @@ import posixpath
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from hnsw_gpu.documents import Documents, Found, Record
+from hnsw_gpu.documents import Documents, Found, Record, with_ef
 from hnsw_gpu.files import Folder, folder_at
 from hnsw_gpu.index import Index
 
@@ -111,7 +111,7 @@ class HNSWVectorStore(BasePydanticVectorStore):  # type: ignore[misc]
         """
         if query.query_embedding is None:
             raise ValueError("query: there is no query_embedding")
-        how = {"ef": self.ef} | kwargs
+        how = with_ef(self.ef, dict(kwargs))
         threshold = how.pop("mmr_threshold", query.mmr_threshold)
         fetched = how.pop("mmr_prefetch_k", MMR_FETCHED * query.similarity_top_k)
         node_ids = query.node_ids or None  # retrievers give an empty list where they mean all
@@ -122,7 +122,8 @@ class HNSWVectorStore(BasePydanticVectorStore):  # type: ignore[misc]
             found = self._documents.search(vector, k, allow, **how)
             return _result(found, [self._similarity(one.distance) for one in found])
         if query.mode != VectorStoreQueryMode.MMR:
-            raise ValueError(f'query: mode {query.mode.value!r}, expected "default" or "mmr"')
+            asked = VectorStoreQueryMode(query.mode).value
+            raise ValueError(f'query: mode {asked!r}, expected "default" or "mmr"')
         found, rows = self._documents.search_vectors(vector, max(k, fetched), allow, **how)
         similarities, places = get_top_k_mmr_embeddings(
             vector, rows.tolist(), similarity_top_k=k, mmr_threshold=threshold

@@ -26,7 +26,7 @@ from hnsw_gpu.gpu import GpuEngine
 from hnsw_gpu.progress import bar
 from hnsw_gpu.results import RadiusResult, SearchResult, into, reported
 from hnsw_gpu.string_labels import STRINGS, labels_of, numbers_of
-from hnsw_gpu.tuning import SAMPLE, SAMPLE_SHARE, Tuned, required, tuned
+from hnsw_gpu.tuning import SAMPLE, SAMPLE_SHARE, Tuned, Tuning, required, tuned
 
 WARM_ROWS = 64
 SELF_ROWS = 16384  # nodes of a neighbour graph searched at a time
@@ -49,7 +49,7 @@ class Searching:
     ef_construction: int
     seed: int
     _metric: str  # the engines'
-    _tuned: dict[tuple[float, int], int]  # ef that reaches a recall at a k
+    _tuned: dict[tuple[float, int], Tuning]  # what reaches a recall at a k
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -258,7 +258,8 @@ class Searching:
         `search(..., k, recall=recall)` uses it from then on; an index saves it. Truth is
         `exact_search`, so vectors as they are kept. queries: some hundred of those that will come.
         None: up to a thousand stored vectors, in the index without them, on the CPU; queries that
-        lie elsewhere than the vectors need more. Tune again when the index has grown.
+        lie elsewhere than the vectors need more. Tune again when the index has grown: the logger
+        says when that is.
 
         Returns a Tuned, with the recall of the sample and its interval. ValueError where not even a
         beam that holds everything reaches the recall.
@@ -272,7 +273,10 @@ class Searching:
             some = np.random.default_rng(self.seed).permutation(len(self))[:count]
             own, walked, compared = self._left_out(self.labels[np.sort(some)])
             if not len(own):
-                raise ValueError(f"queries: {len(self)} vectors are too few to take some from them")
+                raise ValueError(
+                    f"{len(self)} vectors, {SAMPLE_SHARE} of which stand for one query (copies of "
+                    "each other, and the entry point, for none): too few; give queries"
+                )
             queries = self.vectors(own)
         given = self.checked_queries(queries)
         if not len(given) or not len(self):
@@ -282,7 +286,7 @@ class Searching:
             compared.exact_search(given, k, threads=threads),
             target, self.metric, most=len(self), progress=progress,
         )  # fmt: skip
-        self._tuned = {**self._tuned, (target, k): found.ef}
+        self._tuned = {**self._tuned, (target, k): Tuning(found.ef, len(self))}
         return found
 
     def exact_search(

@@ -1,6 +1,7 @@
 """The smallest ef that reaches a recall, found on a sample; exact search is the judge."""
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -11,8 +12,21 @@ from hnsw_gpu.results import SearchResult
 
 SAMPLE = 1000  # stored vectors that are asked for, where no queries are given: at most,
 SAMPLE_SHARE = 50  # and one in so many, or the others would miss their links
-DEVIATIONS = 1.96  # of a mean: 95 % of samples lie within
+DEVIATIONS = 1.959964  # of a mean: 95 % of samples lie within
 EPSILON = 1e-6  # of a distance, or of 1: what rounding may take on another device
+GROWN = 1.5  # times as many vectors as it was tuned with: it no longer holds
+
+logger = logging.getLogger("hnsw_gpu")
+
+
+class Tuning(NamedTuple):
+    """What an index keeps for a recall and a k."""
+
+    ef: int
+    vectors: int = 0  # that it held then; 0: nobody knows
+
+
+Tunings = Mapping[tuple[float, int], Tuning]  # by recall and k
 
 
 class Tuned(NamedTuple):
@@ -66,8 +80,29 @@ def tuned(
             else:
                 ef, found = middle, tried
     mean = float(found.mean())
-    error = DEVIATIONS * float(found.std()) / len(found) ** 0.5
-    return Tuned(k, ef, mean, max(0.0, mean - error), min(1.0, mean + error), len(found))
+    return Tuned(k, ef, mean, *_interval(found, k), len(found))
+
+
+def _interval(recalls: np.ndarray, k: int) -> tuple[float, float]:
+    """95 % interval of the mean of recalls@k (q,): fewer hits tell less where they come together.
+
+    So many hits, each by itself, would spread the recalls as they are spread.
+    """
+    mean, spread, hits = float(recalls.mean()), float(recalls.var()), len(recalls) * k
+    if spread > 0:
+        hits = min(hits, round(len(recalls) * mean * (1 - mean) / spread))
+    low, high = wilson(mean * hits, hits)
+    return min(low, mean), max(high, mean)  # rounded
+
+
+def wilson(hits: float, of: int) -> tuple[float, float]:
+    """95 % interval of a share, by Wilson's formula; (0, 1) of nothing."""
+    if not of:
+        return 0.0, 1.0
+    z, share = DEVIATIONS, hits / of
+    middle, scale = share + z * z / (2 * of), 1 + z * z / of
+    width = z * ((share * (1 - share) + z * z / (4 * of)) / of) ** 0.5
+    return max((middle - width) / scale, 0.0), min((middle + width) / scale, 1.0)
 
 
 def _recalls(found: SearchResult, truth: SearchResult, metric: str) -> np.ndarray:
@@ -82,13 +117,23 @@ def _recalls(found: SearchResult, truth: SearchResult, metric: str) -> np.ndarra
     return np.where(possible > 0, hits / np.maximum(possible, 1), 1.0)
 
 
-def required(tunings: dict[tuple[float, int], int], recall: float, k: int) -> int:
+def tell_of_growth(tunings: Tunings, before: int, now: int) -> None:
+    """On the logger, which recalls an index that has grown may no longer reach; once for each."""
+    for (recall, k), (_, vectors) in tunings.items():
+        if before <= GROWN * vectors < now:
+            logger.warning(
+                "recall=%s, k=%d was tuned with %s vectors, and there are %s: tune again, or "
+                "searches find less", recall, k, f"{vectors:,}", f"{now:,}",
+            )  # fmt: skip
+
+
+def required(tunings: Tunings, recall: float, k: int) -> int:
     """The ef that was found for this recall and k; ValueError says what there is."""
     k = inputs.integer("k", k, 1, inputs.MOST_NODES)
-    ef = tunings.get((recall, k))
-    if ef is None:
+    kept = tunings.get((recall, k))
+    if kept is None:
         known = ", ".join(f"{r} at k={n}" for r, n in sorted(tunings)) or "nothing"
         raise ValueError(
             f"recall={recall}, k={k}: call tune(recall={recall}, k={k}) first; so far: {known}"
         )
-    return ef
+    return kept.ef

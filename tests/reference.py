@@ -428,7 +428,7 @@ def insert_nodes(
     seed: int,
     growth: int = 50,
     largest_batch: int = 2048,
-    target_factor: float = 1.05,
+    own_factor: float = 1.2,
 ) -> Graph:
     """The graph of nodes ..stop, grown from a graph of fewer, in batches of 1/growth of it."""
     M = graph.neighbors.shape[1]
@@ -437,7 +437,7 @@ def insert_nodes(
     while start < stop:
         batch = range(start, min(stop, start + max(1, min(start // growth, largest_batch))))
         levels = {point: draw_level(seed, point, M) for point in batch}
-        insert_batch(layers, table, levels, M, ef_construction, target_factor)
+        insert_batch(layers, table, levels, M, ef_construction, own_factor)
         start = batch.stop
     return graph_of(layers, M)
 
@@ -448,7 +448,7 @@ def insert_batch(
     levels: dict[int, int],
     M: int,
     ef_construction: int,
-    target_factor: float,
+    own_factor: float,
 ) -> None:
     """Insert the points `levels` names, one level each, into `layers`."""
     own_links: dict[tuple[int, int], list[int]] = {}
@@ -459,7 +459,7 @@ def insert_batch(
             candidates = beams.get(layer, []) + [table[point][mate] for mate in mates]
             nearest = sorted(candidates)[:ef_construction]
             limit = M if layer else M + M // 2
-            factor = 1.0 if layer else 1.2
+            factor = 1.0 if layer else own_factor
             own_links[layer, point] = select(nearest, table, limit, factor)
 
     layers += [{} for _ in range(len(layers), max(levels.values()) + 1)]
@@ -470,8 +470,7 @@ def insert_batch(
             sources.setdefault((layer, target), []).append(point)
     for (layer, target), points in sources.items():
         width = M if layer else 2 * M
-        factor = 1.0 if layer else target_factor
-        relink(layers[layer], target, points, table, width, factor)
+        relink(layers[layer], target, points, table, width, 1.0 if layer else 1.05)
 
 
 def point_beams(

@@ -171,6 +171,14 @@ def test_texts_and_metadata_of_any_kind(tmp_path):
     assert [record.text for _, record in loaded.records(["a b", "4", "5"])] == texts[2:]
 
 
+@pytest.mark.parametrize("metadata", [{"a": (1, 2)}, {1: "a"}, {"a": [{"b": {None: 1}}]}])
+def test_what_json_would_change_is_refused(tmp_path, metadata):
+    documents = filled()
+    documents.add(["odd"], ROWS[:1], [Record("text", metadata)])
+    with pytest.raises(TypeError, match="document 'odd': JSON cannot hold its metadata: a tuple"):
+        documents.save(tmp_path / "store")
+
+
 def test_an_empty_store_is_kept_too(tmp_path):
     Documents(metric="ip").save(tmp_path)
     loaded = Documents.load(tmp_path)

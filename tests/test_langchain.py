@@ -49,9 +49,60 @@ def test_nobody_writes_into_the_store_from_outside():
 
 def test_a_text_is_a_string():
     store = filled()
-    with pytest.raises(TypeError, match="texts: NoneType, expected strings"):
+    with pytest.raises(TypeError, match="texts: NoneType in row 0, expected strings"):
         store.add_embeddings([(None, EMBEDDING.embed_query("a"))])
     assert len(store.similarity_search("a", k=100)) == len(IDS)
+
+
+class Counting(DeterministicFakeEmbedding):
+    """An embedding that is paid for."""
+
+    made: int = 0
+
+    def embed_documents(self, texts):
+        self.made += len(texts)
+        return super().embed_documents(texts)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((["a", "b"], [{}, "oops"]), "metadatas: str in row 1, expected dicts"),
+        ((["a"], {"lang": "en"}), "metadatas: {'lang': 'en'}, expected a list"),
+        ((["a", "b"], None, "12"), "ids: '12', expected a list"),
+        (("abc",), "texts: 'abc', expected a list of strings"),
+    ],
+)
+def test_bad_input_is_refused_before_it_is_embedded(arguments, message):
+    embedding = Counting(size=8)
+    store = HNSWVectorStore(embedding)
+    texts, metadatas, ids = (*arguments, None, None)[:3]
+    with pytest.raises(TypeError, match=message):
+        store.add_texts(texts, metadatas, ids=ids)
+    assert embedding.made == 0 == len(store)
+
+
+def test_none_is_no_metadata():
+    store = HNSWVectorStore.from_texts(["a", "b"], EMBEDDING, [None, {"x": 1}], ids=["1", "2"])
+    assert [one.metadata for one in store.get_by_ids(["1", "2"])] == [{}, {"x": 1}]
+    assert ids_of(store.similarity_search("a", filter={"x": 1})) == ["2"]
+
+
+def test_ids_are_a_list():
+    store = HNSWVectorStore.from_texts(["a", "b"], EMBEDDING, ids=["1", "2"])
+    for refused in (store.delete, store.get_by_ids):
+        with pytest.raises(TypeError, match="ids: '12', expected a list of strings"):
+            refused("12")
+    assert len(store) == 2
+
+
+def test_a_recall_takes_the_place_of_the_stores_ef():
+    store = filled(ef=200)
+    found = store.index.tune(0.9, k=4, queries=np.array(EMBEDDING.embed_documents(TEXTS[:5])))
+    same = ids_of(store.similarity_search("a", recall=0.9))
+    assert same == ids_of(store.similarity_search("a", ef=found.ef))
+    store.index.tune(0.9, k=20, queries=np.array(EMBEDDING.embed_documents(TEXTS[:5])))
+    assert len(store.max_marginal_relevance_search("a", recall=0.9)) == 4
 
 
 def test_searches_tell_the_nearest_and_how_far():

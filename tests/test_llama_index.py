@@ -164,8 +164,18 @@ def test_other_modes():
         store.query(VectorStoreQuery(query_str="cats"))
 
 
+def test_a_recall_takes_the_place_of_the_stores_ef():
+    store = filled()
+    store.ef = 200
+    tuned = store.client.tune(0.9, k=2, queries=[[1.0, 0.0]])
+    query = VectorStoreQuery(query_embedding=[1.0, 0.2], similarity_top_k=2)
+    assert store.query(query, recall=0.9).ids == store.query(query, ef=tuned.ef).ids
+
+
 def test_deletes():
     store = filled()
+    with pytest.raises(TypeError, match="ids: 'cat', expected a list of strings"):
+        store.delete_nodes("cat")
     store.delete("farm")
     store.delete("no such")
     assert found(store).ids == ["hen", "fly"]

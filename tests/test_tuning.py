@@ -57,6 +57,32 @@ def test_it_is_the_smallest(index):
     assert found.queries == 700 and found.low < found.recall < found.high
 
 
+def test_the_interval_of_few_queries_is_wide(index):
+    queries = clusters(1_000, 3)
+    one, all_of_them = (index.tune(1.0, queries=queries[:count]) for count in (1, 1_000))
+    assert one.recall == one.high == 1.0 and one.low == pytest.approx(0.7224672)  # of 10 hits
+    assert all_of_them.low > 0.999
+    found = index.tune(0.9, queries=queries)
+    recalls = [recall(index, query[None], ef=found.ef) for query in queries]
+    expected = 1.96 * np.std(recalls) / 1_000**0.5  # of a mean, where there are many
+    assert (found.high - found.low) / 2 == pytest.approx(expected, rel=0.02)
+
+
+def test_growth_is_told_once(caplog):
+    grown = hnsw_gpu.Index(DIM, M=8, ef_construction=40)
+    grown.add(clusters(400, 5))
+    found = grown.tune(0.9, queries=clusters(50, 6))
+    grown.add(clusters(200, 7))
+    assert not caplog.text
+    grown.add(clusters(1, 8))
+    assert "recall=0.9, k=10 was tuned with 400 vectors, and there are 601" in caplog.text
+    caplog.clear()
+    grown.add(clusters(100, 9))
+    assert not caplog.text
+    again = pickle.loads(pickle.dumps(grown))
+    assert again._tuned == {(0.9, 10): (found.ef, 400)}
+
+
 @pytest.mark.parametrize("copies", [1, 2])
 def test_own_vectors_are_left_out(copies):
     """The sample is searched for in what is left, copies of it too; nothing else is missing."""
@@ -132,7 +158,7 @@ def test_what_is_wrong_is_said(index):
         index.tune(queries=np.empty((0, DIM), np.float32))
     with pytest.raises(ValueError, match="2 queries, 0 vectors"):
         hnsw_gpu.Index(DIM).tune(queries=clusters(2, 0))
-    with pytest.raises(ValueError, match="queries: 0 vectors are too few"):
+    with pytest.raises(ValueError, match="0 vectors, 50 of which stand for one query"):
         hnsw_gpu.Index(DIM).tune()
 
 

@@ -92,7 +92,7 @@ def recalls(base: np.ndarray, queries: np.ndarray, seed: int) -> dict[str, list[
 
 
 @click.command()
-@click.option("--draws", default=5, show_default=True, help="Draws of each set, or seeds.")
+@click.option("--draws", default=10, show_default=True, help="Draws of each set, or seeds.")
 @click.option("--out", type=Path, default=RESULTS / "inner-product.json", show_default=True)
 def main(draws: int, out: Path) -> None:
     """Recall under inner product, beside hnswlib."""

@@ -9,6 +9,7 @@ from hnsw_gpu.deduplication.limit import distance_of_copies
 from hnsw_gpu.deduplication.near_pairs import FIRST_K, united
 from hnsw_gpu.deduplication.sharded_join import Shards
 from hnsw_gpu.engine import key_distances, key_nodes, rows_as_queries, search_graph
+from hnsw_gpu.tuning import wilson
 
 SAMPLED = 300  # nodes by which recall and rows read are judged
 BINS = 100  # of the histogram, from similarity 0 to 1
@@ -86,13 +87,3 @@ def row_reads(shards: Shards) -> dict[str, float] | None:
         "from_own_node": float(from_own.distances.mean()),
         "from_entry_point": float(entered.distances.mean()),
     }
-
-
-def wilson(hits: int, of: int) -> tuple[float, float]:
-    """95 % interval of a share, by Wilson's formula; (0, 1) of nothing."""
-    if not of:
-        return 0.0, 1.0
-    z, share = 1.959964, hits / of
-    middle, scale = share + z * z / (2 * of), 1 + z * z / of
-    width = z * ((share * (1 - share) + z * z / (4 * of)) / of) ** 0.5
-    return max((middle - width) / scale, 0.0), min((middle + width) / scale, 1.0)

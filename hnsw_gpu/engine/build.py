@@ -18,8 +18,8 @@ Selection is algorithm 4 of Malkov & Yashunin in its strict form: a candidate is
 nearer to the point than to every neighbour kept before it; a tie is rejected. On layer 0 a factor
 relaxes that (the alpha of DiskANN, Subramanya et al. 2019), RELAXED_OWN for a point's own links and
 RELAXED for a target's, whose free slots take the nearest that were rejected, unless they are near
-copies of a neighbour. Under inner product it is RELAXED_OWN for both, and nothing fills free slots:
-what a kept neighbour rejects there is nearer to it than to the point, and often to nearly all.
+copies of a neighbour. Under inner product, whose distances may be negative, nothing fills them:
+what a kept neighbour rejects there is often near to nearly all.
 Afterwards `repair` sees to it that layer 0 leads from every node to every other.
 """
 
@@ -44,6 +44,7 @@ BATCH_DIVISOR = 50  # larger batches give their targets too many links at once, 
 LINK_CHUNK = 64  # points or targets that a thread takes at a time
 RELAXED = np.float32(1.05)  # what is nearer to a kept neighbour than this share of its distance
 RELAXED_OWN = np.float32(1.2)  # to the point is rejected; the same for the point's own links
+RELAXED_OWN_IP = np.float32(1.1)  # more finds more of hubs and less of what is short
 NEAR_COPY = np.float32(4)  # times nearer to a kept neighbour than to the point
 BITS_OF_DISTANCE = np.uint64(0xFFFFFFFF00000000)
 SELECTED = np.uint64(1)  # in a candidate's key: the node's links were selected with this one
@@ -358,7 +359,8 @@ def _link_points(growth, task, selection, first, start, stop, targets, sources):
             _add_batch_mates(growth, task, first, q, layer)
             candidates = size(task.keys, row)
             limit = graph.neighbors.shape[1] if layer else targets.shape[1]
-            factor = _factor(growth, layer, RELAXED_OWN)
+            relaxed = RELAXED_OWN_IP if growth.metric == IP else RELAXED_OWN
+            factor = _factor(layer, relaxed)
             count = _select(
                 growth, layer, task.keys, row, candidates, limit, factor, np.uint64(0), selection
             )
@@ -391,11 +393,9 @@ def _add_batch_mates(growth, task, first, q, layer):
 
 
 @jit(is_inlined=True)
-def _factor(growth, layer, relaxed):
+def _factor(layer, relaxed):
     """How many times farther a kept neighbour counts as than it is."""
-    if layer > 0:
-        return np.float32(1)
-    return RELAXED_OWN if growth.metric == IP else relaxed
+    return relaxed if layer == 0 else np.float32(1)
 
 
 @jit(is_inner=True)
@@ -494,7 +494,7 @@ def _relink(growth, layer, neighbors, row, sources, selection):
             unsorted[new + j - selected] = key
     candidates[0, selected : new + count] = KEY_NONE
     insert_some(candidates, np.int64(0), new + count, unsorted, new + count - selected)
-    factor = _factor(growth, layer, RELAXED)
+    factor = _factor(layer, RELAXED)
     count = _select(
         growth, layer, candidates, np.int64(0), new + count, width, factor, SELECTED, selection
     )

@@ -10,8 +10,8 @@ from hnsw_gpu import Index, dedup
 from hnsw_gpu.deduplication import figures, near_pairs, sharded_join
 from hnsw_gpu.deduplication.decision import NearRows
 from hnsw_gpu.deduplication.distinct_rows import distinct_rows, rows_of
-from hnsw_gpu.deduplication.figures import wilson
 from hnsw_gpu.engine import build_graph
+from hnsw_gpu.tuning import wilson
 
 LINKAGES = ("star", "components", "any-earlier")
 

@@ -79,7 +79,7 @@ def twin(
             seed=seed,
             growth=growth,
             largest_batch=largest_batch,
-            target_factor=1.2 if metric == "ip" else 1.05,
+            own_factor=1.1 if metric == "ip" else 1.2,
         )
     return made
 

@@ -18,6 +18,7 @@ from served import QUERIES, ROWS, running
 
 from hnsw_gpu import Client, Index, ServerError, load
 from hnsw_gpu.serve import client, formats, request
+from hnsw_gpu.tuning import Tuning
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +121,11 @@ def test_recall_in_place_of_ef(tmp_path):
     index = load(served.saved(tmp_path), device="cpu")
     found = index.tune(0.9, k=3, queries=QUERIES)
     precise = 0.012345678901234567
-    index._tuned = {**index._tuned, (0.5, 3): request.MOST_EF + 1, (precise, 3): found.ef}
+    index._tuned = {
+        **index._tuned,
+        (0.5, 3): Tuning(request.MOST_EF + 1),
+        (precise, 3): Tuning(found.ef),
+    }
     index.save(tmp_path / "docs.hnsw")
     expected = index.search(QUERIES, 3, ef=found.ef)
     assert (expected.distances != index.search(QUERIES, 3).distances).any()

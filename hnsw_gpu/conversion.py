@@ -53,8 +53,9 @@ def from_faiss(
     refine: bool | str | None = None,
     device: str = "auto",
 ) -> Index:
-    """As `from_hnswlib`, of faiss's IndexHNSWFlat (or SQ), in an IndexIDMap or not, or its file.
+    """As `from_hnswlib`, of faiss's IndexHNSWFlat, in an IndexIDMap or not, or its file.
 
+    Of an IndexHNSWSQ or IndexHNSWPQ the vectors are those that its codes stand for.
     metric: None, or what is meant by the index's: "cosine" of unit vectors, "euclidean" of L2.
     """
     peer = read_faiss(index)

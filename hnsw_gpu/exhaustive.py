@@ -7,6 +7,7 @@ from hnsw_gpu import inputs
 from hnsw_gpu.engine import (
     KEY_NONE,
     block_rows,
+    count_blurred,
     encode,
     encode_queries,
     exact_block,
@@ -40,13 +41,16 @@ def exact_search(
     k, threads = inputs.integer("k", k, 1, inputs.MOST_NODES), inputs.threads(threads)
     encoded = encode_queries(inputs.float_vectors("queries", asked, name, ""), name, "fp32")
     keys = np.full((len(asked), min(k, len(given))), KEY_NONE, np.uint64)
+    blurred = 0
     with bar(progress, len(given), "exact search", "vectors") as shown:
         block = block_rows(given.shape[1])
         for start in range(0, len(given), block):
-            part = given[start : start + block]
-            part = inputs.float_vectors("vectors", part, name, first=start)
+            raw = given[start : start + block]
+            part = inputs.float_vectors("vectors", raw, name, first=start)
+            blurred += count_blurred(raw, part, name)
             exact_block(keys, encode(part, name, "fp32"), start, encoded, name, threads=threads)
             shown.update(len(part))
+    inputs.tell_blurred(blurred, len(given))
     labels = np.full((len(asked), k), -1, np.int64)
     distances = np.full((len(asked), k), np.inf, np.float32)
     labels[:, : keys.shape[1]] = key_nodes(keys)

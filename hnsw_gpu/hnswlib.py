@@ -15,7 +15,7 @@ import os
 import struct
 import tempfile
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -24,7 +24,7 @@ from hnsw_gpu import index
 from hnsw_gpu.conversion import index_of
 from hnsw_gpu.exhaustive import exact_search
 from hnsw_gpu.files import CorruptIndexError, atomic_file
-from hnsw_gpu.inputs import LARGEST_LABEL
+from hnsw_gpu.inputs import LARGEST_LABEL, array
 from hnsw_gpu.peers import read_hnswlib
 
 __all__ = ["BFIndex", "Index"]
@@ -51,6 +51,9 @@ class _Elements:
     def __repr__(self) -> str:
         return f"<hnswlib.{type(self).__name__}(space='{self.space}', dim={self.dim})>"
 
+    def __copy__(self) -> Self:
+        return copy.deepcopy(self)  # as hnswlib's
+
     def set_num_threads(self, num_threads: int) -> None:
         """For calls that do not say; 0 or less: one a processor."""
         self.num_threads = num_threads
@@ -61,7 +64,7 @@ class _Elements:
 
     def _rows(self, data: ArrayLike) -> np.ndarray:
         """float32 (m, dim)."""
-        rows = np.asarray(data, np.float32)
+        rows = np.asarray(array("data", data), np.float32)
         if rows.ndim not in (1, 2):
             raise RuntimeError(
                 f"Input vector data wrong shape. Number of dimensions {rows.ndim}. "

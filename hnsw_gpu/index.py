@@ -361,12 +361,7 @@ class Index(StateSearching):
                 dtype, 100 * LOST_SHARE, f"{rounded.worn:,}", f"{count:,}",
                 " rerank=None does," if self.refine else "",
             )  # fmt: skip
-        if rounded.blurred:
-            logger.warning(
-                "float32 takes over %.0f %% of what tells them apart from %s of %s vectors, in any "
-                "dtype; subtract their mean, and multiply all that is tiny by one factor",
-                100 * LOST_SHARE, f"{rounded.blurred:,}", f"{count:,}",
-            )  # fmt: skip
+        inputs.tell_blurred(rounded.blurred, count)
         if rounded.merged:
             logger.warning(
                 "%s: %s of %s vectors become equal to others that differ, and come back as their "
@@ -395,13 +390,10 @@ class Index(StateSearching):
         """
         if not isinstance(other, Index):
             raise TypeError(f"other: {type(other).__name__}, expected an Index")
-        kinds = [
-            (index.dim, index.metric, index.dtype, index.refine, index.M) for index in (self, other)
-        ]
-        if kinds[0] != kinds[1]:
-            raise ValueError(
-                f"merge: dim, metric, dtype, refine and M are {kinds[0]} here, {kinds[1]} there"
-            )
+        for name in ("dim", "metric", "dtype", "refine", "M"):
+            here, there = getattr(self, name), getattr(other, name)
+            if here != there:
+                raise ValueError(f"merge: {name} is {here!r} here, {there!r} there")
         threads, theirs = inputs.threads(threads), other._settled()
 
         def work(is_stopped: Callable[[], bool]) -> None:
@@ -497,6 +489,7 @@ class Index(StateSearching):
     def __reduce__(self) -> tuple:
         """As a saved index; one that is mapped, and as it was loaded, as its path and checksum."""
         device, source = "cpu" if self._gpu is None else "auto", self._state.source
+        self._state.require_unchanged()
         if source is not None and self._state is self._mapped:
             return _load_again, (source.path, source.checksum, device, self._tuned)
         _, about, arrays = self._contents()

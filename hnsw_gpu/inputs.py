@@ -1,5 +1,6 @@
 """Validation of what callers pass, once: clear errors here, no checks inside."""
 
+import logging
 import operator
 import re
 from collections.abc import Iterable
@@ -8,7 +9,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from hnsw_gpu.engine import STORAGE, State, Walk, are_lengths_within, squared_lengths, thread_count
+from hnsw_gpu.engine import (
+    LOST_SHARE,
+    STORAGE,
+    State,
+    Walk,
+    are_lengths_within,
+    squared_lengths,
+    thread_count,
+)
 
 METRICS = {"l2": "l2", "euclidean": "l2", "ip": "ip", "cosine": "cosine"}  # and the engines' name
 ALIASES = {
@@ -32,6 +41,8 @@ SHORTEST_SQUARED = 1e-28  # then what underflows float32 is less than it rounds
 FP16_LOSS = 0.01  # most of a vector's length that rounding to fp16 may take; normal is 0.0005
 SCALE_THEM = "multiply all vectors by one factor"  # the remedy: no order changes
 OR_ZERO = f"{SCALE_THEM}, or make these zero"
+
+logger = logging.getLogger("hnsw_gpu")
 
 
 class RowsError(ValueError):
@@ -180,7 +191,9 @@ def array(name: str, value: Any) -> np.ndarray:
             f"{name}: on a GPU, expected an array in host memory (only the queries of `search` on "
             "an index that is on that GPU may lie there)"
         )
-    _refuse_missing(name, value)
+    refuse_masked(name, value)
+    for column in _columns(value):
+        refuse(name, np.asarray(column.is_null()), "null")
     if not isinstance(value, np.ndarray) and not hasattr(value, "__array__"):
         if hasattr(value, "__dlpack__"):
             return np.from_dlpack(value)
@@ -191,22 +204,23 @@ def array(name: str, value: Any) -> np.ndarray:
     return np.asarray(value)
 
 
-def _refuse_missing(name: str, value: Any) -> None:
-    """RowsError where numpy would forget that values are masked, or read a null as NaN."""
+def refuse_masked(name: str, value: Any) -> None:
+    """RowsError where numpy would forget that values are masked."""
     if isinstance(value, np.ma.MaskedArray):
         mask = np.ma.getmaskarray(value)
         by_row = mask.reshape(mask.shape[0] if mask.ndim else 1, -1)
         refuse(name, np.asarray(by_row.any(axis=1)), MASKED)
-    elif isinstance(value, (list, tuple)):
-        if any(isinstance(row, np.ma.MaskedArray) for row in value):
-            refuse(name, np.array([np.ma.is_masked(row) for row in value]), MASKED)
-    else:
-        for column in _columns(value):
-            refuse(name, np.asarray(column.is_null()), "null")
+    elif isinstance(value, (list, tuple)) and any(
+        isinstance(row, np.ma.MaskedArray) for row in value
+    ):
+        refuse(name, np.array([np.ma.is_masked(row) for row in value]), MASKED)
 
 
 def _columns(value: Any) -> Iterable[Any]:
-    """The columns of an Arrow or polars table, or the one that it is; none of anything else."""
+    """The columns of an Arrow or polars table, or the one that it is; none of anything else.
+
+    Of these numpy would read a null as NaN.
+    """
     if hasattr(value, "is_null"):
         return (value,)
     columns: Any = getattr(value, "get_columns", None) or getattr(value, "itercolumns", None)
@@ -289,6 +303,16 @@ def are_valid(part: np.ndarray, metric: str) -> np.ndarray:
     if metric == "cosine":
         return np.isfinite(squared) & (squared > 0)
     return (squared <= LONGEST_SQUARED) & ~_are_too_short(part, squared)  # NaN is neither
+
+
+def tell_blurred(blurred: int, count: int) -> None:
+    """Say on the logger how many of `count` vectors float32 blurs, if any: `count_blurred`."""
+    if blurred:
+        logger.warning(
+            "float32 takes over %.0f %% of what tells them apart from %s of %s vectors, in any "
+            "dtype; subtract their mean, and multiply all that is tiny by one factor",
+            100 * LOST_SHARE, f"{blurred:,}", f"{count:,}",
+        )  # fmt: skip
 
 
 def refuse(name: str, is_bad: np.ndarray, what: str, first: int = 0, remedy: str = "") -> None:

@@ -33,7 +33,8 @@ def label_array(name: str, value: Any) -> np.ndarray:
 
 def _strings(name: str, given: Sequence[Any]) -> np.ndarray:
     """Strings (m,), as numpy's StringDType; RowsError names those that cannot be a label."""
-    refuse(name, np.array([not isinstance(item, str) for item in given]), "no strings")
+    is_other = np.array([not isinstance(item, str) for item in given])
+    refuse(name, is_other, "values that are no strings (all labels are, or none)")
     refuse(name, np.array([not item for item in given]), "empty strings (which mean none)")
     refuse(name, np.array(["\0" in item for item in given]), "null characters")
     try:
@@ -153,7 +154,10 @@ def entry_mask(value: ArrayLike, state: State, queries: int) -> np.ndarray:
             "uint8 packed bits, or a 1-d array of labels"
         )
     if state.names is not None:
-        raise ValueError("allow: a mask is indexed by label, and those of this index are strings")
+        raise ValueError(
+            "allow: a mask is indexed by integer labels, and those of this index are strings: give "
+            "the allowed labels"
+        )
     if allow.ndim not in (1, 2) or (allow.ndim == 2 and len(allow) != queries):
         raise ValueError(f"allow: shape {allow.shape}, expected (n,) or ({queries}, n)")
     covered = allow.shape[-1] * (8 if allow.dtype == np.uint8 else 1)
@@ -161,7 +165,7 @@ def entry_mask(value: ArrayLike, state: State, queries: int) -> np.ndarray:
         outside = entry_labels.min() if entry_labels.min() < 0 else entry_labels.max()
         raise ValueError(
             f"allow: a mask of {covered} is indexed by label, and label {outside} is outside; "
-            "give the allowed labels instead"
+            "give the allowed labels instead (of any dtype but uint8, which is packed bits)"
         )
     if allow.dtype == bool:
         return allow[..., entry_labels]

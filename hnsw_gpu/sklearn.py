@@ -76,6 +76,7 @@ class HNSWTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
 
     def fit(self, X: ArrayLike, y: object = None) -> "HNSWTransformer":
         """Build the index of rows (n, dim). y: not used."""
+        inputs.refuse_masked("X", X)  # scikit-learn would forget the mask
         rows = validate_data(self, X, dtype=FLOATS)
         self._row_length()
         index = Index(

@@ -1,5 +1,6 @@
 """hnsw_gpu.hnswlib behaves as hnswlib 0.8: arguments, defaults, errors, files."""
 
+import copy
 import pickle
 
 import numpy as np
@@ -193,7 +194,7 @@ def test_pickles_and_copies(hnswlib):
     assert (empty.space, empty.dim, empty.max_elements) == ("cosine", DIM, 0)
     index = filled(hnswlib)
     index.mark_deleted(9)
-    for again in (pickle.loads(pickle.dumps(index)), hnswlib.Index(index)):
+    for again in (pickle.loads(pickle.dumps(index)), hnswlib.Index(index), copy.copy(index)):
         assert (again.ef, again.M, again.max_elements) == (50, 8, COUNT)
         for one, other in zip(again.knn_query(ROWS, 3), index.knn_query(ROWS, 3), strict=True):
             np.testing.assert_array_equal(one, other)

@@ -130,6 +130,9 @@ def test_what_does_not_fit_is_refused():
         index.merge(index)
     with pytest.raises(TypeError, match="other: NoneType, expected an Index"):
         index.merge(None)
-    for how in ({"metric": "ip"}, {"dtype": "int8"}):
-        with pytest.raises(ValueError, match="merge: dim, metric, dtype, refine and M are"):
+    for how, told in (
+        ({"metric": "ip"}, "merge: metric is '.*' here, 'ip' there"),
+        ({"dtype": "int8"}, "merge: dtype is 'fp32' here, 'int8' there"),
+    ):
+        with pytest.raises(ValueError, match=told):
             index.merge(built(ROWS[:3], [10000, 10001, 10002], **how))

@@ -152,5 +152,9 @@ def test_what_is_refused():
     few = HNSWTransformer().fit(ROWS[:5])
     with pytest.raises(ValueError, match=r"n_neighbors = 6, n_samples_fit = 5, n_samples = 60"):
         few.transform(OTHERS)
+    with pytest.raises(ValueError, match="X: masked values in row 2"):
+        HNSWTransformer().fit(
+            np.ma.masked_where(np.arange(len(ROWS))[:, None] + 0 * ROWS == 2, ROWS)
+        )
     with pytest.raises(ValueError, match="zero vectors"):
         HNSWTransformer(metric="cosine").fit(np.zeros((9, 2)))

@@ -176,7 +176,7 @@ def test_all_or_none():
     with pytest.raises(ValueError, match="labels=None: the labels of this index are strings"):
         strings.add(ROWS[:1])
     for mask in (np.ones(20, bool), np.ones((len(QUERIES), 20), bool), np.ones(3, np.uint8)):
-        with pytest.raises(ValueError, match="a mask is indexed by label, and those of this index"):
+        with pytest.raises(ValueError, match="a mask is indexed by integer labels"):
             strings.search(QUERIES, 3, allow=mask)
     with pytest.raises(TypeError, match=not_strings):
         strings.merge(built(rows=ROWS[:2]))
@@ -227,16 +227,43 @@ def test_forms_of_strings(form):
     assert index.holds(NAMES[1]).tolist() == [True]  # one string
 
 
+NO_STRINGS = r"labels: values that are no strings \(all labels are, or none\) in row"
+
+
 @pytest.mark.parametrize(
     ("labels", "error", "words"),
     [
         (["a", "", "c", ""], RowsError, r"labels: empty strings \(which mean none\) in rows 1, 3"),
-        (["a", None, "c", "d"], RowsError, "labels: no strings in row 1"),
-        (["a", "b", float("nan"), "d"], RowsError, "labels: no strings in row 2"),
-        (["a", "b", "c", 1], RowsError, "labels: no strings in row 3"),
-        ([1, "b", 2, 3], RowsError, "labels: no strings in rows 0, 2, 3"),
-        (["a", b"b", "c", "d"], RowsError, "labels: no strings in row 1"),
-        (np.array(["a", None, "c", "d"], object), RowsError, "labels: no strings in row 1"),
+        (
+            ["a", None, "c", "d"],
+            RowsError,
+            NO_STRINGS + " 1",
+        ),
+        (
+            ["a", "b", float("nan"), "d"],
+            RowsError,
+            NO_STRINGS + " 2",
+        ),
+        (
+            ["a", "b", "c", 1],
+            RowsError,
+            NO_STRINGS + " 3",
+        ),
+        (
+            [1, "b", 2, 3],
+            RowsError,
+            NO_STRINGS + "s 0, 2, 3",
+        ),
+        (
+            ["a", b"b", "c", "d"],
+            RowsError,
+            NO_STRINGS + " 1",
+        ),
+        (
+            np.array(["a", None, "c", "d"], object),
+            RowsError,
+            NO_STRINGS + " 1",
+        ),
         (["a", "\ud800", "c", "\ud800\udc00"], RowsError, "labels: lone surrogates in rows 1, 3"),
         (["a", "b\0", "c", "d"], RowsError, "labels: null characters in row 1"),
         ([b"a", b"b", b"c", b"d"], TypeError, "expected integers or strings"),

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from hnsw_gpu import inputs
-from hnsw_gpu.engine import NodeTable, empty_rows, encode, move_together
+from hnsw_gpu.engine import NodeTable, count_blurred, empty_rows, encode, move_together
 
 ROWS_AT_ONCE = 16384  # encoded, searched and gathered: bounds what a step holds beside its result
 
@@ -70,17 +70,20 @@ def encoded_rows(
     """
     metric = inputs.METRICS[metric]
     encoded = empty_rows(shape[0], shape[1], "fp32")
-    valid, count = [np.empty(0, np.int64)], 0
-    for first, part in parts:
-        numbers = np.arange(len(part))
+    valid, count, blurred = [np.empty(0, np.int64)], 0, 0
+    for first, raw in parts:
+        numbers = np.arange(len(raw))
         if on_invalid == "raise":
-            part = inputs.float_vectors(name, part, metric, first=first)
+            part = inputs.float_vectors(name, raw, metric, first=first)
         else:
-            numbers = np.flatnonzero(inputs.are_valid(part, metric))
-            part = np.ascontiguousarray(part[numbers], np.float32)
+            numbers = np.flatnonzero(inputs.are_valid(raw, metric))
+            raw = raw[numbers]
+            part = np.ascontiguousarray(raw, np.float32)
+        blurred += count_blurred(raw, part, metric)
         encoded[count : count + len(part)] = encode(part, metric, "fp32")
         valid.append(first + numbers)
         count += len(part)
+    inputs.tell_blurred(blurred, count)
     return encoded[:count], np.concatenate(valid)
 
 

@@ -12,7 +12,7 @@ from hnsw_gpu.engine.keys import KEY_NONE, key_distances, key_nodes
 from hnsw_gpu.engine.labels import Labels
 from hnsw_gpu.engine.machine import memory_free, memory_limit
 from hnsw_gpu.engine.merge import merged
-from hnsw_gpu.engine.rounding import LOST_SHARE, Rounded
+from hnsw_gpu.engine.rounding import LOST_SHARE, Rounded, count_blurred
 from hnsw_gpu.engine.search import pack_bits, search_graph
 from hnsw_gpu.engine.state import Parameters, State, empty_state, from_arrays
 from hnsw_gpu.engine.vectors import (
@@ -59,6 +59,7 @@ __all__ = [
     "build_graph",
     "compacted",
     "copy_aligned",
+    "count_blurred",
     "empty_queries",
     "empty_rows",
     "empty_state",

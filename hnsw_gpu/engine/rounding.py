@@ -17,7 +17,7 @@ from hnsw_gpu.engine.vectors import decode
 LOST_SHARE = 0.25  # of what tells a vector apart; normal: 0.0005 (fp16), 0.01 (int8), 0.09 (int4)
 LEAST_ROWS = 32  # of fewer, the mean is close to each
 LEAST_APART = 1e-13  # of squared lengths: below, vectors are copies of each other
-LEAST_APART_GIVEN = 1e-26  # the same of float64, before it becomes float32
+LEAST_APART_GIVEN = 1e-30  # the same of float64, before it becomes float32
 EPSILON = 2.0**-23  # of a float32 near 1, as dot products of unit vectors are
 BLOCK_ROWS = 256  # looked at at a time, as float64
 LEAST_SQUARE = 1e-37  # of differences: below, a float32 sum of squares loses them

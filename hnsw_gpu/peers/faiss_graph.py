@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from hnsw_gpu.files import atomic_file
+from hnsw_gpu.files import CorruptIndexError, atomic_file
 from hnsw_gpu.peers.peer_graph import MOST_M, PeerGraph, renumbered
 
 
@@ -28,7 +28,13 @@ def read_faiss(index: Any) -> PeerGraph:
     """
     faiss = _faiss()
     if isinstance(index, (str, os.PathLike)):
-        index = faiss.read_index(os.fspath(index))
+        with open(index, "rb"):  # faiss's own error for a path is not a FileNotFoundError
+            path = os.fspath(index)
+        try:
+            index = faiss.read_index(path)
+        except RuntimeError as error:
+            told = str(error).splitlines()[0]
+            raise CorruptIndexError(f"{path}: faiss cannot read it: {told:.200}") from None
     inner, labels = faiss.downcast_index(index), None
     if isinstance(inner, faiss.IndexIDMap):  # so is IndexIDMap2
         labels = faiss.vector_to_array(inner.id_map).astype(np.int64)

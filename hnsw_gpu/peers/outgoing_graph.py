@@ -25,9 +25,8 @@ def outgoing(state: State) -> PeerGraph:
     live = np.repeat(np.arange(count), np.diff(held.offsets))
     gone = np.append(live, held.deleted.nodes)
     bare = np.setdiff1d(np.arange(count), gone)  # neither labels, nor deleted ones
-    largest = max(state.next_label - 1, int(held.deleted.labels.max(initial=-1)))
     nodes = np.concatenate([live, held.deleted.nodes, bare])
-    labels = [held.labels, held.deleted.labels, largest + 1 + np.arange(len(bare))]
+    labels = [held.labels, held.deleted.labels, _unused(state, len(bare))]
     is_deleted = np.arange(len(nodes)) >= len(live)
     order = np.argsort(nodes, kind="stable")  # of each node the live ones first
     is_copy = np.append(False, nodes[order][1:] == nodes[order][:-1])[: len(order)]
@@ -45,6 +44,15 @@ def outgoing(state: State) -> PeerGraph:
         links=links,
         entry_point=graph.entry_point,
     )
+
+
+def _unused(state: State, count: int) -> np.ndarray:
+    """int64 (count,) labels that no node has: behind all, or where none are left, between them."""
+    used = np.concatenate([state.labels.labels, state.labels.deleted.labels])
+    first = max(state.next_label, int(used.max(initial=-1)) + 1)
+    if first + count <= np.iinfo(np.int64).max:
+        return first + np.arange(count, dtype=np.int64)
+    return np.setdiff1d(np.arange(len(used) + count), used)[:count]
 
 
 def _with_copies(links: np.ndarray, nodes: np.ndarray) -> np.ndarray:

@@ -27,6 +27,7 @@ from hnsw_gpu.results import SearchResult
 from hnsw_gpu.searching import Searching
 from hnsw_gpu.serve.answer_future import AnswerFuture
 from hnsw_gpu.serve.batch_forming import AnyFuture, BatchKey, BatchQueue, Part, QueuedSearch
+from hnsw_gpu.serve.offload import on_a_thread
 
 logger = logging.getLogger("hnsw_gpu")
 
@@ -295,7 +296,7 @@ class Batcher:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await asyncio.to_thread(self.close)
+        await on_a_thread(self.close)
 
     # ---------------------------------------------------------------- the engine's thread
 

@@ -1,7 +1,9 @@
 """Work that takes long, on threads, so that the event loop serves the others meanwhile."""
 
 import asyncio
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, TypeVar
 
 LARGE = 2**16  # bytes of JSON, or numbers: less is done at once
@@ -27,3 +29,32 @@ class Offload:
             except asyncio.CancelledError:
                 await asyncio.wait([running])  # what it works on is in memory until then
                 raise
+
+
+async def on_a_thread(work: Callable[[], object]) -> None:
+    """work() on a thread of its own: asyncio's are gone while the interpreter ends."""
+    loop = asyncio.get_running_loop()
+    ended: asyncio.Future[None] = loop.create_future()
+
+    def settle(error: BaseException | None) -> None:
+        if ended.done():  # whoever waited was cancelled
+            return
+        if error is None:
+            ended.set_result(None)
+        else:
+            ended.set_exception(error)
+
+    def run() -> None:
+        error = None
+        try:
+            work()
+        except BaseException as raised:
+            error = raised
+        with suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(settle, error)
+
+    try:
+        threading.Thread(target=run).start()
+    except RuntimeError:  # none can be had any more
+        run()
+    await ended

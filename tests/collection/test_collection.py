@@ -183,6 +183,8 @@ def test_vectors_are_mapped(tmp_path):
         file.write(b"\x01" * 8)
     with pytest.raises(CorruptIndexError, match=r"shard-0001\.hnsw: was changed in place"):
         opened.search(QUERIES)
+    with pytest.raises(CorruptIndexError, match=r"shard-0001\.hnsw: was changed in place"):
+        pickle.dumps(opened)
     with pytest.raises(ValueError, match=r"shard-0001\.hnsw"):
         hnsw_gpu.load(tmp_path / "c").check()
     with pytest.raises(CorruptIndexError, match=r"shard-0001\.hnsw"):

@@ -72,6 +72,19 @@ def test_us_to_hnswlib(metric, tmp_path):
     there.add_items(QUERIES[:10])  # and it goes on there
 
 
+def test_labels_up_to_the_largest_reach_hnswlib(tmp_path):
+    largest = 2**63 - 1
+    index = ours(labels=[largest, largest - 3, *range(1, COUNT - 1)])
+    index.delete([1, 2, 3])
+    index.forget([1, 2, 3])  # their elements need labels, and two are left behind all
+    index.to_hnswlib(tmp_path / "ours.bin")
+    there = hnswlib_of(tmp_path / "ours.bin", "l2")
+    numbers = there.get_ids_list()
+    assert len(set(numbers)) == COUNT and max(numbers) == largest
+    found, _ = there.knn_query(ROWS[:2], 1)
+    assert found[:, 0].tolist() == [largest, largest - 3]
+
+
 def test_copies_and_deleted_ones_reach_hnswlib(tmp_path):
     rows = np.concatenate([ROWS[:1000], np.repeat(ROWS[:1], 40, axis=0), ROWS[1:30]])
     index = ours(rows=rows, labels=np.arange(len(rows)))

@@ -1,9 +1,11 @@
 """Saved indexes with right checksums and wrong numbers; files that change, linger, do not sync."""
 
+import copy
 import errno
 import gc
 import mmap
 import os
+import pickle
 import signal
 import stat
 import subprocess
@@ -257,6 +259,9 @@ def test_a_mapped_file_that_is_changed_in_place(tmp_path, use, change) -> None:
             CorruptIndexError, match=r"x.hnsw: was changed in place while it is map"
         ):
             USES[use](index)
+    for again in (pickle.dumps, copy.copy, copy.deepcopy):
+        with pytest.raises(CorruptIndexError, match="changed in place"):
+            again(index)
     with pytest.raises(CorruptIndexError, match="changed in place"):
         index.save(tmp_path / "y")
     assert not (tmp_path / "y").exists()

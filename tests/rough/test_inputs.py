@@ -6,7 +6,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from hnsw_gpu import Batcher, Index, dedup, exact_search
+from hnsw_gpu import Batcher, Index, dedup, exact_search, hnswlib
 
 
 def test_a_refused_add_keeps_no_room() -> None:
@@ -56,6 +56,12 @@ def submitted(value):
         return batcher.submit(value, 2).result()
 
 
+def added_as_hnswlib(value):
+    index = hnswlib.Index("l2", DIM)
+    index.init_index(len(ROWS))
+    index.add_items(value)
+
+
 USES = {
     "add": lambda value: filled().add(value),
     "search": lambda value: filled().search(value, 2),
@@ -67,6 +73,7 @@ USES = {
     "dedup that drops": lambda value: dedup(value, on_invalid="drop"),
     "dedup against": lambda value: dedup(ROWS, against=value),
     "Batcher": submitted,
+    "hnsw_gpu.hnswlib": added_as_hnswlib,
 }
 
 

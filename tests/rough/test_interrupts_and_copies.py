@@ -475,7 +475,7 @@ def run(program: str) -> str:
 
 
 BEGIN = f"""
-import atexit, os, sys, threading, time
+import asyncio, atexit, os, sys, threading, time
 import numpy as np
 import hnsw_gpu
 rows = np.random.default_rng(1).normal(size=({ROWS}, {DIM})).astype("float32")
@@ -586,6 +586,13 @@ def later():
     batcher.submit(rows[:3]).result()
     work()
 threading.Thread(target=later).start()
+""",
+    "a batcher of asyncio": """
+async def ask():
+    async with hnsw_gpu.Batcher(index) as batcher:
+        await batcher.search(rows[:3])
+    work()
+atexit.register(lambda: asyncio.run(ask()))
 """,
 }
 

@@ -333,12 +333,18 @@ def beside(shared, scale):
         ("ip", beside(1, 1e-5)),  # products differ by less than float32 resolves
         *((metric, drawn()[0].astype(np.float64) + 1e8) for metric in ("l2", "ip", "cosine")),
         ("l2", (1e12 + 1e3 * drawn()[0].astype(np.float64)).astype(np.int64)),
+        ("l2", 2**52 + (1e2 * drawn()[0].astype(np.float64)).astype(np.int64)),
     ],
 )
 def test_what_float32_cannot_tell_apart_is_told(metric, vectors, dtype, warned):
     built(vectors, metric, dtype)
     told = [text for text in warned() if text.startswith("float32 takes over 25 %")]
     assert len(told) == 1 and f"from {N} of {N} vectors" in told[0]
+    hnsw_gpu.exact_search(vectors, vectors[:1], 3, metric)
+    assert told[0] in warned()
+    if metric != "ip":
+        hnsw_gpu.dedup(vectors, max_distance=1e-6, metric=metric)
+        assert told[0] in warned()
     moved = vectors - vectors.mean(axis=0)
     built(moved / moved.std(), metric, dtype)
     assert not any(text.startswith("float32") for text in warned())

@@ -1,10 +1,10 @@
-"""A cluster: two workers against one on this machine, and a model of larger ones.
+"""A cluster: two workers and four against one on this machine, and a model of larger ones.
 
     python -m benchmarks.cluster --out benchmarks/results/cluster.json
 
-Measured: queries/s of a collection in this process and of one actor and two (a replica each, one
-thread each), the time of single calls, and of merging the answers of up to 64 shards; seconds of a
-build and of a deduplication by one worker and by two, and in this process; bytes of a row by dtype.
+Measured: queries/s of a collection in this process and of one actor, two and four (a replica each,
+one thread each), the time of single calls, and of merging the answers of up to 64 shards; seconds
+of a build and of a deduplication by as many workers, and in this process; bytes of a row by dtype.
 Counted: recall and distances of one index and of the same rows in more shards.
 
 The model takes the searches, and says for 1 to 64 shards of up to 100 million rows what a shard
@@ -54,7 +54,7 @@ LOAD = 0.7  # of what one replica of a shard can answer
 ARRIVALS = 20_000
 JOB_SHARDS = 6
 DRIVEN_ROWS = (100_000, 1_000_000)
-WORKERS = (1, 2)
+WORKERS = (1, 2, 4)
 DEDUP = Settings(threshold=0.97, method="hnsw", ef_construction=64, ef=32)
 DIMS = (100, 256, 768)
 STORED = (("fp32", ""), ("int8", "fp32"), ("int4", "fp16"))  # dtype and refine
@@ -203,7 +203,7 @@ def on_ray(workers: int, work: Callable[[StepRunner], dict[str, float]]) -> dict
 
 
 def measure_jobs(rows: Path, shard_rows: int, rounds: int) -> dict[str, Any]:
-    """A build and a deduplication by one worker, by two, and in this process, in turn."""
+    """A build and a deduplication by workers, and in this process, in turn."""
 
     def work(runner: StepRunner) -> dict[str, float]:
         with tempfile.TemporaryDirectory() as place:
@@ -211,7 +211,7 @@ def measure_jobs(rows: Path, shard_rows: int, rounds: int) -> dict[str, Any]:
 
     sides: dict[str, Callable[[], dict[str, float]]] = {
         **{f"{w}_workers": functools.partial(on_ray, w, work) for w in WORKERS},
-        **{f"in_process_{w}_threads": functools.partial(work, Here(w)) for w in WORKERS},
+        **{f"in_process_{w}_threads": functools.partial(work, Here(w)) for w in WORKERS[:2]},
     }
     work(Here(1))  # code is compiled
     turns = [{name: side() for name, side in sides.items()} for _ in range(rounds)]
@@ -378,7 +378,7 @@ def draw(result: dict[str, Any], out: Path) -> None:
 @click.option("--rounds", default=2, show_default=True, help="Turns of each timed job.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="The .json to write.")
 def main(rows: int, dim: int, seconds: float, rounds: int, out: Path) -> None:
-    """Measure two workers against one, and bytes of a row; model more."""
+    """Measure workers against one, and bytes of a row; model more."""
     rng = np.random.default_rng(0)
     centres = rng.normal(size=(1000, dim))
     vectors = centres[rng.integers(0, len(centres), rows + BATCH)]

@@ -576,11 +576,11 @@ def sizes() -> str:
 
 
 def workers() -> str:
-    """One worker against two, and against the same machine without Ray."""
+    """One worker against more, and against the same machine without Ray."""
     found = results("cluster")
     jobs, search = found["jobs"], found["measured"]
     rates = search["queries_per_s"]
-    sides = ("1_workers", "2_workers", "in_process_1_threads", "in_process_2_threads")
+    sides = ("1_workers", "2_workers", "4_workers", "in_process_1_threads", "in_process_2_threads")
 
     def cells(job: str) -> list[str]:
         seconds = jobs[job]["seconds"]
@@ -595,7 +595,7 @@ def workers() -> str:
         "shard."
     )
     searches = [f"{rates[side] / rates['1_workers']:.2f}" for side in sides]
-    heads = ["one worker", "two workers", "no Ray, one thread", "no Ray, two threads"]
+    heads = ["one worker", "two", "four", "no Ray, one thread", "no Ray, two threads"]
     return table(
         ["speed, of one worker's", *heads],
         [

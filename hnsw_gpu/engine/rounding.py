@@ -38,7 +38,7 @@ def count_blurred(given: np.ndarray, exact: np.ndarray, metric: str) -> int:
     all dtypes: squares of tiny differences vanish, and so does what inner products differ by beside
     what they share. (Under cosine `count_worn` looks at those.)
     """
-    if len(given) < LEAST_ROWS:
+    if len(given) < LEAST_ROWS or (given.dtype == np.float32 and metric == "cosine"):
         return 0
     mean, count = given.mean(axis=0, dtype=np.float64), 0
     for start in range(0, len(given), BLOCK_ROWS):

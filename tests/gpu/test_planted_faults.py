@@ -747,7 +747,10 @@ def caught_by(kind: str, folder: Path) -> dict[str, set[str]]:
         if gates.exists():
             caught[name] = set(gates.read_text().split())
         else:  # the process was ended
-            reports = ("AddressSanitizer", "runtime error", "ThreadSanitizer: data race")
+            reports = (
+                "AddressSanitizer", "runtime error",
+                "ThreadSanitizer: data race", "ThreadSanitizer: SEGV",
+            )  # fmt: skip
             report = said.read_text()
             assert any(words in report for words in reports), report
             caught[name] = {kind}

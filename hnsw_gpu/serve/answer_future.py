@@ -1,8 +1,15 @@
 """A Future that can be settled without waiting for whoever waits for it."""
 
+import os
+import threading
+import weakref
+from collections.abc import Callable
 from concurrent.futures import Future, _base
+from typing import TypeVar
 
 from hnsw_gpu.results import SearchResult
+
+Kept = TypeVar("Kept")
 
 MOMENT_S = 0.05  # longer than a thread that goes on holds a Future's lock
 
@@ -12,8 +19,45 @@ class AnswerFuture(Future[SearchResult]):
 
     A Ctrl-C in a thread that is in `result`, `wait`, `cancel`, ... can leave locks of
     `concurrent.futures` held for ever, and `set_result` would wait for them as long: with it the
-    engine's thread, and all other callers.
+    engine's thread, and all other callers. In a forked process it has an error: who would settle
+    it is in the other one.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        _known.add(self)
+
+    def result(self, timeout: float | None = None) -> SearchResult:
+        """As Future's; an exception of a signal handler is raised as it is."""
+        return self._waited_for(super().result, timeout)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """The same."""
+        return self._waited_for(super().exception, timeout)
+
+    def _waited_for(self, wait: Callable[[float | None], Kept], timeout: float | None) -> Kept:
+        try:
+            return wait(timeout)
+        except RuntimeError as error:
+            # interrupted where a Condition has let go of its lock, it fails to let go again
+            interrupt = error.__context__
+            if error is self._exception or interrupt is None:
+                raise
+            raise interrupt from None
+
+    def fail_in_child(self) -> None:
+        """Give it an error, where nobody settles it; locks that a fork left held are replaced.
+
+        Callbacks are not called: they belong to the process that was forked.
+        """
+        self._condition = threading.Condition()
+        self._waiters.clear()
+        self._done_callbacks.clear()  # type: ignore[attr-defined]
+        if self._state in (_base.PENDING, _base.RUNNING):
+            self._exception = RuntimeError(
+                "this process was forked before the answer came, which goes to the other one"
+            )
+            self._state = _base.FINISHED
 
     def cancel(self) -> bool:
         """As Future's, and `wait` and `as_completed` know at once: no engine comes to it again."""
@@ -58,3 +102,15 @@ class AnswerFuture(Future[SearchResult]):
             self.set_exception(outcome)
         else:
             self.set_result(outcome)
+
+
+_known: "weakref.WeakSet[AnswerFuture]" = weakref.WeakSet()
+
+
+def _fail_in_child() -> None:
+    for future in _known:
+        future.fail_in_child()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_fail_in_child)

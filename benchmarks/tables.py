@@ -338,9 +338,11 @@ def inner_product() -> str:
 
 
 def adding() -> str:
-    """What adding one vector costs as an index grows."""
+    """What changing one label costs as an index grows."""
     found = results("adding")
-    again = found["replacing"]
+    again, single = found["replacing"], found["single_changes"]
+    sizes = sorted({one["rows"] for one in single})
+    ratios = {(one["change"], one["rows"]): one["ratio"] for one in single}
     more = (
         f"Replacing the same {again['replaced']:,} of {again['rows']:,} rows {again['rounds']} "
         f"times takes {again['seconds_of_adding']:.1f} times as long as adding as many (the second "
@@ -348,8 +350,11 @@ def adding() -> str:
         f"{again['most_bytes_of_first']:.1f} times the memory."
     )
     return table(
-        ["rows", "adding one vector, of its time at the fewest rows"],
-        [[f"{of['rows']:,}", f"{of['ratio']:.2f}"] for of in found["single_adds"]],
+        ["one change, in times of that at the fewest rows", *(f"{size:,} rows" for size in sizes)],
+        [
+            [change, *(f"{ratios[change, size]:.2f}" for size in sizes)]
+            for change in dict.fromkeys(one["change"] for one in single)
+        ],
     ) + source("adding", found, "python -m benchmarks.cpu.adding", more)
 
 

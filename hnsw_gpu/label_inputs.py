@@ -132,22 +132,22 @@ def _next_labels(count: int, state: State) -> np.ndarray:
     return first + np.arange(count) if count else np.empty(0, np.int64)
 
 
-def entry_mask(value: ArrayLike, state: State, queries: int) -> np.ndarray:
-    """bool mask (entries,) or (queries, entries) of `allow=` over the entries of a state's labels.
+def allowed_entries(value: ArrayLike, state: State, queries: int) -> np.ndarray:
+    """Packed bits, uint32 (words,) or (queries, words), of the entries that `allow=` allows.
 
     `value`: bool (n,) or (queries, n) indexed by label; the same as uint8 bits packed little-endian
     (`np.packbits(mask, axis=-1, bitorder="little")`); or labels (m,): strings, or integers of any
     dtype but uint8.
     """
-    entry_labels = state.labels.labels
+    held = state.labels
     are_strings = isinstance(value, np.ndarray) and value.dtype.kind == "T"  # fit or not, no matter
     allow = np.asarray(value) if are_strings else label_array("allow", value)
     if allow.size == 0 and allow.ndim == 1 and allow.dtype != bool:
-        return np.zeros(len(entry_labels), bool)
+        return held.bits_of(np.empty(0, np.int64))
     if allow.dtype in (np.uint16, np.uint32, np.uint64):  # what is beyond int64 becomes negative
         allow = allow.astype(np.int64)
     if allow.dtype.kind in "iT" and allow.ndim == 1:  # labels that are not here allow nothing
-        return np.isin(entry_labels, numbers_of(state, allow, "allow"))
+        return held.bits_of(numbers_of(state, allow, "allow"))
     if allow.dtype not in (np.dtype(bool), np.dtype(np.uint8)):
         raise TypeError(
             f"allow: dtype {allow.dtype}, {allow.ndim}-d, expected a bool mask, "
@@ -160,14 +160,11 @@ def entry_mask(value: ArrayLike, state: State, queries: int) -> np.ndarray:
         )
     if allow.ndim not in (1, 2) or (allow.ndim == 2 and len(allow) != queries):
         raise ValueError(f"allow: shape {allow.shape}, expected (n,) or ({queries}, n)")
-    covered = allow.shape[-1] * (8 if allow.dtype == np.uint8 else 1)
-    if len(entry_labels) and (entry_labels.min() < 0 or entry_labels.max() >= covered):
-        outside = entry_labels.min() if entry_labels.min() < 0 else entry_labels.max()
+    try:
+        return held.bits_of_mask(allow)
+    except IndexError as error:
+        covered = allow.shape[-1] * (8 if allow.dtype == np.uint8 else 1)
         raise ValueError(
-            f"allow: a mask of {covered} is indexed by label, and label {outside} is outside; "
+            f"allow: a mask of {covered} is indexed by label, and label {error} is outside; "
             "give the allowed labels instead (of any dtype but uint8, which is packed bits)"
-        )
-    if allow.dtype == bool:
-        return allow[..., entry_labels]
-    bits = allow[..., entry_labels >> 3] >> (entry_labels & 7).astype(np.uint8)
-    return (bits & 1).astype(bool)
+        ) from None

@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike
 from hnsw_gpu import inputs, label_inputs
 from hnsw_gpu.engine import (
     KEY_NONE,
+    Allowed,
     CpuEngine,
     Labels,
     Queries,
@@ -18,7 +19,6 @@ from hnsw_gpu.engine import (
     Walk,
     key_nodes,
     nearest,
-    pack_bits,
     unlinked,
     within,
 )
@@ -375,7 +375,9 @@ class StateSearching(Searching):
             entries, nodes = _filter(state, allow, len(queries))
             keys = within(engine, Queries(queries), is_near, walk, nodes)
             found = [
-                held.keys_to_labels(row[None], held.count(key_nodes(row)), _row_of(entries, i))
+                held.keys_to_labels(
+                    row[None], int(held.carried(key_nodes(row)).sum()), _row_of(entries, i)
+                )
                 for i, row in enumerate(keys)
             ]
             # entries that are not allowed leave room behind the others
@@ -490,23 +492,27 @@ class _View(StateSearching):
 
 def _filter(
     state: State, allow: ArrayLike | None, queries: int
-) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Packed bits of allowed entries, and bool mask of allowed nodes; None where all are."""
+) -> tuple[np.ndarray | None, Allowed | None]:
+    """Packed bits of allowed entries, and the allowed nodes; None where all live ones are."""
     held = state.labels
-    if allow is not None:
-        mask = label_inputs.entry_mask(allow, state, queries)
-        return np.atleast_2d(pack_bits(mask)), held.any_of_node(mask)
-    return None, None if held.are_all_live else held.live_nodes()
+    if allow is None:
+        return None, _live(held)
+    entries = label_inputs.allowed_entries(allow, state, queries)
+    return np.atleast_2d(entries), Allowed.of(held.node_bits(entries))
+
+
+def _live(held: Labels) -> Allowed | None:
+    """The nodes that carry labels; None: all do."""
+    return None if held.live_bits is None else Allowed(held.live_bits, held.live_count)
 
 
 def _keys_of_others(
     held: Labels, engine: CpuEngine | GpuEngine, ids: np.ndarray, walk: Walk
 ) -> np.ndarray:
     """Keys of the nodes nearest to nodes (m,), and of the node itself where it has copies."""
-    mask = None if held.are_all_live else held.live_nodes()
-    keys = nearest(engine, Queries(own=ids), walk, mask)
+    keys = nearest(engine, Queries(own=ids), walk, _live(held))
     own = engine.own_keys(ids)
-    own[np.diff(held.offsets)[ids] == 1] = KEY_NONE
+    own[held.carried(ids) == 1] = KEY_NONE
     return np.sort(np.concatenate([keys, own[:, None]], axis=1), axis=1)
 
 

@@ -1,4 +1,4 @@
-"""What a small `add` costs where much is there already, and how searches and adds share an index.
+"""What a small change costs where much is there already, and how searches and adds share an index.
 
 python -m benchmarks.cpu.adding
 
@@ -9,6 +9,7 @@ import json
 import threading
 import time
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
@@ -20,8 +21,9 @@ from hnsw_gpu import Index
 
 DIM = 16
 SIZES = (10_000, 100_000, 1_000_000)
-WARM = 50  # adds before those that count
-ADDS = 300
+WARM = 50  # changes before those that count
+CHANGES = 300
+MOST = 2 * (WARM + CHANGES)  # some to be timed, others to be counted
 
 
 def rows(count: int, seed: int) -> np.ndarray:
@@ -34,23 +36,45 @@ def built(count: int) -> Index:
     return index
 
 
-def single_adds(count: int) -> dict:
-    """Median milliseconds of adding one vector, and median bytes that it allocates at its peak."""
-    index = built(count)
-    seconds, allocated = [], []
-    for turn, row in enumerate(rows(WARM + ADDS, 1)[:, None]):
-        started = time.perf_counter()
-        index.add(row, threads=1)
-        if turn >= WARM:
+def changes_of(index: Index) -> dict[str, Callable[[int], object]]:
+    """What may be done to one label, by name; the number of a turn, below MOST, says to which."""
+    new, other, old = rows(MOST, 1)[:, None], rows(MOST, 2)[:, None], index.vectors(np.arange(MOST))
+    few = np.arange(5)
+
+    def search_after_a_delete(turn: int) -> None:
+        index.delete([3 * MOST + turn])
+        index.search(new[turn], 10, threads=1)
+
+    return {
+        "add": lambda turn: index.add(new[turn], threads=1),
+        "add a copy": lambda turn: index.add(old[turn : turn + 1], threads=1),
+        "update": lambda turn: index.update([MOST + turn], other[turn], threads=1),
+        "delete": lambda turn: index.delete([2 * MOST + turn]),
+        "search after one more delete": search_after_a_delete,
+        "undelete": lambda turn: index.undelete([2 * MOST + turn]),
+        "search among five": lambda turn: index.search(new[turn], 5, allow=few, threads=1),
+    }
+
+
+def single_changes(count: int) -> list[dict]:
+    """Median milliseconds of changing one label, and median bytes that it allocates at its peak."""
+    found = []
+    for name, change in changes_of(built(count)).items():
+        seconds, allocated = [], []
+        for turn in range(MOST // 2):
+            started = time.perf_counter()
+            change(turn)
             seconds.append(time.perf_counter() - started)
-    tracemalloc.start()
-    for row in rows(ADDS, 2)[:, None]:
-        before = tracemalloc.get_traced_memory()[0]
-        tracemalloc.reset_peak()
-        index.add(row, threads=1)
-        allocated.append(tracemalloc.get_traced_memory()[1] - before)
-    tracemalloc.stop()
-    return {"rows": count, "ms": 1e3 * median(seconds), "peak_bytes": median(allocated)}
+        tracemalloc.start()
+        for turn in range(MOST // 2, MOST):
+            before = tracemalloc.get_traced_memory()[0]
+            tracemalloc.reset_peak()
+            change(turn)
+            allocated.append(tracemalloc.get_traced_memory()[1] - before)
+        tracemalloc.stop()
+        ms, peak = 1e3 * median(seconds[WARM:]), median(allocated[WARM:])
+        found.append({"change": name, "rows": count, "ms": ms, "peak_bytes": peak})
+    return found
 
 
 def replacing(count: int, part: int, rounds: int) -> dict:
@@ -130,13 +154,14 @@ def together(count: int, threads: int, seconds: float) -> dict:
 @click.command()
 @click.option("--out", type=Path, default=RESULTS / "adding.json", show_default=True)
 def main(out: Path) -> None:
-    """Small adds into large indexes, and searches beside them."""
-    single = [single_adds(count) for count in SIZES]
+    """Small changes of large indexes, and searches beside them."""
+    single = [one for count in SIZES for one in single_changes(count)]
+    first = {one["change"]: one["ms"] for one in reversed(single)}
     for one in single:
-        one["ratio"] = one["ms"] / single[0]["ms"]
+        one["ratio"] = one["ms"] / first[one["change"]]
     results = {
         **about([]), "metric": "l2", "dim": DIM, "ef_construction": 40,
-        "single_adds": single, "together": together(100_000, 8, 20.0),
+        "single_changes": single, "together": together(100_000, 8, 20.0),
         "replacing": replacing(20_000, 1_000, 200),
     }  # fmt: skip
     click.echo(json.dumps(rounded(results), indent=1))

@@ -5,7 +5,7 @@ from hnsw_gpu.engine.compiled import jit
 from hnsw_gpu.engine.copies import NodeTable, move_together
 from hnsw_gpu.engine.cpu_engine import CpuEngine
 from hnsw_gpu.engine.exact import block_rows, exact_block, rerank
-from hnsw_gpu.engine.filtered_search import nearest, within
+from hnsw_gpu.engine.filtered_search import Allowed, nearest, within
 from hnsw_gpu.engine.graph import Graph, unlinked, unreachable
 from hnsw_gpu.engine.growth import build_graph, compacted, insert, joined, repaired, with_vectors
 from hnsw_gpu.engine.keys import KEY_NONE, key_distances, key_nodes
@@ -13,7 +13,7 @@ from hnsw_gpu.engine.labels import Labels
 from hnsw_gpu.engine.machine import memory_free, memory_limit
 from hnsw_gpu.engine.merge import merged
 from hnsw_gpu.engine.rounding import LOST_SHARE, Rounded, count_blurred
-from hnsw_gpu.engine.search import pack_bits, search_graph
+from hnsw_gpu.engine.search import search_graph
 from hnsw_gpu.engine.state import Parameters, State, empty_state, from_arrays
 from hnsw_gpu.engine.vectors import (
     METRICS,
@@ -41,6 +41,7 @@ __all__ = [
     "LOST_SHARE",
     "METRICS",
     "STORAGE",
+    "Allowed",
     "ChangeLock",
     "CpuEngine",
     "Graph",
@@ -77,7 +78,6 @@ __all__ = [
     "merged",
     "move_together",
     "nearest",
-    "pack_bits",
     "repaired",
     "rerank",
     "row_length",

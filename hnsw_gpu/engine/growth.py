@@ -22,7 +22,7 @@ from hnsw_gpu.engine.build import (
     without_unfinished,
 )
 from hnsw_gpu.engine.graph import Graph
-from hnsw_gpu.engine.labels import Deleted, Labels
+from hnsw_gpu.engine.labels import Labels
 from hnsw_gpu.engine.repair import repair
 from hnsw_gpu.engine.rounding import Rounded, count_blurred, count_worn
 from hnsw_gpu.engine.state import State, empty_state
@@ -201,20 +201,21 @@ def compacted(
     Nodes that are equal, as those of other libraries may be, become one.
     """
     state.require_unchanged()
-    kept, deleted = state.parameters, state.labels.deleted if keep_deleted else Deleted()
-    is_kept = state.labels.live_nodes()
-    is_kept[deleted.nodes] = True
+    kept, is_kept = state.parameters, state.labels.live_nodes()
+    if keep_deleted:
+        is_kept[state.labels.deleted.nodes] = True
     live = np.flatnonzero(is_kept)
     rows, refine_rows = taken_aligned(state.rows, live), state.refine_rows
     if refine_rows is not None:
         refine_rows = taken_aligned(refine_rows, live)
     state.require_unchanged()
-    labels = state.labels.of_nodes(live, deleted)
     nodes, sources = copies.NodeTable().assign(
         rows if refine_rows is None else refine_rows, 0, len(live)
     )
+    node_of = np.full(state.node_count, -1)  # of each node of before
+    node_of[live] = nodes
     if len(sources) < len(live):
-        labels, rows = labels.grouped(nodes, len(sources)), taken_aligned(rows, sources)
+        rows = taken_aligned(rows, sources)
         refine_rows = None if refine_rows is None else taken_aligned(refine_rows, sources)
     graph = build_graph(
         rows, kept.metric, M=kept.M, ef_construction=kept.ef_construction, seed=kept.seed,
@@ -228,7 +229,7 @@ def compacted(
         version=state.version + 1,
         rows=rows,
         refine_rows=refine_rows,
-        labels=labels,
+        labels=state.labels.moved(node_of, len(sources), keep_deleted=keep_deleted),
         next_label=state.next_label,
         names=state.names,
     )
@@ -286,8 +287,8 @@ def joined(state: State, other: State, *, threads: int, advance: Callable[[int],
     links = np.where(theirs < 0, -1, node_of[theirs])
     give_links(graph, rows, kept.metric, links, first, threads=threads)
     repair(graph, rows, kept.metric, ef_construction=kept.ef_construction, threads=threads)
-    entries = np.repeat(node_of, np.diff(small.labels.offsets))
-    held = Labels(large.labels.offsets.copy(), large.labels.labels.copy())
+    offsets, labels = small.labels.packed()
+    held = Labels(*large.labels.packed())
     fresh = empty_state(kept)
     fresh.table.clear()
     return fresh._replace(
@@ -296,7 +297,7 @@ def joined(state: State, other: State, *, threads: int, advance: Callable[[int],
         version=state.version + 1,
         rows=rows,
         refine_rows=None if refine_rows is None else refine_rows[:stop],
-        labels=held.with_added(small.labels.labels, entries, stop),
+        labels=held.with_added(labels, np.repeat(node_of, np.diff(offsets)), stop),
         next_label=max(state.next_label, other.next_label),
         names=state.names,
     )

@@ -1,47 +1,46 @@
-"""Finding labels that do not ascend: a hash table of their nodes, which grows with the labels."""
+"""Finding labels that do not ascend: a hash table of their entries, which grows with them."""
 
 import numpy as np
 
+from hnsw_gpu.engine.bits import is_on
 from hnsw_gpu.engine.compiled import jit
+
+NO_BITS = np.empty(0, np.uint32)
 
 
 class LabelTable:
-    """Hash table of nodes by the labels that they carry, or carried once.
+    """Hash table of entries (`entries.py`) by their labels.
 
-    What a node carries no more is passed over. So one table serves the labels of before a change
-    and after it: one thread adds at a time, and others may look up meanwhile.
+    An entry stays in it, so one table serves the labels of before a change and after it: one thread
+    adds at a time, and others may look up meanwhile.
     """
 
-    def __init__(self, offsets, labels):
-        nodes = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
+    def __init__(self, labels):
         self._slots = np.full(4 << len(labels).bit_length(), -1, np.int64)
-        self._used = 0
-        self._enter(labels, nodes)
+        self._used = len(labels)
+        _enter(self._slots, labels, 0)
 
     @property
     def nbytes(self):
         """Bytes held."""
         return self._slots.nbytes
 
-    def with_added(self, labels, nodes, offsets, all_labels):
-        """A table with `labels` (m,) of `nodes` (m,) too, which are among all: this one if it fits.
-
-        offsets, all_labels: where node i carries `all_labels[offsets[i]:offsets[i + 1]]`.
-        """
-        if 2 * (self._used + len(labels)) > len(self._slots):
-            return LabelTable(offsets, all_labels)
-        self._enter(labels, nodes)
+    def with_added(self, labels, first):
+        """A table with the entries from `first` on, of all `labels`, too: this one, if it fits."""
+        self._used += len(labels) - first
+        if 2 * self._used > len(self._slots):
+            return LabelTable(labels)
+        _enter(self._slots, labels, first)
         return self
 
-    def _enter(self, labels, nodes):
-        _enter(self._slots, labels, nodes)
-        self._used += len(labels)
+    def find(self, labels, wanted, bits):
+        """int64 entries (m,), the last ones of the labels `wanted` (m,); -1 where there is none.
 
-    def find(self, offsets, labels, wanted):
-        """int64 places (m,) in `labels` of the labels `wanted` (m,); -1 where not there."""
-        places = np.empty(len(wanted), np.int64)
-        _find(self._slots, offsets, labels, wanted, places)
-        return places
+        bits: of the entries that count; None: all of `labels` do.
+        """
+        entries = np.empty(len(wanted), np.int64)
+        _find(self._slots, labels, wanted, NO_BITS if bits is None else bits, entries)
+        return entries
 
 
 @jit(is_inlined=True)
@@ -52,23 +51,22 @@ def _slot(slots, label):
 
 
 @jit
-def _enter(slots, labels, nodes):
-    for i in range(len(labels)):
-        slot = _slot(slots, labels[i])
+def _enter(slots, labels, first):
+    for entry in range(first, len(labels)):
+        slot = _slot(slots, labels[entry])
         while slots[slot] >= 0:
             slot = (slot + 1) & (len(slots) - 1)
-        slots[slot] = nodes[i]
+        slots[slot] = entry
 
 
 @jit
-def _find(slots, offsets, labels, wanted, places):
+def _find(slots, labels, wanted, bits, entries):
     for i in range(len(wanted)):
         slot = _slot(slots, wanted[i])
-        places[i] = -1
-        while slots[slot] >= 0 and places[i] < 0:
-            node = slots[slot]
-            if node < len(offsets) - 1:
-                for place in range(offsets[node], offsets[node + 1]):
-                    if labels[place] == wanted[i]:
-                        places[i] = place
+        entries[i] = -1
+        while slots[slot] >= 0:
+            entry = slots[slot]
+            is_it = entry < len(labels) and labels[entry] == wanted[i]
+            if is_it and (not len(bits) or is_on(bits, entry)):
+                entries[i] = entry
             slot = (slot + 1) & (len(slots) - 1)

@@ -99,14 +99,6 @@ class Result(NamedTuple):
     blocked: np.ndarray  # (q,) int32 keys of the final beam that may not be returned (R8)
 
 
-def pack_bits(mask):
-    """uint32 words (..., words) of a bool mask (..., n): bit i & 31 of word i >> 5."""
-    count = mask.shape[-1]
-    words = np.zeros((*mask.shape[:-1], -(-count // 32) * 4), np.uint8)
-    words[..., : -(-count // 8)] = np.packbits(mask, axis=-1, bitorder="little")
-    return words.view("<u4").astype(np.uint32, copy=False)
-
-
 def search_graph(
     graph,
     rows,

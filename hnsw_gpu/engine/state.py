@@ -9,7 +9,7 @@ from hnsw_gpu.engine.build import empty_graph, packed
 from hnsw_gpu.engine.copies import NodeTable
 from hnsw_gpu.engine.cpu_engine import CpuEngine
 from hnsw_gpu.engine.graph import Graph, check_graph, check_links
-from hnsw_gpu.engine.labels import Deleted, Labels
+from hnsw_gpu.engine.labels import Deleted, Labels, label_problems
 from hnsw_gpu.engine.row_check import row_problems
 from hnsw_gpu.engine.second_copy import SecondCopy
 from hnsw_gpu.engine.vectors import decode, empty_rows
@@ -96,16 +96,18 @@ class State(NamedTuple):
         kept = self.parameters
         return decode(self.cpu.finest[nodes], kept.dim, kept.refine or kept.dtype)
 
-    def problems(self, *, unread: Collection[str] = ()) -> list[str]:
-        """What is wrong with the graph, the labels or the rows, in sentences.
+    def problems(self) -> list[str]:
+        """What is wrong with the graph, the labels or the rows, in sentences."""
+        return self.labels.problems(self.node_count, self.next_label) + self.node_problems(())
 
-        Whether every node is reachable is asked where none is unrepaired. unread: rows, by their
-        name in `arrays`, that are not looked at.
+    def node_problems(self, unread: Collection[str]) -> list[str]:
+        """The same of the graph and the rows, but for those (by their name in `arrays`) unread.
+
+        Whether every node is reachable is asked where none is unrepaired.
         """
         # that of a file is looked at as it is
         graph = self.graph if self.graph is self.room else packed(self.graph)
         found: list[str] = check_links(graph) if self.unrepaired else check_graph(graph)
-        found += self.labels.problems(self.node_count, self.next_label)
         cpu, kept = self.cpu, self.parameters
         for name, rows, dtype in (
             ("vectors", cpu.rows, kept.dtype),
@@ -121,9 +123,10 @@ class State(NamedTuple):
         found = {"vectors": cpu.rows, **packed(self.graph)._asdict()}
         if cpu.refine_rows is not None:
             found["refine_vectors"] = cpu.refine_rows
-        found |= {"label_offsets": self.labels.offsets, "labels": self.labels.labels}
-        if len(self.labels.deleted.labels):
-            found |= dict(zip(DELETED, self.labels.deleted, strict=True))
+        found |= dict(zip(("label_offsets", "labels"), self.labels.packed(), strict=True))
+        deleted = self.labels.deleted
+        if len(deleted.labels):
+            found |= dict(zip(DELETED, deleted, strict=True))
         return found
 
 
@@ -167,22 +170,26 @@ def from_arrays(
         _expect("refine_vectors", arrays["refine_vectors"], empty.refine_rows, count)
     _expect("neighbors0", graph.neighbors0, empty.graph.neighbors0, count)
     _expect("neighbors", graph.neighbors, empty.graph.neighbors, len(graph.nodes))
-    _expect("label_offsets", arrays["label_offsets"], empty.labels.offsets, count + 1)
-    _expect("labels", arrays["labels"], empty.labels.labels, len(arrays["labels"]))
-    deleted = [arrays.get(name, like) for name, like in zip(DELETED, Deleted(), strict=True)]
+    offsets, labels, like = arrays["label_offsets"], arrays["labels"], Deleted()
+    _expect("label_offsets", offsets, like.labels, count + 1)
+    _expect("labels", labels, like.labels, len(labels))
+    deleted = Deleted(*(arrays.get(*pair) for pair in zip(DELETED, like, strict=True)))
     for name, array in zip(DELETED, deleted, strict=True):
-        _expect(name, array, empty.labels.labels, len(array))
+        _expect(name, array, like.labels, len(array))
+    problems = label_problems(offsets, labels, deleted, count, next_label)
+    if problems:
+        raise ValueError("; ".join(problems))
     state = empty._replace(
         unrepaired=unrepaired,
         graph=graph,
         room=graph,
         rows=arrays["vectors"],
         refine_rows=None if empty.refine_rows is None else arrays["refine_vectors"],
-        labels=Labels(arrays["label_offsets"], arrays["labels"], Deleted(*deleted)),
+        labels=Labels(offsets, labels, deleted),
         next_label=next_label,
     )
     state.table.clear()
-    problems = state.problems(unread=unread)
+    problems = state.node_problems(unread)
     if problems:
         raise ValueError("; ".join(problems))
     return state

@@ -28,8 +28,11 @@ SORT_SCRATCH = 3  # keys' worth for each key that CuPy sorts: the row of each, a
 class LabelArrays(Protocol):
     """Labels of nodes: node i carries `labels[offsets[i]:offsets[i + 1]]`, all int64."""
 
-    offsets: np.ndarray
-    labels: np.ndarray
+    @property
+    def offsets(self) -> np.ndarray: ...
+
+    @property
+    def labels(self) -> np.ndarray: ...
 
 
 class EncodedQueries(NamedTuple):

@@ -14,7 +14,7 @@ from urllib.parse import urlencode, urlsplit
 import numpy as np
 from numpy.typing import ArrayLike
 
-from hnsw_gpu import inputs
+from hnsw_gpu import inputs, label_inputs
 from hnsw_gpu.results import SearchResult
 from hnsw_gpu.serve import formats
 from hnsw_gpu.serve.connection import (
@@ -32,6 +32,7 @@ WAITS_S = (0.1, 0.2, 0.4, 0.8, 1.6)
 LONGEST_TIMEOUT_S = 3600  # that the server takes
 JSON_BYTES = 2**22  # most of a JSON answer
 NPY_HEAD_BYTES = 2**14
+JSON_NUMBER = 26  # most bytes of a number, with what divides it from the next
 BODY_BYTES, RESULTS = 2**23, 2**20  # most of one request: more are hardly faster
 ANY_BODY_BYTES, ANY_RESULTS = 2**16, 2**16  # beyond these the server is asked for its limits
 CALL_ID = "X-Call-Id"
@@ -106,12 +107,13 @@ class Client:
         ef: int = 64,
         recall: float | None = None,
         rerank: int | str | None = "auto",
-        allow: str | None = None,
+        allow: str | ArrayLike | None = None,
         timeout_s: float | None = None,
     ) -> SearchResult:
         """The k nearest labels of each query (q, dim), as `Index.search` gives them.
 
-        allow: the name of a filter on the server.
+        allow: what may be returned: the name of a filter on the server, or labels (m,), which go
+            with every request.
         timeout_s: the server gives up a request that it cannot answer in time (ServerError 504).
         """
         deadline = self._deadline()
@@ -122,19 +124,21 @@ class Client:
         k, ef = inputs.integer("k", k, 1, inputs.MOST_NODES), inputs.integer("ef", ef, 1)
         options: dict[str, Any] = {"k": k, "rerank": "all" if rerank is None else rerank}
         options |= {"ef": ef} if recall is None else {"recall": _decimal(inputs.recall(recall, ef))}
-        options |= {} if allow is None else {"allow": _name(allow)}
+        options |= {"allow": allow} if isinstance(allow, str) else {}
+        allowed = None if allow is None or isinstance(allow, str) else _allowed(allow, given)
         path = "/v1/search?" + urlencode(options)
-        headers = {"Content-Type": formats.NPY, "Accept": formats.NPY}
+        media = formats.NPY if allowed is None else formats.JSON
+        headers = {"Content-Type": media, "Accept": formats.NPY}
         if timeout_s is not None:
             asked_s = min(_positive("timeout_s", timeout_s), LONGEST_TIMEOUT_S)
             headers["X-Timeout-Ms"] = str(max(1, round(1000 * asked_s)))
         found = []
-        step = self._rows_of_a_request(given, k, deadline)
+        step = self._rows_of_a_request(given, k, allowed, deadline)
         for start in range(0, max(len(given), 1), step):
             rows = given[start : start + step]
             most = len(rows) * k * formats.RESULT.itemsize
             most = max(most, formats.MOST_NPY_STRINGS) + NPY_HEAD_BYTES
-            asked = _Asked("POST", path, headers, formats.write_npy(rows), most)
+            asked = _Asked("POST", path, headers, _body(rows, allowed), most)
             found.append(_result_of(self._call(asked, deadline), len(rows), k))
         labels, distances = zip(*found, strict=True)
         return SearchResult(np.concatenate(labels), np.concatenate(distances))
@@ -180,9 +184,13 @@ class Client:
         asked = _Asked("GET", "/v1/index", {"Accept": formats.JSON}, b"", JSON_BYTES)
         return _description_of(self._call(asked, deadline))
 
-    def _rows_of_a_request(self, queries: np.ndarray, k: int, deadline: float) -> int:
+    def _rows_of_a_request(
+        self, queries: np.ndarray, k: int, allowed: str | None, deadline: float
+    ) -> int:
         """How many rows a request may have: by `batch_rows`, by our limits and the server's."""
-        a_row = max(queries.shape[1] * 4, 1)  # the server counts numbers as float32
+        # the server counts numbers as float32
+        a_number, head = (4, NPY_HEAD_BYTES) if allowed is None else (JSON_NUMBER, len(allowed))
+        a_row = max(queries.shape[1] * a_number, 1)
         bytes_, results = BODY_BYTES, RESULTS
         rows = min(len(queries), self._batch_rows)
         if rows > 1 and (rows * a_row > ANY_BODY_BYTES or rows * k > ANY_RESULTS):
@@ -190,7 +198,7 @@ class Client:
                 self._limits = self._describe(deadline).get("limits", {})
             bytes_ = min(bytes_, _whole_number(self._limits.get("body_bytes"), bytes_))
             results = min(results, _whole_number(self._limits.get("results"), results))
-        room = (bytes_ - NPY_HEAD_BYTES) // a_row
+        room = (bytes_ - head) // a_row
         return max(1, min(self._batch_rows, room, results // k))
 
     def _call(self, asked: _Asked, deadline: float) -> Answer:
@@ -297,12 +305,22 @@ def _decimal(number: float) -> str:
     return np.format_float_positional(number, trim="0")
 
 
-def _name(allow: str) -> str:
-    if not isinstance(allow, str):
+def _allowed(allow: ArrayLike, queries: np.ndarray) -> str:
+    """The JSON of allowed labels, of a body that holds these queries too."""
+    given = label_inputs.label_array("allow", allow)
+    if given.dtype in (np.dtype(bool), np.dtype(np.uint8)):
         raise TypeError(
-            f"allow: {type(allow).__name__}, expected the name of a filter of the server"
+            f"allow: a mask, {given.dtype} {given.shape}; expected the name of a filter of the "
+            "server, or labels"
         )
-    return allow
+    inputs.refuse("queries", ~np.isfinite(queries).all(axis=1), "NaN or infinite values")
+    return json.dumps(label_inputs.labels("allow", given).tolist())
+
+
+def _body(queries: np.ndarray, allowed: str | None) -> bytes:
+    if allowed is None:
+        return formats.write_npy(queries)
+    return f'{{"queries": {json.dumps(queries.tolist())}, "allow": {allowed}}}'.encode()
 
 
 def _whole_number(value: Any, default: int) -> int:

@@ -1,9 +1,12 @@
 """Labels of nodes, against lists of them."""
 
+import itertools
+
 import numpy as np
 import pytest
 
 from hnsw_gpu.engine import Labels
+from hnsw_gpu.engine.bits import count_on, unpack_bits
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -39,13 +42,41 @@ def test_changes_in_any_order(seed):
 
 
 def test_the_table_of_labels_does_not_grow_by_what_comes_and_goes():
+    """Deleted and brought back; deleted and given to the same node, or to others in turn."""
     held = Labels().with_added(np.arange(100)[::-1], np.arange(100), 100)
-    held.find(np.array([3]))
-    size = held.nbytes
+    held = held.without(held.find(np.array([3]))).undeleted(np.array([3]))
+    size, some = held.nbytes, np.array([7, 30])
     for _ in range(1000):
-        held = held.without(held.find(np.array([7, 30]))).undeleted(np.array([30, 7]))
+        held = held.without(held.find(some)).undeleted(some[::-1])
     assert held.nbytes == size
+    for _ in range(1000):
+        held = held.without(held.find(some)).with_added(some, np.array([92, 69]), 100)
+    assert held.nbytes == size and not len(held.deleted.labels)
     agree(held, [[label] for label in range(99, -1, -1)])
+    for turn in range(10_000):
+        held = held.without(held.find(some)).with_added(some, np.array([92, 69]) - turn % 3, 100)
+    expected = [[label] for label in range(99, -1, -1)]
+    expected[92], expected[69] = [7], [30]
+    agree(held, expected)
+    assert held.nbytes < 20 * size
+
+
+@pytest.mark.parametrize("has_copies", [False, True])
+def test_two_that_go_on_from_the_same(has_copies):
+    """As processes do after a fork, or one after an error: neither sees what the other added."""
+    start = Labels().with_added(np.arange(0, 60, 2), np.arange(30) // (1 + has_copies), 30)
+    expected = [sorted(each) for each in np.split(start.labels, start.offsets[1:-1])]
+    expected = [[int(label) for label in each] for each in expected]
+    ways = []
+    for first in (1, 101, 201):
+        new, nodes = first + 2 * np.arange(10), np.array([0, 0, 3, 30, 31, 32, 32, 7, 7, 7])
+        ways.append((start.with_added(new, nodes, 33), new, nodes))
+    for held, new, nodes in ways:
+        mine = [list(each) for each in expected] + [[], [], []]
+        for label, node in zip(new.tolist(), nodes.tolist(), strict=True):
+            mine[node].append(label)
+        agree(held, mine)
+    agree(start, expected)
 
 
 def agree(held, expected):
@@ -56,4 +87,26 @@ def agree(held, expected):
     assert held.live_count == sum(map(bool, expected))
     if every:
         entries = held.find(np.array([*every, 1000]))
-        assert held.labels[entries[:-1]].tolist() == every and entries[-1] == -1
+        assert held.entry_labels[entries[:-1]].tolist() == every and entries[-1] == -1
+        nodes = held.nodes(entries[:-1])
+        assert nodes.tolist() == [node_of(expected, label) for label in every]
+    count = len(expected)
+    counts = [len(each) for each in expected]
+    assert held.carried(np.arange(count)).tolist() == counts
+    assert held.live_nodes().tolist() == [size > 0 for size in counts]
+    keys = 2 * np.arange(count, dtype=np.uint64)[None]  # node after node (R2)
+    found = held.keys_to_labels(keys, len(every) + 1)[0][0]
+    assert found.tolist() == [*itertools.chain(*map(sorted, expected)), -1]
+    mask = np.arange(400) % 3 == 0
+    wanted = [any(label % 3 == 0 for label in each) for each in expected]
+    packed = np.packbits(mask, bitorder="little")
+    for bits in (
+        held.bits_of_mask(mask), held.bits_of_mask(packed), held.bits_of(np.flatnonzero(mask)),
+        held.bits_of_mask(np.stack([~mask, mask]))[1],
+    ):  # fmt: skip
+        assert unpack_bits(held.node_bits(bits), count).tolist() == wanted
+        assert count_on(bits) == sum(label % 3 == 0 for label in every)
+
+
+def node_of(expected, label):
+    return next(node for node, each in enumerate(expected) if label in each)

@@ -14,8 +14,8 @@ import reference
 from pairwise import Row, all_pairs, covering
 
 from hnsw_gpu.engine import vectors as vectors_module
+from hnsw_gpu.engine.bits import pack_bits
 from hnsw_gpu.engine.graph import Graph
-from hnsw_gpu.engine.search import pack_bits
 
 QUERIES = 4
 

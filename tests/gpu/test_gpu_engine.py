@@ -19,10 +19,10 @@ from emulator import cupy_stand_in
 
 from hnsw_gpu.engine import filtered_search
 from hnsw_gpu.engine import vectors as vectors_module
+from hnsw_gpu.engine.bits import pack_bits
 from hnsw_gpu.engine.cpu_engine import CpuEngine
 from hnsw_gpu.engine.keys import KEY_NONE, key_distances, key_nodes
 from hnsw_gpu.engine.labels import Labels
-from hnsw_gpu.engine.search import pack_bits
 from hnsw_gpu.engine.walk import Queries, Walk
 from hnsw_gpu.gpu import device_index, gpu_engine, host_batches, launch_plan
 from hnsw_gpu.gpu.gpu_engine import GpuEngine
@@ -87,6 +87,10 @@ def walked(engine, queries, k, ef, *, own=None, allowed=None, **how) -> np.ndarr
 
 def compared(engine, queries, ids, k, own=None) -> np.ndarray:
     return engine.compare(Queries(queries, own), ids, k)
+
+
+def allowed(mask: np.ndarray | None) -> filtered_search.Allowed | None:
+    return None if mask is None else filtered_search.Allowed.of(pack_bits(mask))
 
 
 def mask_of(shape: tuple[int, ...], share: float = 0.4) -> np.ndarray:
@@ -183,14 +187,18 @@ def test_policy_over_both_engines(device: str) -> None:
     others = np.arange(0, NODES, 17)
     for mask in (None, mask_of((NODES,)), mask_of((NODES,), 0.05), mask_of((QUERIES, NODES), 0.9)):
         found = [
-            filtered_search.nearest(e, Queries(case.queries), Walk(5, 8), mask)
+            filtered_search.nearest(e, Queries(case.queries), Walk(5, 8), allowed(mask))
             for e in (case.cpu, case.gpu)
         ]
         np.testing.assert_array_equal(*found)
         found = [
             np.concatenate(
                 filtered_search.within(
-                    e, Queries(case.queries), lambda distance: distance <= 90, Walk(1, 4), mask
+                    e,
+                    Queries(case.queries),
+                    lambda distance: distance <= 90,
+                    Walk(1, 4),
+                    allowed(mask),
                 )
             )
             for e in (case.cpu, case.gpu)
@@ -199,7 +207,7 @@ def test_policy_over_both_engines(device: str) -> None:
         assert len(found[0]) > 4 * QUERIES or mask is not None  # so a beam was full
         if mask is None or mask.ndim == 1:
             found = [
-                filtered_search.nearest(e, Queries(own=others), Walk(5, 8), mask)
+                filtered_search.nearest(e, Queries(own=others), Walk(5, 8), allowed(mask))
                 for e in (case.cpu, case.gpu)
             ]
             np.testing.assert_array_equal(*found)
@@ -216,14 +224,14 @@ def test_what_a_filter_bars_is_walked_past_on_both_engines(
     np.put_along_axis(mask, key_nodes(truth[:, :40]), values=False, axis=1)
     mask[-1] = True
     found = [
-        filtered_search.nearest(e, Queries(case.queries), Walk(5, 8), mask)
+        filtered_search.nearest(e, Queries(case.queries), Walk(5, 8), allowed(mask))
         for e in (case.cpu, case.gpu)
     ]
     np.testing.assert_array_equal(*found)
     assert len(searches(machine)) == 5  # of 8 and 10, then of 20, 40 and 80
     exact = np.array([truth[i][mask[i][key_nodes(truth[i])]][:5] for i in range(QUERIES)])
     few_shared_bytes(case.gpu, 4096)
-    found = filtered_search.nearest(case.gpu, Queries(case.queries), Walk(5, 20), mask)
+    found = filtered_search.nearest(case.gpu, Queries(case.queries), Walk(5, 20), allowed(mask))
     np.testing.assert_array_equal(found[:-1], exact[:-1])
 
 
@@ -398,7 +406,7 @@ def test_a_k_beyond_shared_memory_compares_all(
     own = np.array([5, 6]) if mode == "self" else None
     queries = None if mode == "self" else case.queries
     k = 90
-    found = filtered_search.nearest(case.gpu, Queries(queries, own), Walk(k, k), mask)
+    found = filtered_search.nearest(case.gpu, Queries(queries, own), Walk(k, k), allowed(mask))
     assert "search" not in machine.names()
     count = len(found)
     masks = np.broadcast_to(True if mask is None else mask, (count, NODES)).copy()

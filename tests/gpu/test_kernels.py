@@ -20,9 +20,10 @@ from kernel_cases import name_of
 from hnsw_gpu import inputs
 from hnsw_gpu.engine import exact
 from hnsw_gpu.engine import vectors as vectors_module
+from hnsw_gpu.engine.bits import pack_bits
 from hnsw_gpu.engine.keys import KEY_NONE, key_distances, key_nodes
 from hnsw_gpu.engine.labels import Labels
-from hnsw_gpu.engine.search import pack_bits, search_graph
+from hnsw_gpu.engine.search import search_graph
 from hnsw_gpu.gpu import kernel_source
 from hnsw_gpu.results import reported
 

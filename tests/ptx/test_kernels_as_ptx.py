@@ -22,9 +22,10 @@ from kernel_cases import name_of
 
 from hnsw_gpu.engine import exact
 from hnsw_gpu.engine import vectors as vectors_module
+from hnsw_gpu.engine.bits import pack_bits
 from hnsw_gpu.engine.keys import KEY_NONE, key_distances
 from hnsw_gpu.engine.labels import Labels
-from hnsw_gpu.engine.search import pack_bits, search_graph
+from hnsw_gpu.engine.search import search_graph
 from hnsw_gpu.results import reported
 
 pytestmark = pytest.mark.slow
@@ -217,7 +218,8 @@ def test_queries_without_an_answer(dtype) -> None:
 def test_keys_to_labels(metric, m) -> None:
     rng = np.random.default_rng(m)
     offsets = np.concatenate([[0], np.cumsum(rng.choice([0, 1, 1, 3, 40], 120))]).astype(np.int64)
-    labels = Labels(offsets, rng.permutation(int(offsets[-1])).astype(np.int64))
+    names = np.split(rng.permutation(int(offsets[-1])).astype(np.int64), offsets[1:-1])
+    labels = Labels(offsets, np.concatenate([np.sort(of_a_node) for of_a_node in names]))
     far = np.sort(rng.random((9, m)).astype(np.float32), axis=1) * (-1 if metric == "ip" else 1)
     far.sort(axis=1)
     keys = np.array(

@@ -17,6 +17,7 @@ import served
 from served import QUERIES, ROWS, running
 
 from hnsw_gpu import Client, Index, ServerError, load
+from hnsw_gpu.inputs import RowsError
 from hnsw_gpu.serve import client, formats, request
 from hnsw_gpu.tuning import Tuning
 
@@ -66,6 +67,8 @@ def test_labels_that_are_strings(tmp_path):
         few = index.search(QUERIES, 4, allow=names[:3])
         equal(asking.search(QUERIES, 4, allow="few"), few)
         assert (few.labels[:, 3] == "").all()
+        equal(asking.search(QUERIES, 4, allow=names[:3]), few)
+        equal(asking.search(QUERIES, 4, allow=np.array([*names[:3], "nobody"])), few)
         assert asking.index()["labels"] == "strings"
         body = formats.write_npy(QUERIES)
         for accept in (formats.JSON, formats.SAFETENSORS):
@@ -143,10 +146,38 @@ def test_recall_in_place_of_ef(tmp_path):
             asking.search(QUERIES, 3, recall=0.5)
 
 
-def test_what_is_no_name_of_a_filter(asking):
-    for wrong in (np.arange(ROWS) % 2 == 0, [1, 2], []):
-        with pytest.raises(TypeError, match=r"allow: .*, expected the name of a filter"):
-            asking.search(QUERIES, allow=wrong)
+def test_allowed_labels(shared, folder):
+    index = load(folder / "docs.hnsw", device="cpu")
+    with Client(f"http://127.0.0.1:{shared.port}", token="s3cret", batch_rows=2) as asking:
+        for allow in ([5, 3, 10**6], np.arange(0, ROWS, 3, np.uint64), [], (7,)):
+            equal(asking.search(QUERIES, 4, allow=allow), index.search(QUERIES, 4, allow=allow))
+        few = np.float16(QUERIES[0])
+        equal(asking.search(few, 4, ef=9, allow=[1]), index.search(few, 4, ef=9, allow=[1]))
+        for wrong in (np.arange(ROWS) % 2 == 0, np.zeros(9, np.uint8), [True]):
+            with pytest.raises(
+                TypeError, match=r"allow: a mask, .*; expected the name of a filter"
+            ):
+                asking.search(QUERIES, allow=wrong)
+        with pytest.raises(ValueError, match=r"allow: label -1, expected 0 or more"):
+            asking.search(QUERIES, allow=[-1])
+        with pytest.raises(ServerError, match=r"allow: strings, and the labels of this index"):
+            asking.search(QUERIES, allow=["a"])
+        with pytest.raises(RowsError, match=r"queries: NaN or infinite values in row 1"):
+            asking.search(np.where(np.arange(3) == 1, np.nan, QUERIES[:3].T).T, allow=[1])
+
+
+def test_requests_with_labels_stay_within_the_limits(shared, monkeypatch):
+    """Of JSON, where a number takes more than four bytes."""
+    rows = np.float32(-1.2345678e-30) * np.arange(1, 65, dtype=np.float32)[:, None]
+    queries = np.tile(rows, QUERIES.shape[1])
+    monkeypatch.setattr(client, "BODY_BYTES", 16 * 26 * QUERIES.shape[1])
+    monkeypatch.setattr(client, "ANY_BODY_BYTES", 1000)
+    sent = []
+    body = client._body
+    monkeypatch.setattr(client, "_body", lambda *given: sent.append(body(*given)) or sent[-1])
+    with Client(f"http://127.0.0.1:{shared.port}", token="s3cret") as asking:
+        assert asking.search(queries, 1, allow=[4]).labels.tolist() == [[4]] * 64
+    assert len(sent) > 4 and max(map(len, sent)) <= client.BODY_BYTES
 
 
 def test_rerank(tmp_path):

@@ -485,13 +485,21 @@ def recall(
 
 
 @main.command()
-@click.argument("index", type=FILE)
+@click.argument("index", type=SAVED)
 @click.argument("queries", type=VECTORS, required=False)
 @click.option("--recall", "target", default=0.95, show_default=True, help="To reach, at k.")
 @click.option("-k", default=10, show_default=True, help="Results per query.")
 @threads_option
-def tune(index: Path, queries: Path | None, target: float, k: int, threads: int | None) -> None:
-    """Find the smallest ef that reaches a recall, and keep it in INDEX.
+@storage_option
+def tune(
+    index: Path | str,
+    queries: Path | None,
+    target: float,
+    k: int,
+    threads: int | None,
+    storage_options: dict[str, Any] | None,
+) -> None:
+    """Find the smallest ef that reaches a recall, and keep it in INDEX, a file or a collection.
 
     From then on `search(..., recall=0.95)` uses it. QUERIES are some hundred of those that will
     come; without them, stored vectors are asked for.
@@ -500,15 +508,17 @@ def tune(index: Path, queries: Path | None, target: float, k: int, threads: int 
     Example:
       hnsw-gpu tune docs.hnsw --recall 0.95 -k 10
     """
+    from hnsw_gpu.collection import Collection
     from hnsw_gpu.files import read_vectors
-    from hnsw_gpu.index import load_index
 
-    with doing(f"loading {index}"):
-        opened = load_index(index, device="cpu")
+    opened = _open(index, options=storage_options)
     rows = None if queries is None else read_vectors(queries)
     with doing(f"tuning {index}"):
         found = opened.tune(target, k, rows, threads=threads, progress=is_watched())
-        opened.save(index)
+        if isinstance(opened, Collection):
+            opened.save_tuned()
+        else:
+            opened.save(index)
     click.echo(
         f"ef={found.ef}: recall@{k} {found.recall:.4f} over {found.queries:,} queries "
         f"(95 %: {found.low:.4f} to {found.high:.4f})"

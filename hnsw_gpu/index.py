@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from hnsw_gpu import inputs, label_inputs
+from hnsw_gpu import inputs, label_inputs, tuning
 from hnsw_gpu.engine import (
     LOST_SHARE,
     STORAGE,
@@ -44,7 +44,6 @@ from hnsw_gpu.string_labels import (
     with_all_strings,
     without_unused,
 )
-from hnsw_gpu.tuning import Tuning, tell_of_growth
 
 logger = logging.getLogger("hnsw_gpu")
 
@@ -339,7 +338,7 @@ class Index(StateSearching):
                     self._state.names.keep_first(self._state.next_label)
                 before = len(self)
                 work(is_stopped)
-                tell_of_growth(self._tuned, before, len(self))
+                tuning.tell_of_growth(self._tuned, before, len(self))
 
         run_to_a_stop(locked)
 
@@ -525,7 +524,7 @@ class Index(StateSearching):
         about: dict[str, Any] = {name: getattr(self, name) for name in PARAMETERS}
         about["next_label"] = state.next_label
         if self._tuned:
-            about["tuned"] = [[*asked, *kept] for asked, kept in sorted(self._tuned.items())]
+            about["tuned"] = tuning.written(self._tuned)
         return state, about, to_file(state)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -604,7 +603,7 @@ def load_index(
 
 
 def _load_again(
-    path: str, checksum: str, device: str, tuned: dict[tuple[float, int], Tuning]
+    path: str, checksum: str, device: str, tuned: dict[tuple[float, int], tuning.Tuning]
 ) -> Index:
     """The mapped Index of a file that must be the one it was."""
     index = load_index(path, mmap=True, device=device, checksum=checksum)
@@ -631,10 +630,7 @@ def restored(
     """
     index = Index(**{name: about[name] for name in PARAMETERS})
     next_label = inputs.integer("next_label", about["next_label"], 0, inputs.LARGEST_LABEL + 1)
-    for recall, k, *kept in about.get("tuned", ()):
-        asked = inputs.share("recall", recall), inputs.integer("k", k, 1, inputs.MOST_NODES)
-        ef, *vectors = (inputs.integer("tuned", number, 0, inputs.MOST_NODES) for number in kept)
-        index._tuned[asked] = Tuning(max(ef, 1), *vectors)
+    index._tuned = tuning.read(about.get("tuned", ()))
     kept, (arrays, names) = index._state.parameters, from_file(arrays)
     state = from_arrays(kept, arrays, next_label, unread=unread, unrepaired=unrepaired)
     index._state = state._replace(names=names)

@@ -1,7 +1,7 @@
 """The smallest ef that reaches a recall, found on a sample; exact search is the judge."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -27,6 +27,22 @@ class Tuning(NamedTuple):
 
 
 Tunings = Mapping[tuple[float, int], Tuning]  # by recall and k
+Written = Sequence[Sequence[float]]  # of each in a file: recall, k, ef, vectors
+
+
+def written(tunings: Tunings) -> Written:
+    """Tunings as a file holds them."""
+    return [[*asked, *kept] for asked, kept in sorted(tunings.items())]
+
+
+def read(given: Written) -> dict[tuple[float, int], Tuning]:
+    """Tunings of a file. TypeError, ValueError say what is wrong."""
+    found = {}
+    for recall, k, *kept in given:
+        asked = inputs.share("recall", recall), inputs.integer("k", k, 1, inputs.MOST_NODES)
+        ef, *vectors = (inputs.integer("tuned", number, 0, inputs.MOST_NODES) for number in kept)
+        found[asked] = Tuning(max(ef, 1), *vectors)
+    return found
 
 
 class Tuned(NamedTuple):

@@ -3,6 +3,8 @@
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -17,10 +19,19 @@ CHROMIUM = next(
 )
 
 
-def pytest_configure() -> None:
-    """Under `nohup`, or in the background of a script, Ctrl-C is ignored: not in tests of it."""
+def pytest_configure(config: pytest.Config) -> None:
+    """Under `nohup`, or in the background of a script, Ctrl-C is ignored: not in tests of it.
+
+    What all processes of xdist need is compiled before they start: else each would compile it.
+    """
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    is_first = not hasattr(config, "workerinput")
+    if is_first and config.getoption("numprocesses", None):
+        warm = "import sys, hnsw_gpu; hnsw_gpu.warm(sys.argv[1:])"
+        halves = (("fp32", "fp16"), ("int8", "int4"))
+        for one in [subprocess.Popen([sys.executable, "-c", warm, *half]) for half in halves]:
+            one.wait()
 
 
 @pytest.hookimpl(optionalhook=True)  # there may be no xdist

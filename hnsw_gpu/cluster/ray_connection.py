@@ -5,6 +5,7 @@ made ends with the last of its users, and with it the Ray that we started, if we
 """
 
 import contextlib
+import ctypes
 import os
 import signal
 import socket
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 
 from hnsw_gpu import inputs
 
+ACTION_BYTES = 512  # more than the `struct sigaction` of any system
 CONNECT_S = 10.0  # to reach an address
 CLIENT = "ray://"  # of an address: Ray's client, from outside the cluster
 LOCAL = "local"  # as an address: a Ray of our own
@@ -168,9 +170,16 @@ def _resolved(address: str) -> set[tuple[str, int]]:
 
 @contextlib.contextmanager
 def _same_signals() -> Iterator[None]:
-    """Leave a program its handler of SIGTERM, where it has one: Ray puts its own there."""
-    before = signal.getsignal(signal.SIGTERM)
+    """Leave a program its handler of SIGTERM, where it has one: Ray puts its own there.
+
+    From any thread, and that of Ray's C++ too: it calls ours, and aborts the process 3 s later.
+    """
+    before, action = signal.getsignal(signal.SIGTERM), ctypes.create_string_buffer(ACTION_BYTES)
+    sigaction = ctypes.CDLL(None).sigaction if os.name == "posix" else lambda *_: None
+    sigaction(signal.SIGTERM, None, action)
     yield
-    is_main = threading.current_thread() is threading.main_thread()
-    if is_main and before not in (signal.SIG_DFL, None):
+    if before in (signal.SIG_DFL, None):
+        return
+    if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, before)
+    sigaction(signal.SIGTERM, action, None)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from hnsw_gpu import tuning
 from hnsw_gpu.collection.manifest import (
     MANIFEST,
     PARAMETERS,
@@ -14,6 +15,7 @@ from hnsw_gpu.collection.manifest import (
     ShardEntry,
     ends_of,
     read_manifest,
+    write_manifest,
 )
 from hnsw_gpu.collection.sharded import Sharded
 from hnsw_gpu.files import (
@@ -85,6 +87,20 @@ class Collection(Sharded):
                 shard.check()
             except ValueError as error:
                 raise ValueError(f"{place}: {error}") from None
+
+    def save_tuned(self) -> None:
+        """Keep in the manifest what `tune` found, so that whoever loads the collection has it.
+
+        CorruptIndexError where the manifest is another one by now; it stays as it is then.
+        """
+        now = read_manifest(self._folder)
+        if now._replace(tuned=()) != self.manifest._replace(tuned=()):
+            raise CorruptIndexError(
+                f"{self._folder.place(MANIFEST)}: has changed since it was read"
+            )
+        tuned = tuple(map(tuple, tuning.written(self._tuned)))
+        self.manifest = self.manifest._replace(tuned=tuned)
+        write_manifest(self._folder, self.manifest)
 
     def _left_out(self, labels: np.ndarray) -> tuple[np.ndarray, Searching, Searching]:
         parts = [shard._left_out(labels[shard.holds(labels)]) for shard in self._shards]

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hnsw_gpu import inputs
+from hnsw_gpu import inputs, tuning
 from hnsw_gpu.engine import STORAGE
 from hnsw_gpu.files import CorruptIndexError, Folder, Place, folder_at, read_some
 from hnsw_gpu.string_labels import LABEL_ARRAYS, saved_labels
@@ -51,6 +51,7 @@ class Manifest(NamedTuple):
     seed: int
     rows: int
     shards: tuple[ShardEntry, ...]
+    tuned: tuple[tuple[float, ...], ...] = ()  # recall, k, ef, vectors of each; not written if none
 
     @property
     def checksum(self) -> str:
@@ -134,6 +135,8 @@ def _no_manifest(folder: Folder) -> OSError:
 def _text_of(manifest: Manifest) -> str:
     facts: dict[str, Any] = {"format_version": COLLECTION_VERSION} | manifest._asdict()
     facts["shards"] = [entry._asdict() for entry in manifest.shards]
+    if not manifest.tuned:
+        del facts["tuned"]
     total = f"{zlib.crc32(json.dumps(facts).encode()):08x}"
     return json.dumps(facts | {"checksum": total}, indent=1) + "\n"
 
@@ -152,6 +155,7 @@ def _manifest(facts: dict[str, Any]) -> Manifest:
         raise ValueError(f"rows={rows}, and the shards have {sum(e.rows for e in shards)}")
     if len({type(entry.labels[0]) for entry in shards if entry.labels is not None}) > 1:
         raise ValueError("shards of integer labels, and of strings")
+    tuned = tuple(map(tuple, tuning.written(tuning.read(facts.get("tuned", ())))))
     return Manifest(
         inputs.one_of("metric", facts["metric"], inputs.METRICS),
         inputs.integer("dim", facts["dim"], 1, 65536),
@@ -162,6 +166,7 @@ def _manifest(facts: dict[str, Any]) -> Manifest:
         inputs.integer("seed", facts["seed"], 0, 2**64 - 1),
         rows,
         shards,
+        tuned,
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from hnsw_gpu import inputs, label_inputs
+from hnsw_gpu import inputs, label_inputs, tuning
 from hnsw_gpu.collection.ids import label_keys
 from hnsw_gpu.collection.manifest import PARAMETERS, Manifest
 from hnsw_gpu.engine import Walk, merged
@@ -33,7 +33,7 @@ class Sharded(Searching):
         for name in PARAMETERS:
             setattr(self, name, getattr(manifest, name))
         self._metric = inputs.METRICS[self.metric]
-        self._tuned = {}
+        self._tuned = tuning.read(manifest.tuned)
 
     def _of_each(self, ask: Callable[..., Any], *what: Any) -> list[Any]:
         """`ask(shard, *what)` of each shard, in their order."""

@@ -38,6 +38,22 @@ try:
 except KeyboardInterrupt:
     sys.exit(130)
 """
+SLOW_TO_END = """
+import os, signal, sys, threading, time
+import hnsw_gpu
+told = threading.Event()
+signal.signal(signal.SIGTERM, lambda *_: told.set())
+def use():
+    with hnsw_gpu.Cluster(sys.argv[1], replicas=1, address="local") as cluster:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+        cluster.search([[1.0] * 8])
+thread = threading.Thread(target=use)
+thread.start()
+while thread.is_alive():
+    thread.join(0.1)
+print("told", told.is_set())
+"""
 DEPLOYED = """
 import json, urllib.request
 import ray
@@ -116,6 +132,15 @@ def test_a_program_that_ends_leaves_nothing(started, tmp_path, sign):
     wait(lambda: not any(map(is_alive, [*pids, *own])))
 
 
+def test_a_program_ends_in_its_own_time(started, tmp_path):
+    """With its own handler of SIGTERM, wherever it made its cluster: Ray's aborts it after 3 s."""
+    make(tmp_path / "c", ROWS, shards=1)
+    program = started(SLOW_TO_END, tmp_path / "c", stderr=subprocess.PIPE)
+    told, said = program.communicate(timeout=120)
+    assert (program.returncode, told) == (0, "told True\n"), said
+    assert "SIGTERM" not in said
+
+
 def stat_of(place):
     with contextlib.suppress(OSError):
         return (place / "stat").read_text()
@@ -174,8 +199,8 @@ def test_the_command(started, tmp_path):
     assert (found.labels == expected.labels).all()
     assert (found.distances == expected.distances).all()
     program.send_signal(signal.SIGTERM)
-    program.communicate(timeout=60)
-    assert program.returncode == 0
+    said += program.communicate(timeout=60)[1]
+    assert program.returncode == 0, said
 
 
 def test_a_node_that_is_lost(tmp_path):

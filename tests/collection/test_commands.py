@@ -11,6 +11,7 @@ from collections_of import make
 
 import hnsw_gpu
 from hnsw_gpu import cli
+from hnsw_gpu.collection.manifest import write_manifest
 
 RNG = np.random.default_rng(2)
 ROWS = RNG.normal(size=(600, 8)).astype(np.float32)
@@ -44,6 +45,29 @@ def test_search(saved, tmp_path):
         assert (found["distances"] == expected.distances).all()
     truth = oracle.distances(QUERIES, ROWS, "l2")
     assert (LABELS[oracle.nearest(truth, 5)[0]] == expected.labels).mean() > 0.99
+
+
+def test_tune(tmp_path):
+    """What was found is there for whoever loads it, and changes nothing else."""
+    folder = tmp_path / "docs.collection"
+    make(folder, ROWS, LABELS, shards=3, metric="l2", M=4)
+    untuned, before = hnsw_gpu.load(folder), (folder / "manifest.json").read_bytes()
+    with pytest.raises(ValueError, match=r"recall=0\.9, k=5: call tune"):
+        untuned.search(QUERIES, 5, recall=0.9)
+    told = run("tune", folder, "--recall", 0.9, "-k", 5)
+    np.save(tmp_path / "queries.npy", QUERIES)
+    run("tune", folder, tmp_path / "queries.npy", "--recall", 0.99, "-k", 5)
+    opened = hnsw_gpu.load(folder)
+    (asked, kept), (_, other) = sorted(opened._tuned.items())
+    assert asked == (0.9, 5) and told.startswith(f"ef={kept.ef}: recall@5 0.9")
+    oracle.assert_same(
+        opened.search(QUERIES, 5, recall=0.99), untuned.search(QUERIES, 5, ef=other.ef)
+    )
+    untuned.save_tuned()
+    assert (folder / "manifest.json").read_bytes() == before
+    write_manifest(folder, untuned.manifest._replace(seed=1))
+    with pytest.raises(hnsw_gpu.CorruptIndexError, match="has changed since it was read"):
+        opened.save_tuned()
 
 
 def test_info(saved):

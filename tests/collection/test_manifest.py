@@ -32,6 +32,7 @@ ROWS = np.random.default_rng(0).normal(size=(90, 8)).astype(np.float32)
 GOOD = Manifest(
     "l2", 8, "fp32", "", 16, 200, 0, 5,
     (ShardEntry("a.hnsw", 2, (0, 1), 100, "0123abcd"), ShardEntry("b", 3, (4, 9), 9, "ffffffff")),
+    ((0.9, 10, 48, 5),),
 )  # fmt: skip
 
 
@@ -56,6 +57,9 @@ def test_what_is_written_is_read(tmp_path):
     assert GOOD.checksum == read_manifest(tmp_path).checksum
     assert GOOD._replace(seed=1).checksum != GOOD.checksum
     assert os.listdir(tmp_path) == [MANIFEST]
+    write_manifest(tmp_path, GOOD._replace(tuned=()))
+    assert "tuned" not in (tmp_path / MANIFEST).read_text()
+    assert read_manifest(tmp_path) == GOOD._replace(tuned=())
 
 
 def test_an_entry_describes_its_file(folder):
@@ -142,6 +146,9 @@ def test_json_that_is_no_manifest(tmp_path, text):
         (lambda m: m["shards"][1].update(labels=None), "shard 1: 30 rows of labels None"),
         (lambda m: m["shards"][1].update(checksum="xyz"), "shard 1: checksum 'xyz'"),
         (lambda m: m["shards"][1].update(more=1), "do not agree"),
+        (lambda m: m.update(tuned=[[2, 10, 48, 5]]), "recall: 2.0, expected above 0"),
+        (lambda m: m.update(tuned=[[0.9, 10]]), "not enough values"),
+        (lambda m: m.update(tuned=[]), "do not agree"),
     ],
 )
 def test_values_that_make_no_sense(folder, change, words):

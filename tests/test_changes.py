@@ -185,3 +185,20 @@ def test_labels_and_items_ascend():
     assert [label for label, _ in items] == sorted(labels.tolist())
     np.testing.assert_array_equal(np.stack([row for _, row in items]), ROWS[np.argsort(labels)])
     assert list(hnsw_gpu.Index(DIM).items()) == []
+
+
+def test_what_was_deleted_is_saved_the_same(tmp_path):
+    """However it was deleted and added, and once more after a load."""
+    saved = []
+    for parts, gone in (([ROWS[:60]], [[3, 57, 9]]), ([ROWS[:50], ROWS[50:60]], [[57], [9, 3]])):
+        index = hnsw_gpu.Index(ROWS.shape[1], "l2", M=4, ef_construction=20)
+        for part in parts:
+            index.add(np.concatenate([part, part[:1]]), threads=1)
+        for some in gone:
+            index.delete(some)
+        index.compact(keep_deleted=True)
+        for path in (tmp_path / "a.hnsw", tmp_path / "b.hnsw"):
+            index.save(path)
+            saved.append(path.read_bytes())
+            index = hnsw_gpu.load(path, device="cpu")
+    assert saved[0] == saved[1] and saved[2] == saved[3]

@@ -9,37 +9,38 @@ NO_BITS = np.empty(0, np.uint32)
 
 
 class LabelTable:
-    """Hash table of entries (`entries.py`) by their labels.
+    """Hash table of entries (`entries.py`) by their labels, of which each leads to the one before.
 
-    An entry stays in it, so one table serves the labels of before a change and after it: one thread
-    adds at a time, and others may look up meanwhile.
+    One table serves the labels of before a change and after it: one thread adds at a time, and
+    others may look up meanwhile. They pass over entries that they do not know.
     """
 
     def __init__(self, labels):
-        self._slots = np.full(4 << len(labels).bit_length(), -1, np.int64)
-        self._used = len(labels)
-        _enter(self._slots, labels, 0)
+        size = 2 << len(labels).bit_length()
+        self._slots = np.full(size, -1, np.int64)  # the last entry of a label
+        self._before = np.full(2 * size // 3, -1, np.int64)  # of each entry, the last one before it
+        _enter(self._slots, self._before, labels, 0)
 
     @property
     def nbytes(self):
         """Bytes held."""
-        return self._slots.nbytes
+        return self._slots.nbytes + self._before.nbytes
 
     def with_added(self, labels, first):
         """A table with the entries from `first` on, of all `labels`, too: this one, if it fits."""
-        self._used += len(labels) - first
-        if 2 * self._used > len(self._slots):
+        if len(labels) > len(self._before):
             return LabelTable(labels)
-        _enter(self._slots, labels, first)
+        _enter(self._slots, self._before, labels, first)
         return self
 
     def find(self, labels, wanted, bits):
-        """int64 entries (m,), the last ones of the labels `wanted` (m,); -1 where there is none.
+        """int64 entries (m,): the last of each label in `wanted` (m,), if its bit is set, or -1.
 
-        bits: of the entries that count; None: all of `labels` do.
+        labels: of the entries that are known. bits: of the entries; None: all are set.
         """
         entries = np.empty(len(wanted), np.int64)
-        _find(self._slots, labels, wanted, NO_BITS if bits is None else bits, entries)
+        bits = NO_BITS if bits is None else bits
+        _find(self._slots, self._before, labels, wanted, bits, entries)
         return entries
 
 
@@ -51,22 +52,26 @@ def _slot(slots, label):
 
 
 @jit
-def _enter(slots, labels, first):
+def _enter(slots, before, labels, first):
     for entry in range(first, len(labels)):
         slot = _slot(slots, labels[entry])
-        while slots[slot] >= 0:
+        while slots[slot] >= 0 and labels[slots[slot]] != labels[entry]:
             slot = (slot + 1) & (len(slots) - 1)
+        before[entry] = slots[slot]
         slots[slot] = entry
 
 
 @jit
-def _find(slots, labels, wanted, bits, entries):
+def _find(slots, before, labels, wanted, bits, entries):
     for i in range(len(wanted)):
         slot = _slot(slots, wanted[i])
         entries[i] = -1
         while slots[slot] >= 0:
             entry = slots[slot]
-            is_it = entry < len(labels) and labels[entry] == wanted[i]
-            if is_it and (not len(bits) or is_on(bits, entry)):
-                entries[i] = entry
+            while entry >= len(labels):
+                entry = before[entry]
+            if entry >= 0 and labels[entry] == wanted[i]:
+                if not len(bits) or is_on(bits, entry):
+                    entries[i] = entry
+                break
             slot = (slot + 1) & (len(slots) - 1)

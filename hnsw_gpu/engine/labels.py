@@ -20,7 +20,7 @@ from hnsw_gpu.engine.entries import Entries
 from hnsw_gpu.engine.keys import KEY_NONE, key_distance, key_node
 from hnsw_gpu.engine.label_table import LabelTable
 
-USELESS = 1024  # entries and twice the others: more that nobody needs are forgotten
+USELESS = 1024  # entries in rings, and an eighth of the others: more that nobody needs are left out
 MANY = 16  # labels times this, more than there are: those that there are are looked up among them
 NONE, _NO_BITS = np.empty(0, np.int64), np.empty(0, np.uint32)
 
@@ -132,6 +132,7 @@ class Labels:
         if self._deleted is None:
             return Deleted()
         entries = places_on(self._deleted, self._known[0])
+        entries = entries[np.argsort(self.entry_labels[entries])]
         return Deleted(self.entry_labels[entries], self.nodes(entries))
 
     def find(self, labels):
@@ -286,7 +287,7 @@ class Labels:
     def with_added(self, labels, nodes, count):
         """Labels after giving `labels` (m,), none of them in use, to `nodes` (m,) of `count`."""
         others = self._count + self._deleted_count
-        if self._known[0] - others > USELESS + 2 * others:
+        if not self._is_plain and self._known[0] - others > USELESS + others // 8:
             offsets, held = self.packed()
             return Labels(offsets, held, self.deleted).with_added(labels, nodes, count)
         order = np.lexsort((labels, nodes))
@@ -309,7 +310,9 @@ class Labels:
         joint = added.entry_labels[max(first - 1, 0) :]
         added._ascends = self._is_ascending and bool((joint[1:] > joint[:-1]).all())
         if self._table is not None:
-            added._table = self._table.with_added(added.entry_labels, first)
+            goes_on = added._entries is self._entries  # else entries of that number are others'
+            table = self._table.with_added(added.entry_labels, first) if goes_on else None
+            added._table = table
         return added
 
     def without(self, entries):

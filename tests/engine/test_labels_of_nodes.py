@@ -62,9 +62,12 @@ def test_the_table_of_labels_does_not_grow_by_what_comes_and_goes():
 
 
 @pytest.mark.parametrize("has_copies", [False, True])
-def test_two_that_go_on_from_the_same(has_copies):
+@pytest.mark.parametrize("ascends", [False, True])
+def test_two_that_go_on_from_the_same(has_copies, ascends):
     """As processes do after a fork, or one after an error: neither sees what the other added."""
-    start = Labels().with_added(np.arange(0, 60, 2), np.arange(30) // (1 + has_copies), 30)
+    labels = np.arange(0, 60, 2)[:: 1 if ascends else -1]
+    start = Labels().with_added(labels, np.arange(30) // (1 + has_copies), 30)
+    start.find(labels)  # makes a table, where they do not ascend
     expected = [sorted(each) for each in np.split(start.labels, start.offsets[1:-1])]
     expected = [[int(label) for label in each] for each in expected]
     ways = []
@@ -77,6 +80,21 @@ def test_two_that_go_on_from_the_same(has_copies):
             mine[node].append(label)
         agree(held, mine)
     agree(start, expected)
+
+
+def test_a_label_that_was_given_again_and_again_is_where_it_was():
+    """Each of the states, of which one table serves all."""
+    held, states = Labels().with_added(np.array([5, 3, 9]), np.arange(3), 3), []
+    for node in range(3, 60):
+        held = held.without(held.find(np.array([3]))).with_added(
+            np.array([3]), np.array([node]), node + 1
+        )
+        states.append((held, node))
+        if node % 7 == 0:
+            held = held.without(held.find(np.array([9]))).undeleted(np.array([9]))
+    for held, node in states:
+        assert held.nodes(held.find(np.array([3, 5, 9, 4]))[:3]).tolist() == [node, 0, 2]
+        assert held.find(np.array([4])).tolist() == [-1]
 
 
 def agree(held, expected):

@@ -14,15 +14,16 @@ class Entries:
     While entry i is the only one of node i, for all of them, the arrays of `rings` are empty. Else
     they are `nodes` (entries,), and `lasts` (nodes,) and `nexts` (entries,): the entries of a node
     are a ring, ascending by label. `lasts` has the one of the largest label, -1 where there is
-    none; `nexts` the one that follows, which after the last is the first.
+    none; `nexts` the one that follows, which after the last is the first, and -1 of an entry that
+    is in no ring.
 
     One thread at a time adds. Others read meanwhile: they know how many entries there were, and
     pass over what was added. Where somebody else has added behind what the adding thread knows (in
     the process that forked this one, or before an error), it adds to a copy.
     """
 
-    def __init__(self, labels, nodes, count, order=None):
-        """Of labels and nodes (m,), ascending by node, then label (else in this order)."""
+    def __init__(self, labels, nodes, count, order):
+        """Of labels and nodes (m,), with rings of those in `order`: by node, then label."""
         self.labels, self._used, self._count = labels, len(labels), count
         is_plain = len(nodes) == count and bool((nodes == np.arange(count)).all())
         self.rings = NO_RINGS if is_plain else _rings(nodes, order, count)
@@ -40,6 +41,11 @@ class Entries:
         """int64 nodes of entries (m,)."""
         nodes, lasts, _ = self.rings
         return nodes[entries].astype(np.int64) if len(lasts) else entries
+
+    def are_linked(self, entries):
+        """bool (m,): whether entries (m,) are found by their nodes."""
+        _, lasts, nexts = self.rings
+        return nexts[entries] >= 0 if len(lasts) else np.ones(len(entries), bool)
 
     def with_added(self, known, labels, nodes, count):
         """What has labels (m,) of nodes (m,), ascending by node, then label, behind the others.
@@ -59,7 +65,7 @@ class Entries:
         """Enter the entries from `first` on in rings."""
         rings = self.rings
         if not len(rings[1]):
-            rings = _rings(np.arange(first), None, known_nodes)
+            rings = _rings(np.arange(first), np.arange(first), known_nodes)
         nodes_of = appended(rings[0], first, nodes.astype(np.int32))
         nexts = appended(rings[2], first, np.full(len(nodes), -1))
         lasts = appended(rings[1], known_nodes, np.full(count - known_nodes, -1))
@@ -74,17 +80,18 @@ class Entries:
 
     def _copy(self, known, count):
         """The first `known` entries, of `count` nodes."""
-        labels, nodes = self.labels[:known].copy(), self.nodes(np.arange(known))
-        return Entries(labels, nodes, count, np.lexsort((labels, nodes)))
+        entries = np.arange(known)
+        labels, nodes = self.labels[:known].copy(), self.nodes(entries)
+        order = np.lexsort((labels, nodes))
+        return Entries(labels, nodes, count, order[self.are_linked(entries)[order]])
 
 
 def _rings(nodes, order, count):
-    """The rings of entries of nodes (m,), which ascend in `order` (m,); None: as they are."""
-    order = np.arange(len(nodes)) if order is None else order
+    """The rings of entries of nodes (m,): of those in `order`, in which their nodes ascend."""
     ordered = nodes[order]
-    ends = np.flatnonzero(np.append(ordered[1:] != ordered[:-1], True)[: len(nodes)])
+    ends = np.flatnonzero(np.append(ordered[1:] != ordered[:-1], True)[: len(order)])
     starts = np.append(0, ends + 1)[: len(ends)]
-    lasts, nexts = np.full(count, -1), np.empty(len(nodes), np.int64)
+    lasts, nexts = np.full(count, -1), np.full(len(nodes), -1)
     lasts[ordered[ends]] = order[ends]
     nexts[order[:-1]] = order[1:]
     nexts[order[ends]] = order[starts]

@@ -20,7 +20,7 @@ from hnsw_gpu.engine.entries import Entries
 from hnsw_gpu.engine.keys import KEY_NONE, key_distance, key_node
 from hnsw_gpu.engine.label_table import LabelTable
 
-USELESS = 1024  # entries in rings, and an eighth of the others: more that nobody needs are left out
+USELESS = 1024  # entries in rings, and an eighth of the live ones: more that are not are left out
 MANY = 16  # labels times this, more than there are: those that there are are looked up among them
 NONE, _NO_BITS = np.empty(0, np.int64), np.empty(0, np.uint32)
 
@@ -48,6 +48,7 @@ class Labels:
         nodes = np.repeat(np.arange(count), np.diff(offsets)) if count else NONE
         self._count, self._deleted_count = len(labels), 0  # of live entries, and of deleted ones
         self._live = self._deleted = None  # bits of entries; None: all live, none deleted
+        is_live = np.ones(len(labels), bool)
         if deleted is not None and len(deleted.labels):
             labels = np.concatenate([labels, deleted.labels])
             nodes = np.concatenate([nodes, deleted.nodes])
@@ -55,7 +56,9 @@ class Labels:
             labels, nodes, is_live = labels[order], nodes[order], order < self._count
             self._live, self._deleted = pack_bits(is_live), pack_bits(~is_live)
             self._deleted_count = len(deleted.labels)
-        self._entries, self._known = Entries(labels, nodes, count), (len(labels), count)
+        self._entries = Entries(labels, nodes, count, np.flatnonzero(is_live))
+        self._known = len(labels), count  # entries and nodes
+        self._linked = len(labels) if self._is_plain else self._count  # entries found by nodes
         self._ascends = self._sorted = self._table = None  # made when first asked for
         self._live_nodes = self.node_bits(_all_on(self._live, len(labels)))
         self.live_count = int(count_on(self._live_nodes))  # how many nodes carry a label
@@ -288,8 +291,7 @@ class Labels:
         """Labels after giving `labels` (m,), none of them in use, to `nodes` (m,) of `count`."""
         others = self._count + self._deleted_count
         if not self._is_plain and self._known[0] - others > USELESS + others // 8:
-            offsets, held = self.packed()
-            return Labels(offsets, held, self.deleted).with_added(labels, nodes, count)
+            return self._renewed().with_added(labels, nodes, count)
         order = np.lexsort((labels, nodes))
         labels, nodes = labels[order], nodes[order]
         added, back = self._changed(), NONE
@@ -299,10 +301,12 @@ class Labels:
             known = self._find(labels, None)
             added._forget(known[known >= 0])
             is_back = (known >= 0) & (self.nodes(known) == nodes)  # it had this very label before
+            is_back &= self._entries.are_linked(known)
             back, labels, nodes = known[is_back], labels[~is_back], nodes[~is_back]
         first = self._known[0]
         added._entries = self._entries.with_added(self._known, labels, nodes, count)
         added._known = first + len(labels), count
+        added._linked += len(labels)
         if self._live is not None:
             size = added._known[0]
             added._live = with_bits(self._live, np.append(back, np.arange(first, size)), True, size)
@@ -328,17 +332,19 @@ class Labels:
         emptied = emptied[left.carried(emptied) == 0]
         left.live_count -= len(emptied)
         left._live_nodes = with_bits(_all_on(self._live_nodes, count), emptied, False, count)
+        if not left._is_plain and left._linked - left._count > USELESS + left._count // 8:
+            return left._renewed()
         return left
+
+    def _renewed(self):
+        """The same, where only live entries are found by their nodes."""
+        offsets, labels = self.packed()
+        return Labels(offsets, labels, self.deleted)
 
     def undeleted(self, labels, told=None):
         """Labels after `without` was taken back; KeyError names the first label that cannot be."""
-        entries = self._deleted_entries(labels, told)
-        back = self._changed()
-        back._forget(entries)
-        back._live = with_bits(_all_on(self._live, self._known[0]), entries, True, self._known[0])
-        back._count += len(entries)
-        back._give_to_nodes(np.unique(self.nodes(entries)), self._known[1])
-        return back
+        nodes = self.nodes(self._deleted_entries(labels, told))
+        return self.with_added(labels, nodes, self._known[1])
 
     def forgetting(self, labels, told=None):
         """The same labels; deleted ones (m,) cannot come back. KeyError as `undeleted`."""

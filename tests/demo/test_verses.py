@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import hnsw_gpu
 from hnsw_gpu.demo import verses
 from hnsw_gpu.files import storage
 
@@ -249,3 +250,16 @@ def test_no_package_of_texts_is_imported(kept):
     run = [sys.executable, "-W", "error", "-c", code]
     done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("False\n[]\n", "")
+
+
+@pytest.mark.parametrize("settings", [{}, {"dtype": "int4"}], ids=["fp32", "int4"])
+def test_a_tuned_recall_is_delivered_to_other_verses(kept, settings):
+    """On embeddings of text, as on drawn vectors (`test_tuning.py`)."""
+    vectors = np.unique(kept[1].vectors, axis=0)
+    vectors = np.random.default_rng(0).permutation(vectors)[:16_000]
+    index = hnsw_gpu.Index(vectors.shape[1], M=6, ef_construction=40, **settings)
+    index.add(vectors[:12_000])
+    found, held_out = index.tune(queries=vectors[12_000:14_000]), vectors[14_000:]
+    got, truth = index.search(held_out, recall=0.95), index.exact_search(held_out)
+    delivered = np.mean(got.distances <= truth.distances[:, -1:] + 1e-6)
+    assert found.low <= 0.95 <= found.recall and abs(delivered - 0.95) <= 0.01

@@ -71,7 +71,7 @@ def labels(name: str, value: ArrayLike) -> np.ndarray:
         raise ValueError(f"{name}: labels beyond int64")
     if result.min() < 0:
         raise ValueError(f"{name}: label {result.min()}, expected 0 or more (-1 means none)")
-    return np.ascontiguousarray(result, np.int64)
+    return np.require(result, np.int64, ["C", "W"])  # one type for compiled code
 
 
 def unique_labels(name: str, value: ArrayLike) -> np.ndarray:
@@ -144,8 +144,9 @@ def allowed_entries(value: ArrayLike, state: State, queries: int) -> np.ndarray:
     allow = np.asarray(value) if are_strings else label_array("allow", value)
     if allow.size == 0 and allow.ndim == 1 and allow.dtype != bool:
         return held.bits_of(np.empty(0, np.int64))
-    if allow.dtype in (np.uint16, np.uint32, np.uint64):  # what is beyond int64 becomes negative
-        allow = allow.astype(np.int64)
+    if allow.dtype.kind == "i" or (allow.dtype.kind == "u" and allow.dtype.itemsize > 1):
+        # one type for compiled code, whatever was given; what is beyond int64 becomes negative
+        allow = np.require(allow, np.int64, ["C", "W"])
     if allow.dtype.kind in "iT" and allow.ndim == 1:  # labels that are not here allow nothing
         return held.bits_of(numbers_of(state, allow, "allow"))
     if allow.dtype not in (np.dtype(bool), np.dtype(np.uint8)):

@@ -128,7 +128,9 @@ def taking(state: State, given: np.ndarray, what: str = "labels") -> State:
 def numbers_of(state: State, given: np.ndarray, what: str = "labels") -> np.ndarray:
     """int64 (m,): the engine's labels for given ones; -1 of a string that it does not know."""
     names = taking(state, given, what).names
-    return given if names is None or not len(given) else names.numbers(given)
+    if not len(given):
+        return np.empty(0, np.int64)
+    return given if names is None else names.numbers(given)
 
 
 def without_unused(state: State) -> State:

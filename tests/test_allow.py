@@ -5,6 +5,7 @@ import oracle
 import pytest
 
 import hnsw_gpu
+from hnsw_gpu.engine import label_table
 
 N, DIM, Q, K = 12_000, 24, 200, 10
 
@@ -366,3 +367,21 @@ def test_neighbour_graph_of_the_survivors_of_a_deleted_cluster(refine):
     for i in range(10):
         order = np.argsort(np.square(kept - own[i]).sum(axis=1), kind="stable")
         assert set(labels[i, :9]) == set((order[1:10] + 990).tolist())
+
+
+def test_labels_of_any_integers_are_the_same_labels():
+    """And compiled code takes them all as one type: nothing is compiled for another."""
+    rng = np.random.default_rng(3)
+    index = hnsw_gpu.Index(8, "l2", M=4, ef_construction=20)
+    index.add(rng.normal(size=(500, 8)), rng.permutation(500))  # which do not ascend
+    query, some = np.zeros(8), np.array([3, 70, 101, 7])
+    expected = index.search(query, 4, allow=some)
+    assert sorted(expected.labels[0].tolist()) == sorted(some.tolist())
+    compiled = len(label_table._find.signatures)
+    fixed = some.copy()
+    fixed.setflags(write=False)
+    forms = [some.astype(kind) for kind in ("i1", "i2", "<i4", ">i4", ">i8", "u2", ">u4", "u8")]
+    for form in (*forms, fixed, np.repeat(some, 2)[::2], some[::-1], some.tolist()):
+        oracle.assert_same(index.search(query, 4, allow=form), expected)
+        assert index.holds(form).all()
+    assert len(label_table._find.signatures) == compiled

@@ -189,3 +189,11 @@ def test_the_command(tmp_path):
     assert done.exit_code == 0, done.output
     np.testing.assert_array_equal(np.load(tmp_path / "found.npz")["labels"], expected.labels)
     assert "call tune(recall=0.8, k=10) first" in run(main, [*search, "0.8"]).output
+
+
+def test_an_index_of_few_strings_is_told_so():
+    index = hnsw_gpu.Index(DIM, "l2", M=6, ef_construction=40)
+    index.add(clusters(7, 1), list("abcdefg"))
+    index.update(["a"], clusters(1, 2))  # they no longer ascend
+    with pytest.raises(ValueError, match="too few; give queries"):
+        index.tune()

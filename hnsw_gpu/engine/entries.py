@@ -73,10 +73,12 @@ class Entries:
             lasts = lasts.copy()  # who has the shorter `nexts` finds no entry beyond them
         self.rings = nodes_of, lasts, nexts
         before, is_last = np.full(len(nodes), -1), np.zeros(len(nodes), bool)
-        # Two calls: what the second one lets others see was written by the first, before whose end
-        # the GIL was taken again.
+        # Three steps: whoever sees what one wrote sees what those before it wrote, as the GIL was
+        # taken again in between. Old entries lead to new ones before these become the last.
         _link_to_old(nodes_of, lasts, nexts, self.labels, first, before, is_last)
-        _link_from_old(nodes_of, lasts, nexts, first, before, is_last)
+        _link_from_old(nexts, first, before)
+        ends = np.flatnonzero(is_last)
+        lasts[nodes[ends]] = first + ends
 
     def _copy(self, known, count):
         """The first `known` entries, of `count` nodes."""
@@ -143,10 +145,8 @@ def _link_to_old(nodes, lasts, nexts, labels, first, before, is_last):
 
 
 @jit
-def _link_from_old(nodes, lasts, nexts, first, before, is_last):
+def _link_from_old(nexts, first, before):
     """Let old entries lead to the new ones behind them."""
     for i in range(len(before)):
         if before[i] >= 0:
             nexts[before[i]] = first + i
-        if is_last[i]:
-            lasts[nodes[first + i]] = first + i

@@ -397,7 +397,7 @@ class Index(StateSearching):
 
         def work(is_stopped: Callable[[], bool]) -> None:
             mine, yours = numbered_alike(self._state, theirs)
-            shared = yours.labels.labels[mine.labels.find(yours.labels.labels) >= 0]
+            shared = yours.labels.sorted[mine.labels.find(yours.labels.sorted) >= 0]
             if len(shared):
                 first = labels_of(mine, shared[:1]).tolist()[0]
                 raise ValueError(f"merge: label {first!r} is in both ({len(shared)} are)")

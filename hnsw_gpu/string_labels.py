@@ -137,7 +137,7 @@ def without_unused(state: State) -> State:
     """The state without the strings of labels that are gone for good, numbered anew."""
     if state.names is None:
         return state
-    used = np.sort(np.concatenate([state.labels.labels, state.labels.deleted.labels]))
+    used = np.sort(np.concatenate([state.labels.sorted, state.labels.deleted.labels]))
     numbers = np.full(len(state.names), -1)
     numbers[used] = np.arange(len(used))
     return state._replace(

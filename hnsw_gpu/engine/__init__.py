@@ -33,6 +33,7 @@ from hnsw_gpu.engine.workers import (
     SharedLock,
     Stopped,
     run_to_a_stop,
+    tell_of_forks,
     thread_count,
 )
 
@@ -85,6 +86,7 @@ __all__ = [
     "run_to_a_stop",
     "search_graph",
     "squared_lengths",
+    "tell_of_forks",
     "thread_count",
     "unlinked",
     "unreachable",

@@ -287,8 +287,9 @@ def joined(state: State, other: State, *, threads: int, advance: Callable[[int],
     links = np.where(theirs < 0, -1, node_of[theirs])
     give_links(graph, rows, kept.metric, links, first, threads=threads)
     repair(graph, rows, kept.metric, ef_construction=kept.ef_construction, threads=threads)
-    offsets, labels = small.labels.packed()
-    held = Labels(*large.labels.packed())
+    held_labels, held_nodes = large.labels.pairs()
+    held = Labels.of_nodes(held_labels, held_nodes, first)
+    labels, nodes_of = small.labels.pairs()
     fresh = empty_state(kept)
     fresh.table.clear()
     return fresh._replace(
@@ -297,7 +298,7 @@ def joined(state: State, other: State, *, threads: int, advance: Callable[[int],
         version=state.version + 1,
         rows=rows,
         refine_rows=None if refine_rows is None else refine_rows[:stop],
-        labels=held.with_added(labels, np.repeat(node_of, np.diff(offsets)), stop),
+        labels=held.with_added(labels, node_of[nodes_of], stop),
         next_label=max(state.next_label, other.next_label),
         names=state.names,
     )

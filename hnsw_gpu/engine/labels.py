@@ -67,10 +67,8 @@ class Labels:
     @classmethod
     def of_nodes(cls, labels, nodes, count, deleted=None):
         """Labels (m,) of nodes (m,), in any order, of `count` nodes."""
-        order = np.lexsort((labels, nodes))
-        offsets = np.zeros(count + 1, np.int64)
-        offsets[1:] = np.cumsum(np.bincount(nodes, minlength=count))
-        return cls(offsets, labels[order], deleted)
+        offsets, labels = _packed(labels, nodes, count)
+        return cls(offsets, labels, deleted)
 
     def _changed(self):
         """The same, to be changed."""
@@ -109,25 +107,16 @@ class Labels:
             self._ascends = bool((self.entry_labels[1:] > self.entry_labels[:-1]).all())
         return self._ascends
 
+    def pairs(self):
+        """Labels and nodes, int64 (m,) both, of the live entries."""
+        entries = np.flatnonzero(self._live_mask())
+        return self.entry_labels[entries], self.nodes(entries)
+
     def packed(self):
         """Offsets int64 (n + 1,), and labels: node i carries `labels[offsets[i]:offsets[i + 1]]`,
         ascending."""
-        entries, offsets = np.flatnonzero(self._live_mask()), np.zeros(self._known[1] + 1, np.int64)
-        labels, nodes = self.entry_labels[entries], self.nodes(entries)
-        offsets[1:] = np.cumsum(np.bincount(nodes, minlength=self._known[1]))
-        if not self._is_plain:
-            labels = labels[np.lexsort((labels, nodes))]
-        return offsets, labels
-
-    @property
-    def offsets(self):
-        """The first of what is packed."""
-        return self.packed()[0]
-
-    @property
-    def labels(self):
-        """The second."""
-        return self.packed()[1]
+        labels, nodes = self.pairs()
+        return _packed(labels, nodes, self._known[1])
 
     @property
     def deleted(self):
@@ -338,8 +327,8 @@ class Labels:
 
     def _renewed(self):
         """The same, where only live entries are found by their nodes."""
-        offsets, labels = self.packed()
-        return Labels(offsets, labels, self.deleted)
+        labels, nodes = self.pairs()
+        return Labels.of_nodes(labels, nodes, self._known[1], self.deleted)
 
     def undeleted(self, labels, told=None):
         """Labels after `without` was taken back; KeyError names the first label that cannot be."""
@@ -373,23 +362,29 @@ class Labels:
 
     def moved(self, node_of, count, *, keep_deleted):
         """The labels where node i has become node_of[i], of `count`: equal ones have become one."""
-        offsets, labels = self.packed()
-        nodes = node_of[np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))]
+        labels, nodes = self.pairs()
         deleted = self.deleted if keep_deleted else Deleted()
         deleted = Deleted(deleted.labels, node_of[deleted.nodes])
-        return Labels.of_nodes(labels, nodes, count, deleted)
+        return Labels.of_nodes(labels, node_of[nodes], count, deleted)
 
     def renumbered(self, numbers):
         """The labels of the same nodes, where label i has become numbers[i]."""
-        offsets, labels = self.packed()
-        nodes = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
-        deleted = Deleted(numbers[self.deleted.labels], self.deleted.nodes)
+        labels, nodes = self.pairs()
+        deleted = self.deleted
+        deleted = Deleted(numbers[deleted.labels], deleted.nodes)
         return Labels.of_nodes(numbers[labels], nodes, self._known[1], deleted)
 
     def problems(self, count, next_label):
         """What is wrong, in sentences, as the labels of `count` nodes, all below `next_label`."""
         offsets, labels = self.packed()
         return label_problems(offsets, labels, self.deleted, count, next_label)
+
+
+def _packed(labels, nodes, count):
+    """Labels (m,) of nodes (m,), of `count`, as in a file: offsets, and labels by node."""
+    offsets = np.zeros(count + 1, np.int64)
+    offsets[1:] = np.cumsum(np.bincount(nodes, minlength=count))
+    return offsets, labels[np.lexsort((labels, nodes))]
 
 
 def _all_on(bits, count):

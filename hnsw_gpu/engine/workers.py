@@ -164,6 +164,23 @@ def run_to_a_stop(work: Callable[[Callable[[], bool]], None]) -> None:
         _raise(errors)
 
 
+_told_of_forks: "weakref.WeakSet[Any]" = weakref.WeakSet()
+
+
+def tell_of_forks(one: Any) -> None:
+    """Have `one.after_fork()` called in each process that is forked while it lives."""
+    _told_of_forks.add(one)
+
+
+def _tell() -> None:
+    for one in _told_of_forks:
+        one.after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_tell)
+
+
 class SharedLock:
     """Many readers or one writer. A waiting writer goes before readers that come after it.
 
@@ -173,9 +190,9 @@ class SharedLock:
     def __init__(self) -> None:
         self._gate = Lock()  # held by a writer, and for a moment by each reader that comes
         self._readers: list[Any] = []  # a lock of each, which it holds until it is done
-        _forked_free.add(self)
+        tell_of_forks(self)
 
-    def free(self) -> None:
+    def after_fork(self) -> None:
         """Be free, whoever holds it."""
         self._gate, self._readers = Lock(), []
 
@@ -201,20 +218,8 @@ class ChangeLock:
 
     def __init__(self) -> None:
         self.lock = Lock()
-        _forked_free.add(self)
+        tell_of_forks(self)
 
-    def free(self) -> None:
+    def after_fork(self) -> None:
         """Be free, whoever holds it."""
         self.lock = Lock()
-
-
-_forked_free: "weakref.WeakSet[ChangeLock | SharedLock]" = weakref.WeakSet()
-
-
-def _free_locks() -> None:
-    for lock in _forked_free:
-        lock.free()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_free_locks)

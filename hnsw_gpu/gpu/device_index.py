@@ -26,13 +26,10 @@ SORT_SCRATCH = 3  # keys' worth for each key that CuPy sorts: the row of each, a
 
 
 class LabelArrays(Protocol):
-    """Labels of nodes: node i carries `labels[offsets[i]:offsets[i + 1]]`, all int64."""
+    """Labels of nodes."""
 
-    @property
-    def offsets(self) -> np.ndarray: ...
-
-    @property
-    def labels(self) -> np.ndarray: ...
+    def packed(self) -> tuple[np.ndarray, np.ndarray]:
+        """Offsets and labels, int64: node i carries `labels[offsets[i]:offsets[i + 1]]`."""
 
 
 class EncodedQueries(NamedTuple):
@@ -135,8 +132,9 @@ class DeviceIndex:
         with self.device, self.stream:
             for event in after:
                 self.stream.wait_event(event)
-            self._put("label_offsets", labels.offsets, 0)
-            self._put("entry_labels", labels.labels, 0)
+            offsets, entry_labels = labels.packed()
+            self._put("label_offsets", offsets, 0)
+            self._put("entry_labels", entry_labels, 0)
             self.uploaded.record(self.stream)
         self._labels = labels
 

@@ -13,7 +13,7 @@ def outgoing(state: State) -> PeerGraph:
     node is, and with the one before and the one behind. Nodes without a label get one that was
     never used, and are deleted.
     """
-    arrays, held = state.arrays(), state.labels
+    arrays, deleted = state.arrays(), state.labels.deleted
     graph = Graph(*(arrays[name] for name in Graph._fields))
     count = len(graph.neighbors0)
     levels, links = np.zeros(count, np.int32), [graph.neighbors0]
@@ -22,11 +22,11 @@ def outgoing(state: State) -> PeerGraph:
         nodes, neighbors = graph.nodes[part], graph.neighbors[part]
         levels[nodes] = layer
         links.append(np.where(neighbors < 0, -1, nodes[neighbors]))
-    live = np.repeat(np.arange(count), np.diff(held.offsets))
-    gone = np.append(live, held.deleted.nodes)
+    live = np.repeat(np.arange(count), np.diff(arrays["label_offsets"]))
+    gone = np.append(live, deleted.nodes)
     bare = np.setdiff1d(np.arange(count), gone)  # neither labels, nor deleted ones
-    nodes = np.concatenate([live, held.deleted.nodes, bare])
-    labels = [held.labels, held.deleted.labels, _unused(state, len(bare))]
+    nodes = np.concatenate([live, deleted.nodes, bare])
+    labels = [arrays["labels"], deleted.labels, _unused(state, len(bare))]
     is_deleted = np.arange(len(nodes)) >= len(live)
     order = np.argsort(nodes, kind="stable")  # of each node the live ones first
     is_copy = np.append(False, nodes[order][1:] == nodes[order][:-1])[: len(order)]
@@ -48,7 +48,7 @@ def outgoing(state: State) -> PeerGraph:
 
 def _unused(state: State, count: int) -> np.ndarray:
     """int64 (count,) labels that no node has: behind all, or where none are left, between them."""
-    used = np.concatenate([state.labels.labels, state.labels.deleted.labels])
+    used = np.concatenate([state.labels.sorted, state.labels.deleted.labels])
     first = max(state.next_label, int(used.max(initial=-1)) + 1)
     if first + count <= np.iinfo(np.int64).max:
         return first + np.arange(count, dtype=np.int64)

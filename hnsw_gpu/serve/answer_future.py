@@ -1,12 +1,11 @@
 """A Future that can be settled without waiting for whoever waits for it."""
 
-import os
 import threading
-import weakref
 from collections.abc import Callable
 from concurrent.futures import Future, _base
 from typing import TypeVar
 
+from hnsw_gpu.engine import tell_of_forks
 from hnsw_gpu.results import SearchResult
 
 Kept = TypeVar("Kept")
@@ -25,7 +24,7 @@ class AnswerFuture(Future[SearchResult]):
 
     def __init__(self) -> None:
         super().__init__()
-        _known.add(self)
+        tell_of_forks(self)
 
     def result(self, timeout: float | None = None) -> SearchResult:
         """As Future's; an exception of a signal handler is raised as it is."""
@@ -45,7 +44,7 @@ class AnswerFuture(Future[SearchResult]):
                 raise
             raise interrupt from None
 
-    def fail_in_child(self) -> None:
+    def after_fork(self) -> None:
         """Give it an error, where nobody settles it; locks that a fork left held are replaced.
 
         Callbacks are not called: they belong to the process that was forked.
@@ -102,15 +101,3 @@ class AnswerFuture(Future[SearchResult]):
             self.set_exception(outcome)
         else:
             self.set_result(outcome)
-
-
-_known: "weakref.WeakSet[AnswerFuture]" = weakref.WeakSet()
-
-
-def _fail_in_child() -> None:
-    for future in _known:
-        future.fail_in_child()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_fail_in_child)

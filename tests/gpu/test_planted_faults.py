@@ -639,7 +639,7 @@ def asked_of(setting: str, build) -> Asked:
         labels = Labels(offsets, np.arange(offsets[-1]))
 
         def of_keys(seed: int) -> tuple[np.ndarray, np.ndarray]:
-            return emulated.keys_to_labels(build, keys, offsets, labels.labels, k, seed=seed)
+            return emulated.keys_to_labels(build, keys, offsets, labels.packed()[1], k, seed=seed)
 
         return Asked(build.library("keys_to_labels"), of_keys, labels.keys_to_labels(keys, k))
     if setting == "encode":

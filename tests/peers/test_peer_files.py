@@ -107,7 +107,7 @@ def links_of(index):
     """The same of an index."""
     graph, held = index._state.graph, index._state.labels
     label = np.full(len(graph.neighbors0), -1)
-    label[np.flatnonzero(held.live_nodes())] = held.labels
+    label[np.flatnonzero(held.live_nodes())] = held.packed()[1]
     label[held.deleted.nodes] = held.deleted.labels
     found = {
         (label[node], 0): set(label[links[links >= 0]].tolist())

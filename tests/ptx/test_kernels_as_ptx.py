@@ -235,7 +235,7 @@ def test_keys_to_labels(metric, m) -> None:
         wanted = labels.keys_to_labels(keys, k)
         build = emulated.Build(build_metric, "fp32", 8, 4, arch=ARCHS[seed is None])
         found = emulated.keys_to_labels(
-            build, keys, offsets, labels.labels, k, metric == "euclidean", seed
+            build, keys, offsets, labels.packed()[1], k, metric == "euclidean", seed
         )
         np.testing.assert_array_equal(found[0], wanted[0])
         np.testing.assert_array_equal(found[1], reported(wanted[1], metric))

@@ -283,11 +283,11 @@ def test_a_state_that_is_held_never_changes() -> None:
     for count in [1] * 40 + [30, 1, 1, 200, 1, 1, 5, 1]:
         state = index._state
         graph = [array.copy() for array in state.graph]
-        held.append((state, graph, state.labels.labels.copy(), state.labels.offsets.copy()))
+        held.append((state, graph, *state.labels.packed()))
         index.add(rng.normal(size=(count, DIM)))
         if count == 5:
             index.check()  # repairs
-    for state, graph, labels, offsets in held:
+    for state, graph, offsets, labels in held:
         for name, array, before in zip(state.graph._fields, state.graph, graph, strict=True):
             if name in ("nodes", "below", "neighbors"):  # these have room at the ends of layers
                 for start, used in zip(
@@ -297,8 +297,8 @@ def test_a_state_that_is_held_never_changes() -> None:
                     np.testing.assert_array_equal(array[place], before[place])
             else:
                 np.testing.assert_array_equal(array, before)
-        np.testing.assert_array_equal(state.labels.labels, labels)
-        np.testing.assert_array_equal(state.labels.offsets, offsets)
+        for array, before in zip(state.labels.packed(), (offsets, labels), strict=True):
+            np.testing.assert_array_equal(array, before)
 
 
 def used_rows(graph) -> list[int]:

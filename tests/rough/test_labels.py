@@ -70,7 +70,7 @@ def test_save_writes_nothing_that_load_refuses(tmp_path) -> None:
     index = with_label(3)
     before = whole(index, tmp_path / "x")
     state = index._state
-    negative = Labels(state.labels.offsets, np.array([-1]))
+    negative = Labels(state.labels.packed()[0], np.array([-1]))
     for broken, message in (
         (state._replace(next_label=3), "the next label is 3, and 3 is there"),
         (state._replace(next_label=2**63 + 1), "next_label="),

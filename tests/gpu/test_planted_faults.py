@@ -9,11 +9,14 @@ Each fault runs in a process of its own, because it may do anything.
 """
 
 import concurrent.futures
+import faulthandler
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -34,6 +37,7 @@ pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
 SANITIZERS = ("address", "thread")
 KINDS = ("plain", *SANITIZERS)
+LIMIT_S = 200  # for one fault
 NO_FAULT = "no fault"
 # Which of these it is can depend on what memory held that a faulty kernel reads.
 BY_ANSWER = {"parity", "seeds", "emulator"}
@@ -722,12 +726,17 @@ def main(kind: str, folder: str) -> None:
     making = threading.Thread(target=make_data)
     making.start()
     making.join()
+    # Python's thread ends before the system's, for whose locks a forked process would wait.
+    while Path(f"/proc/self/task/{making.native_id}").exists():
+        time.sleep(0.001)
     for name in (NO_FAULT, *(fault.name for fault in faults)):
         if child := os.fork():
             os.waitpid(child, 0)
             continue
         place = Path(folder) / name
         os.dup2(os.open(f"{place}.said", os.O_WRONLY | os.O_CREAT), 2)
+        faulthandler.register(signal.SIGALRM, chain=True)  # one that hangs says where, and ends
+        signal.alarm(LIMIT_S)
         Path(f"{place}.gates").write_text(" ".join(look(name, kind, Path(folder))))
         os._exit(0)
 

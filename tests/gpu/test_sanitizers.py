@@ -80,7 +80,7 @@ def run_others(sanitizer: str) -> int:
     assert (labels[:, 101:] == -1).all()
     carried = Labels(3 * offsets, np.arange(3 * len(made.rows), dtype=np.int64))
     for k in (7, 70, 400):
-        found = emulated.keys_to_labels(build, keys, carried.offsets, carried.labels, k)
+        found = emulated.keys_to_labels(build, keys, *carried.packed(), k)
         for mine, wanted in zip(found, carried.keys_to_labels(keys, k), strict=True):
             np.testing.assert_array_equal(mine, wanted)
     return 10

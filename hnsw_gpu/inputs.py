@@ -94,8 +94,10 @@ def number(name: str, value: Any) -> float:
 
 
 def share(name: str, value: Any) -> float:
-    """A number above 0 and at most 1."""
+    """A number above 0 and at most 1; np.float32(0.95) is 0.95."""
     given = number(name, value)
+    if isinstance(value, np.floating):
+        given = float(str(value))
     if not 0 < given <= 1:
         raise ValueError(f"{name}: {given}, expected above 0 and at most 1")
     return given
@@ -198,9 +200,12 @@ def array(name: str, value: Any) -> np.ndarray:
         if hasattr(value, "__dlpack__"):
             return np.from_dlpack(value)
         try:
-            return np.asarray(value)
+            result = np.asarray(value)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
+        if result.dtype == object and not result.ndim:  # a generator, a set, None
+            raise TypeError(f"{name}: {type(value).__name__}, expected an array or a list")
+        return result
     return np.asarray(value)
 
 

@@ -167,9 +167,7 @@ import numpy as np
 import hnsw_gpu
 assert hnsw_gpu.__file__.startswith(sys.argv[1]), hnsw_gpu.__file__
 found = hnsw_gpu.exact_search(np.float32([[0, 0]]), np.float32([[3, 4]]), 1, "l2")
-index = hnsw_gpu.Index(2, "l2")
-index.add(np.float32([[0, 0]]))
-print(hnsw_gpu.__version__, *found.distances[0], *index.search([[3, 4]], 1).distances[0])
+print(hnsw_gpu.__version__, *found.distances[0])
 """
 
 
@@ -203,7 +201,7 @@ def test_an_upgrade_answers_with_its_own_code(tmp_path):
         call(*pip, *upgrade, only(dist.glob("*.whl")), cwd=tmp_path)
         for _ in range(2):
             said = call(python, "-c", UPGRADE_JOB, site, cwd=tmp_path, **quiet)
-            assert said.split() == [version, f"{25 * factor}.0", f"{25 * factor}.0"]
+            assert said.split() == [version, f"{25 * factor}.0"]
     assert list(site.rglob("*.nbc"))
 
 

@@ -268,6 +268,8 @@ NO_STRINGS = r"labels: values that are no strings \(all labels are, or none\) in
         (["a", "b\0", "c", "d"], RowsError, "labels: null characters in row 1"),
         ([b"a", b"b", b"c", b"d"], TypeError, "expected integers or strings"),
         ([None] * 4, TypeError, "dtype object, expected integers or strings"),
+        ({"a", "b"}, TypeError, "labels: set, expected an array or a list"),
+        (iter("abcd"), TypeError, "labels: str_.*iterator, expected an array or a list"),
         (["a", "b", "a", "d"], ValueError, "labels: label 'a' is given more than once"),
         (["a", "b", "c"], ValueError, "labels: 3 for 4 vectors"),
         ([["a", "b"], ["c", "d"]], ValueError, r"labels: shape \(2, 2\), expected \(m,\)"),

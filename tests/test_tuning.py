@@ -120,6 +120,8 @@ def test_it_is_kept(index, tmp_path):
     index.save(tmp_path / "docs.hnsw")
     queries = clusters(5, 5)
     expected = index.search(queries, 7, recall=0.93).labels
+    same = index.search(queries, 7, recall=np.float32(0.93)).labels
+    np.testing.assert_array_equal(same, expected)
     mapped = hnsw_gpu.load(tmp_path / "docs.hnsw", mmap=True)
     mapped.tune(0.5, k=3)
     for other in (

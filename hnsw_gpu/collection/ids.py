@@ -10,6 +10,7 @@ from hnsw_gpu import inputs, label_inputs
 from hnsw_gpu.files import UNSEEN, Advance, Sources, StepRunner
 
 IDS_AT_A_TIME = 1 << 25  # that are compared with each other; 16 bytes each
+KEYS_END = 1 << 62  # keys of strings are below it
 
 
 def ids_of(sources: Sources, column: str | None, start: int, stop: int) -> np.ndarray:
@@ -29,7 +30,7 @@ def label_keys(labels: np.ndarray) -> np.ndarray:
     if labels.dtype.kind != "T":
         return labels
     digests = (blake2b(text.encode(), digest_size=8).digest() for text in labels.tolist())
-    return np.frombuffer(b"".join(digests), np.int64) & (2**62 - 1)
+    return np.frombuffer(b"".join(digests), np.int64) & (KEYS_END - 1)
 
 
 def require_ids_once(

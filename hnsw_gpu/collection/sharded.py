@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from hnsw_gpu import inputs, label_inputs, tuning
-from hnsw_gpu.collection.ids import label_keys
+from hnsw_gpu.collection.ids import KEYS_END, label_keys
 from hnsw_gpu.collection.manifest import PARAMETERS, Manifest
 from hnsw_gpu.engine import Walk, merged
 from hnsw_gpu.files import CorruptIndexError
@@ -19,6 +19,7 @@ from hnsw_gpu.string_labels import NONE, Names
 
 Answers = tuple[np.ndarray, np.ndarray]  # labels, engines' distances
 LABELS_AT_A_TIME = 1 << 20  # that are looked at for one that is there twice
+STRINGS_AT_A_TIME = 1 << 24  # 8 bytes each; every time all shards hash all of theirs
 
 
 class Sharded(Searching):
@@ -132,13 +133,16 @@ class Sharded(Searching):
 
     def _strings_twice(self) -> tuple[str | None, int]:
         """As of integers; a label is told by 8 bytes, and looked at where these are there twice."""
-        keys = np.sort(np.concatenate(self._of_each(_keys)))
-        twice = keys[1:][keys[1:] == keys[:-1]]
-        if not len(twice):
-            return None, 0
-        some = _sorted(self._of_each(_labels_of_keys, twice)).tolist()
-        shared = [one for one, other in itertools.pairwise(some) if one == other]
-        return (shared[0], len(shared)) if shared else (None, 0)
+        parts = -(-len(self) // STRINGS_AT_A_TIME)
+        edges = [KEYS_END * part // parts for part in range(parts + 1)]
+        shared: list[str] = []
+        for start, stop in itertools.pairwise(edges):
+            keys = np.sort(np.concatenate(self._of_each(_keys_within, start, stop)))
+            twice = keys[1:][keys[1:] == keys[:-1]]
+            if len(twice):
+                some = _sorted(self._of_each(_labels_of_keys, twice)).tolist()
+                shared += [one for one, other in itertools.pairwise(some) if one == other]
+        return min(shared, default=None), len(shared)
 
     # ---------------------------------------------------------------- what `Searching` asks
 
@@ -196,9 +200,10 @@ def _sorted(parts: list[np.ndarray]) -> np.ndarray:
     return np.sort(np.concatenate(filled or parts))
 
 
-def _keys(shard: Index) -> np.ndarray:
-    """int64 (n,): of strings, the keys of a shard's."""
-    return label_keys(shard.labels)
+def _keys_within(shard: Index, start: int, stop: int) -> np.ndarray:
+    """int64 (m,): those keys of a shard's strings that are from `start` up to `stop`."""
+    keys = label_keys(shard.labels)
+    return keys[(keys >= start) & (keys < stop)]
 
 
 def _labels_of_keys(shard: Index, keys: np.ndarray) -> np.ndarray:

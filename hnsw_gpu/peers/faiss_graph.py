@@ -51,6 +51,8 @@ def read_faiss(index: Any) -> PeerGraph:
     neighbors = faiss.vector_to_array(hnsw.neighbors)
     cuts = faiss.vector_to_array(hnsw.cum_nneighbor_per_level).astype(np.int64)
     labels = np.arange(count) if labels is None else labels
+    if labels.min(initial=0) < 0:
+        raise ValueError(f"IndexIDMap: id {labels.min()}, expected 0 or more (-1 means none)")
     if not len(levels) == len(offsets) - 1 == len(labels) == count:
         raise ValueError(f"{type(inner).__name__}: its arrays are not those of {count} vectors")
     vectors = np.empty((0, inner.d), np.float32)

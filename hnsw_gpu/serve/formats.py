@@ -162,7 +162,7 @@ def _array_of(name: str, value: Any) -> np.ndarray:
     if array.ndim != 1:
         raise ValueError(f"{name}: shape {array.shape}, expected (m,)")
     if array.size and array.dtype.kind != "i":
-        raise TypeError(f"{name}: expected integers")
+        raise TypeError(f"{name}: expected integers or strings")
     return array.astype(np.int64)
 
 

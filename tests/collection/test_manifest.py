@@ -251,3 +251,28 @@ def test_labels_are_compared_a_part_at_a_time(tmp_path, monkeypatch):
     make(tmp_path / "c", ROWS, labels)
     assert len(hnsw_gpu.load(tmp_path / "c")) == len(ROWS) == looked_at.total()
     assert max(looked_at.values()) <= 3 * 20
+
+
+@pytest.mark.parametrize("doubled", [(), ((70, 13),), ((70, 13), (35, 2), (88, 40))])
+def test_strings_are_compared_a_part_at_a_time(tmp_path, monkeypatch, doubled):
+    """By their hashes; what is there twice is counted over all parts, and the first is named."""
+    labels = [f"text {(7 * i) % 90:02d}" for i in range(90)]
+    for place, of in doubled:
+        labels[place] = labels[of]
+    looked_at, within = Counter(), sharded._keys_within
+
+    def counted(shard, start, stop):
+        found = within(shard, start, stop)
+        looked_at[start] += len(found)
+        return found
+
+    monkeypatch.setattr(sharded, "STRINGS_AT_A_TIME", 20)
+    monkeypatch.setattr(sharded, "_keys_within", counted)
+    make(tmp_path / "c", ROWS, labels)
+    if doubled:
+        first = min(labels[of] for _, of in doubled)
+        with pytest.raises(CorruptIndexError, match=rf"{first}.* \({len(doubled)} are\)"):
+            hnsw_gpu.load(tmp_path / "c")
+    else:
+        assert len(hnsw_gpu.load(tmp_path / "c")) == len(ROWS)
+    assert looked_at.total() == len(ROWS) and max(looked_at.values()) < 40

@@ -21,7 +21,7 @@ from hnsw_gpu.files.folders import CACHE, folder_at
 
 fsspec = pytest.importorskip("fsspec", reason="needs the extra `remote`")
 pytest.importorskip("s3fs", reason="needs the extra `remote`")
-moto_server = pytest.importorskip("moto.server", reason="needs moto[server]")
+moto_server = pytest.importorskip("moto.server", reason="needs moto[s3] and flask-cors")
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of moto and botocore
 

@@ -121,8 +121,9 @@ def test_labels_that_are_negative_are_refused():
     faiss = peer("faiss")
     made = faiss.IndexIDMap(faiss.IndexHNSWFlat(DIM, M))
     made.add_with_ids(ROWS[:3], np.array([4, -5, 6]))
-    with pytest.raises(ValueError, match="label -5, expected 0 or more"):
+    with pytest.raises(ValueError, match="id -5, expected 0 or more") as caught:
         hnsw_gpu.from_faiss(made)
+    assert type(caught.value) is ValueError  # nothing is damaged
 
 
 def ask(index):

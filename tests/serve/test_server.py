@@ -172,7 +172,7 @@ def test_wrong_searches(shared, target, body, status, words):
         (b'{"queries": [[true]]}', 422, "queries: expected numbers"),
         (b'{"queries": null}', 422, "queries: expected numbers"),
         (b'{"labels": [-1]}', 422, "label -1"),
-        (b'{"labels": [1.5]}', 422, "labels: expected integers"),
+        (b'{"labels": [1.5]}', 422, "labels: expected integers or strings"),
         (b'{"labels": [[1]]}', 422, "labels: shape (1, 1)"),
         (b'{"queries": [[1,1,1,1,1,1,1,1]], "allow": ["even"]}', 422, "allow: strings, and"),
     ],

@@ -2,6 +2,7 @@
 
 import asyncio
 import pickle
+from pathlib import Path
 
 import click.testing
 import numpy as np
@@ -47,6 +48,18 @@ def test_the_recall_is_delivered_to_other_queries(index, target, where):
     assert abs(recall(index, held_out, ef=found.ef) - target) <= 0.01
     same = index.search(held_out, recall=target)
     np.testing.assert_array_equal(same.labels, index.search(held_out, ef=found.ef).labels)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "int4"])
+def test_words_that_are_held_out_get_it(dtype):
+    """Every 34th word of GloVe (`benchmarks.datasets`), its numbers rounded to int8."""
+    words = np.load(Path(__file__).parent / "data" / "glove.npy")
+    index = hnsw_gpu.Index(words.shape[1], "cosine", dtype)
+    index.add(words[1::4])
+    index.add(words[2::4])
+    index.add(words[3::4])
+    found = index.tune(0.95, queries=words[::8])
+    assert abs(recall(index, words[4::8], ef=found.ef) - 0.95) <= 0.01
 
 
 def test_it_is_the_smallest(index):

@@ -260,7 +260,7 @@ class Index(StateSearching):
         None continues after the largest integer ever given. replace: labels that are in the index
         get these vectors instead of theirs, in one change. keep_deleted: see `compact`. Bad input
         raises ValueError or TypeError and adds nothing. After KeyboardInterrupt the vectors of the
-        batches that were finished are in, in order.
+        batches that were finished are in, in order; with `replace` the index is as it was.
 
         progress: draw a bar; or what is told how many nodes more are in, each time.
         """
@@ -268,7 +268,7 @@ class Index(StateSearching):
         def choose(state: State, count: int) -> tuple[State, np.ndarray]:
             return label_inputs.new_labels(labels, count, state, replace)
 
-        return self._add(vectors, choose, keep_deleted, threads, progress)
+        return self._add(vectors, choose, replace, keep_deleted, threads, progress)
 
     def update(
         self,
@@ -280,8 +280,8 @@ class Index(StateSearching):
     ) -> None:
         """Give labels (m,) that are in the index other vectors (m, dim), in one change.
 
-        KeyError names the first label that is not; nothing changes then. See `add`, which with
-        `replace` takes new labels too.
+        KeyError names the first label that is not; nothing changes then, nor after
+        KeyboardInterrupt. See `add`, which with `replace` takes new labels too.
         """
 
         def choose(state: State, count: int) -> tuple[State, np.ndarray]:
@@ -290,19 +290,20 @@ class Index(StateSearching):
             state.labels.entries_of(numbers, given)
             return state, numbers
 
-        self._add(vectors, choose, False, threads, progress)
+        self._add(vectors, choose, True, False, threads, progress)
 
     def _add(
         self,
         vectors: ArrayLike,
         choose: Callable[[State, int], tuple[State, np.ndarray]],
+        replaces: bool,
         keep_deleted: bool,
         threads: int | None,
         progress: bool | Callable[[int], object],
     ) -> np.ndarray:
         """Add vectors (m, dim); their labels, which choose(state, m) gives the engine's of.
 
-        It gives the state, too, as it takes them.
+        It gives the state, too, as it takes them. What `replaces` is in whole or not at all.
         """
         given = inputs.vectors("vectors", vectors, self.dim)
         threads = inputs.threads(threads)
@@ -321,7 +322,7 @@ class Index(StateSearching):
             new = max(int(nodes.max(initial=-1)) + 1, state.node_count) - state.node_count
             with bar(progress is True, new, "build", "vectors") as shown:
                 insert(
-                    state, nodes, new_labels, self._publish, threads=threads,
+                    state, nodes, new_labels, self._publish, all_or_none=replaces, threads=threads,
                     is_stopped=is_stopped, advance=progress if callable(progress) else shown.update,
                 )  # fmt: skip
             result.append(labels_of(self._state, new_labels))
@@ -410,6 +411,7 @@ class Index(StateSearching):
                         raise Stopped
 
                 state = joined(mine, yours, threads=threads, advance=advance)
+                advance(0)  # the last moment
                 self._publish(with_all_strings(state), None)
 
         self._change(work)
@@ -481,7 +483,9 @@ class Index(StateSearching):
             state = compacted(
                 self._state, threads=threads, advance=advance, keep_deleted=keep_deleted
             )
-            self._publish(without_unused(state), None)
+            state = without_unused(state)
+            advance(0)  # the last moment
+            self._publish(state, None)
 
     # ---------------------------------------------------------------- keeping it
 

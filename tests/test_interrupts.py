@@ -1,5 +1,6 @@
 """An `add` that ends early, by an error or by Ctrl-C, keeps whole batches and a sound index."""
 
+import contextlib
 import time
 
 import numpy as np
@@ -7,9 +8,10 @@ import oracle
 import pytest
 
 import hnsw_gpu
+from hnsw_gpu import index as index_module
 from hnsw_gpu.engine import build, growth
 from hnsw_gpu.engine.graph import check_graph
-from hnsw_gpu.engine.workers import run_to_a_stop
+from hnsw_gpu.engine.workers import Stopped, run_to_a_stop
 
 DIM = 16
 
@@ -65,6 +67,59 @@ def test_an_error_in_the_repair(monkeypatch):
         for one in (index, twin):
             one.add(rows[row : row + 7])
     for one in (index, twin):
+        one.check()
+    for mine, theirs in zip(
+        index._state.arrays().values(), twin._state.arrays().values(), strict=True
+    ):
+        np.testing.assert_array_equal(mine, theirs)
+
+
+CHANGES = {
+    "update": lambda index, rows, _: index.update(np.arange(len(rows)), rows),
+    "replace": lambda index, rows, _: index.add(rows, np.arange(len(rows)) + 200, replace=True),
+    "merge": lambda index, _, other: index.merge(other),
+    "compact": lambda index, *_: index.compact(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize(("room", "step"), [(build, "_insert_batch"), (growth, "repair")])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_what_is_whole_or_not_at_all(monkeypatch, change, room, step, error):
+    """Ended at its first batch, or when all is done but to be seen: then it was never begun."""
+    rows = oracle.gaussian(3500, DIM, seed=4)
+    index, twin, other = (hnsw_gpu.Index(DIM, "l2", M=4, ef_construction=20) for _ in range(3))
+    for one in (index, twin):
+        one.add(rows[:2000])
+        one.delete(np.arange(1900, 2000))
+    other.add(rows[2000:], np.arange(1500) + 10_000)
+    given = rows[2000:], other
+    before = {name: array.copy() for name, array in index._state.arrays().items()}
+    original, pressed = getattr(room, step), []
+
+    def ending(*given, **named):
+        done = original(*given, **named)
+        if error is MemoryError:
+            raise error
+        pressed.append(True)
+        return done
+
+    def run(work):
+        """As `run_to_a_stop` where Ctrl-C is pressed in that step."""
+        with contextlib.suppress(Stopped):
+            work(lambda: bool(pressed))
+        if pressed:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(room, step, ending)
+        patch.setattr(index_module, "run_to_a_stop", run)
+        with pytest.raises(error):
+            CHANGES[change](index, *given)
+    for name, array in index._state.arrays().items():
+        np.testing.assert_array_equal(array, before[name])
+    for one in (index, twin):
+        CHANGES[change](one, *given)
         one.check()
     for mine, theirs in zip(
         index._state.arrays().values(), twin._state.arrays().values(), strict=True

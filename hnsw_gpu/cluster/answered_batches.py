@@ -51,6 +51,9 @@ def answered(
 def _with_answers(
     table: "pyarrow.Table", *, index: Searching, how: dict[str, Any], column: str
 ) -> "pyarrow.Table":
+    twice = sorted({"labels", "distances"} & set(table.column_names))
+    if twice:
+        raise ValueError(f"the Dataset has a column {twice[0]!r} already: rename it")
     found = _whole(index, rows_of_column(table, column, index.dim), how)
     for name, lists in _lists_of(found).items():
         table = table.append_column(name, lists)

@@ -20,7 +20,7 @@ from hnsw_gpu.cluster.shard_actor import ShardActor, ShardFacts
 from hnsw_gpu.cluster.shard_calls import LOOK, ShardCalls, ShardLostError
 from hnsw_gpu.collection import Manifest, Sharded, merged_answers, read_manifest
 from hnsw_gpu.engine import Walk
-from hnsw_gpu.files import Folder, LocalFolder, Place, folder_at
+from hnsw_gpu.files import Folder, LocalFolder, Place, folder_at, is_url
 from hnsw_gpu.index import Index
 from hnsw_gpu.results import PartialResult, SearchResult, reported
 
@@ -80,7 +80,7 @@ class Cluster(Sharded):
         with contextlib.ExitStack() as opening:
             connection = opening.enter_context(ray_connection(address, cpus=cpus))
             handles = opening.enter_context(
-                _actors(connection.ray, folder, manifest, replicas, cpus, gpus)
+                _actors(connection, folder, manifest, replicas, cpus, gpus)
             )
             calls = ShardCalls([entry.file for entry in manifest.shards], handles, timeout_s)
             facts = _opened(connection, calls, start_timeout_s, gpus)
@@ -175,10 +175,8 @@ class Cluster(Sharded):
 
     def is_ready(self) -> bool:
         """Has each shard a live replica?"""
-        return all(
-            any(replica["state"] == "live" for replica in shard["replicas"])
-            for shard in self.status()["shards"]
-        )
+        self._require_open()
+        return self._calls.are_there()
 
     def collect(self) -> Iterator[Any]:
         """Figures of each shard for Prometheus: `prometheus_client.REGISTRY.register(cluster)`."""
@@ -231,7 +229,12 @@ class Cluster(Sharded):
         found = answered(self, queries, how, column, inputs.integer("batch_rows", batch_rows, 1))
         if out is None:
             return found
-        folder = Path(out)
+        if is_url(out):
+            raise ValueError(
+                f"out={out!r}: expected a folder; `write_parquet` of the Dataset that is returned "
+                "without it takes URLs"
+            )
+        folder = Path(out).absolute()
         if folder.exists() and any(folder.iterdir()):
             raise ValueError(f"{folder} is not empty: answers are written into a folder of theirs")
         found.write_parquet(str(folder))
@@ -285,12 +288,18 @@ def _another(path: Path | str, manifest: Manifest, *parts: Any) -> Cluster:
 
 @contextlib.contextmanager
 def _actors(
-    ray: Any, folder: Folder, manifest: Manifest, replicas: int, cpus: int, gpus: float
+    connection: RayConnection,
+    folder: Folder,
+    manifest: Manifest,
+    replicas: int,
+    cpus: int,
+    gpus: float,
 ) -> Iterator[list[list[Any]]]:
     """Handles of the actors of each shard, which end with the block.
 
     Each asks for a byte: those that ask for nothing Ray puts anywhere, whatever it is told.
     """
+    ray = connection.ray
     ray.method(concurrency_group=LOOK)(ShardActor.facts)  # said here: there, Ray is not imported
     made = ray.remote(
         num_cpus=0,
@@ -301,35 +310,53 @@ def _actors(
         max_concurrency=cpus,
         concurrency_groups={LOOK: 1},
     )(ShardActor)
-    device, places = "cuda" if gpus else "cpu", itertools.cycle(_places(ray, gpus))
+    device, room = "cuda" if gpus else "cpu", _room(ray, gpus)
     handles: list[list[Any]] = []
     try:
         for entry in manifest.shards:
             mine = manifest._replace(shards=(entry,))
             handles.append([])
-            for _ in range(replicas):
-                placed = made.options(scheduling_strategy=next(places))
+            for place in _places(room, replicas):
+                placed = made.options(scheduling_strategy=place)
                 handles[-1].append(placed.remote(folder, entry, mine, device, cpus))
         yield handles
     finally:
-        if ray.is_initialized():
+        if connection.is_there():
             for handle in itertools.chain(*handles):
-                ray.kill(handle)
+                with contextlib.suppress(Exception):  # of one, which is no reason to leave others
+                    ray.kill(handle)
 
 
-def _places(ray: Any, gpus: float) -> list[Any]:
-    """Where actors go, one after the other, so that replicas of a shard are on several nodes.
+def _room(ray: Any, gpus: float) -> dict[str, int]:
+    """Of each node that can hold actors, by its id, how many more than of others.
 
-    (Ray's own "SPREAD" puts two that follow each other on one node now and then.)
+    Where they search on CPUs, as many as of any; else what its GPUs give.
+    """
+    room = {}
+    for node in sorted(ray.nodes(), key=lambda node: node["NodeID"]):
+        has = node["Resources"]
+        if node["Alive"] and has.get("CPU") and has.get("GPU", 0) >= gpus:
+            room[node["NodeID"]] = int(has["GPU"] / gpus) if gpus else 0
+    return room
+
+
+def _places(room: dict[str, int], replicas: int) -> list[Any]:
+    """Where the replicas of a shard go, on several nodes if there are; takes that from `room`.
+
+    (Ray's own "SPREAD" puts two that follow each other on one node now and then.) A node that
+    somebody else fills meanwhile is left for another.
     """
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    def can_hold(node: dict[str, Any]) -> bool:
-        has = node["Resources"]
-        return bool(node["Alive"] and has.get("CPU") and has.get("GPU", 0) >= gpus)
-
-    ids = sorted(node["NodeID"] for node in ray.nodes() if can_hold(node))
-    return [NodeAffinitySchedulingStrategy(each, soft=True) for each in ids] or ["SPREAD"]
+    taken: list[str] = []
+    for _ in range(replicas if room else 0):
+        place = max(room, key=lambda node: (-taken.count(node), room[node]))
+        room[place] -= 1
+        taken.append(place)
+    return [
+        NodeAffinitySchedulingStrategy(node, soft=True, _spill_on_unavailable=True)
+        for node in taken
+    ] or ["SPREAD"] * replicas
 
 
 def _opened(

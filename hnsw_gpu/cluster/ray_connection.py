@@ -32,6 +32,19 @@ class RayConnection(NamedTuple):
     ray: Any  # the package
     is_ours: bool  # we connected, rather than the program
     is_started: bool  # and to a Ray that we started
+    session: tuple[str, str] | None  # which connection to which Ray it is
+
+    def is_there(self) -> bool:
+        """Is this process still connected so? The program may shut Ray down, and begin another."""
+        return _session(self.ray) == self.session
+
+
+def _session(ray: Any) -> tuple[str, str] | None:
+    """Of the connection that this process has: the node that it came to, and its job there."""
+    if not ray.is_initialized():
+        return None
+    context = ray.get_runtime_context()
+    return context.get_node_id(), context.get_job_id()
 
 
 def imported_ray() -> Any:
@@ -66,15 +79,16 @@ def _enter(ray: Any, address: str | None, cpus: int) -> RayConnection:
     if address is not None and (not isinstance(address, str) or not address):
         raise ValueError(f"address={address!r}: expected 'HOST:PORT', 'ray://HOST:PORT' or None")
     with _changing:
+        _users[:] = [user for user in _users if user.is_there()]  # the program may have ended ours
         if ray.is_initialized():
             if address is not None:
                 _require_connected_to(ray, address)
-            connection = _users[0] if _users else RayConnection(ray, False, False)
+            theirs = RayConnection(ray, False, False, _session(ray))
+            connection = _users[0] if _users else theirs
         else:
-            _users.clear()  # somebody else has shut our Ray down
             place = address or os.environ.get("RAY_ADDRESS") or LOCAL
             _connect(ray, place, cpus)
-            connection = RayConnection(ray, True, place == LOCAL)
+            connection = RayConnection(ray, True, place == LOCAL, _session(ray))
         if connection.is_ours:
             _users.append(connection)
     return connection
@@ -84,9 +98,9 @@ def _leave(connection: RayConnection) -> None:
     if not connection.is_ours:
         return
     with _changing:
-        if _users:
-            _users.pop()
-            if not _users:
+        if connection in _users:
+            _users.remove(connection)
+            if connection not in _users and connection.is_there():
                 connection.ray.shutdown()
 
 
@@ -147,7 +161,7 @@ def _require_connected_to(ray: Any, address: str) -> None:
     if address == LOCAL and any(user.is_started for user in _users):
         return
     if address.startswith(CLIENT):
-        if ray.util.client.ray.is_connected():
+        if ray.util.client.ray.is_connected() and _client_is_of(ray, address):
             return
     elif address != LOCAL:
         mine = ray.get_runtime_context().gcs_address
@@ -157,6 +171,13 @@ def _require_connected_to(ray: Any, address: str) -> None:
         f"address={address!r}: this process is connected to another Ray already; address=None "
         "takes that one"
     )
+
+
+def _client_is_of(ray: Any, address: str) -> bool:
+    """Is the server of Ray's client the one of an address? True where this Ray does not tell."""
+    worker = getattr(ray.util.client.ray.get_context(), "client_worker", None)
+    mine = getattr(worker, "_conn_str", None)
+    return not mine or bool(_resolved(mine) & _resolved(address))
 
 
 def _resolved(address: str) -> set[tuple[str, int]]:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from hnsw_gpu.collection import Manifest, ShardEntry, open_shard, shard_path
-from hnsw_gpu.files import Folder
+from hnsw_gpu.files import CorruptIndexError, Folder
 from hnsw_gpu.index import Index
 
 logger = logging.getLogger("hnsw_gpu")
@@ -71,6 +71,9 @@ class ShardActor:
                     index = open_shard(path, self._entry, self._manifest, mmap=True)
                     index.to(self._device)
                     index.warm_up(self._threads)
+                except CorruptIndexError as error:  # or missing, here
+                    told = CorruptIndexError(f"{error} (on {socket.gethostname()})")
+                    raise NotOpenError(told) from error
                 except Exception as error:
                     raise NotOpenError(error) from error
                 self._open_s = time.perf_counter() - started

@@ -6,6 +6,7 @@ fail at once, and the other replica answers meanwhile.
 """
 
 import asyncio
+import contextlib
 import functools
 import os
 import threading
@@ -20,6 +21,7 @@ from hnsw_gpu.cluster.ray_connection import imported_ray
 from hnsw_gpu.cluster.shard_actor import NotOpenError, ShardFacts
 
 RETRY_S = 0.1  # between two rounds of the replicas of a shard
+PATIENCE_S = 2.0  # before an actor whose answer is awaited has to tell of itself
 LOOK_S = 3.0  # for an actor to tell of itself
 LARGE = 100_000  # bytes of an array that is put in Ray's store once, not sent with each call
 LOOK = "look"  # the actors' group of calls that no search keeps waiting
@@ -36,6 +38,10 @@ class ShardLostError(RuntimeError):
         return type(self), (str(self), self.shards)
 
 
+class SilentError(RuntimeError):
+    """An actor says nothing, not even of itself: its machine hangs, or nobody reaches it."""
+
+
 class Replica:
     """An actor's handle, and what this process knows of it."""
 
@@ -43,28 +49,65 @@ class Replica:
         self.handle = handle
         self.calls = 0  # that run
         self.failed_at = 0.0
+        self.silent: asyncio.Future[None] | None = None  # it says nothing, and is listened to
 
-    def rank(self) -> tuple[bool, int]:
+    def rank(self) -> tuple[bool, bool, int]:
         """Smaller is asked first: who did not fail just now, then who has least to do."""
-        return self.failed_at > time.monotonic() - 1.0, self.calls
+        failed = self.failed_at > time.monotonic() - 1.0
+        return self.silent is not None, failed, self.calls
 
-    async def answer(self, ask: Callable[..., Any], given: Sequence[Any]) -> Any:
-        """What the actor answers; the error of its own code, or Ray's where there is no actor."""
+    async def answer(
+        self, ask: Callable[..., Any], given: Sequence[Any], *, may_be_left: bool
+    ) -> Any:
+        """What the actor answers; the error of its own code, or Ray's where there is no actor.
+
+        SilentError, where it `may_be_left` for another replica: it has said nothing for some
+        seconds. One that computes for long does say so.
+        """
         self.calls += 1
+        answer = asyncio.ensure_future(_of_ray(self.handle.ask.remote(ask, *given)))
         try:
-            return await self.handle.ask.remote(ask, *given)
-        except imported_ray().exceptions.RayTaskError as error:
-            raise (error.cause if isinstance(error.cause, Exception) else error) from None
+            while not (await asyncio.wait([answer], timeout=PATIENCE_S))[0]:
+                if may_be_left:
+                    await self._hear()
+            return answer.result()
         finally:
+            answer.cancel()
             self.calls -= 1
+
+    async def _hear(self) -> None:
+        """SilentError where it does not tell of itself; then it is listened to until it does."""
+        try:
+            await asyncio.wait_for(self.facts(), LOOK_S)
+        except TimeoutError:
+            if self.silent is None:
+                self.silent = asyncio.ensure_future(self._listen())
+            raise SilentError(f"an actor has said nothing for {PATIENCE_S + LOOK_S:g} s") from None
+
+    async def _listen(self) -> None:
+        """Until it tells of itself, or Ray that it is lost."""
+        while True:
+            try:
+                await asyncio.wait_for(self.facts(), LOOK_S)
+            except TimeoutError:
+                continue
+            except Exception:  # whoever asks it next is told
+                break
+            break
+        self.silent = None
 
     async def facts(self) -> ShardFacts:
         """What the actor tells of itself; errors as of `answer`."""
-        try:
-            found: ShardFacts = await self.handle.facts.remote()
-            return found
-        except imported_ray().exceptions.RayTaskError as error:
-            raise (error.cause if isinstance(error.cause, Exception) else error) from None
+        found: ShardFacts = await _of_ray(self.handle.facts.remote())
+        return found
+
+
+async def _of_ray(called: Any) -> Any:
+    """What an actor answers; the error of its own code, or Ray's where there is no actor."""
+    try:
+        return await called
+    except imported_ray().exceptions.RayTaskError as error:
+        raise (error.cause if isinstance(error.cause, Exception) else error) from None
 
 
 class ShardCalls:
@@ -116,14 +159,16 @@ class ShardCalls:
         self, s: int, ask: Callable[..., Any], given: Sequence[Any], until: float, may_lack: bool
     ) -> Any:
         why: BaseException | None = None
+        not_there = NotOpenError, SilentError, imported_ray().exceptions.RayError
+        others = len(self.replicas[s]) > 1
         try:
             async with asyncio.timeout_at(until):
                 while True:
                     errors = []
                     for replica in sorted(self.replicas[s], key=Replica.rank):
                         try:
-                            return await replica.answer(ask, given)
-                        except (NotOpenError, imported_ray().exceptions.RayError) as error:
+                            return await replica.answer(ask, given, may_be_left=others)
+                        except not_there as error:
                             replica.failed_at = time.monotonic()
                             errors.append(why := error)
                             self.retries[s] += 1
@@ -131,7 +176,7 @@ class ShardCalls:
                         break
                     await asyncio.sleep(RETRY_S)
         except TimeoutError:
-            if not may_lack and why is None:
+            if not may_lack and (why is None or isinstance(why, SilentError)):
                 raise TimeoutError(
                     f"{self.files[s]}: no answer within timeout_s={self.timeout_s:g}"
                 ) from None
@@ -182,6 +227,14 @@ class ShardCalls:
         found = iter(await asyncio.gather(*calls, return_exceptions=True))
         return [[next(found) for _ in shard] for shard in self.replicas]
 
+    def are_there(self) -> bool:
+        """Does an actor of each shard tell of itself?"""
+        found: bool = self.waited_for(self.on_loop(self._are_there()))
+        return found
+
+    async def _are_there(self) -> bool:
+        return all(await asyncio.gather(*map(_is_any_there, self.replicas)))
+
     # ---------------------------------------------------------------- the loop
 
     def on_loop(self, work: Coroutine[Any, Any, Any]) -> "Future[Any]":
@@ -201,6 +254,22 @@ class ShardCalls:
             return begun.result(limit)
         finally:
             begun.cancel()
+
+
+async def _is_any_there(replicas: Sequence[Replica]) -> bool:
+    """Is one there? As soon as it says so, whatever the others do."""
+    looks = [asyncio.ensure_future(replica.facts()) for replica in replicas]
+    try:
+        for look in asyncio.as_completed(looks, timeout=LOOK_S):
+            with contextlib.suppress(NotOpenError, imported_ray().exceptions.RayError):
+                await look
+                return True
+    except TimeoutError:
+        pass
+    finally:
+        for each in looks:
+            each.cancel()
+    return False
 
 
 async def _started(replica: Replica) -> ShardFacts:

@@ -58,6 +58,7 @@ class Plan(NamedTuple):
     """What every step needs."""
 
     out: Folder
+    work: Checkpoints
     sources: Sources
     id_column: str | None
     how: dict[str, Any]  # parameters of an Index
@@ -128,7 +129,7 @@ def build_collection(
                 "files": sources.fingerprints(runner),
             }
         )
-        plan = Plan(folder, sources, id_column, how, runner.threads)
+        plan = Plan(folder, work, sources, id_column, how, runner.threads)
         given = [(f"shard-{s:04}.hnsw", *span) for s, span in enumerate(spans)]
         rows = [stop - start for start, stop in spans]
         title = f"build {len(given)} shard{'s' * (len(given) > 1)}"
@@ -160,6 +161,7 @@ def _require_ours(folder: Folder, *, is_begun: bool) -> None:
 
 def _build_shard(plan: Plan, name: str, start: int, stop: int, *, advance: Advance) -> ShardEntry:
     """Build the shard of some rows, unless it is there; its entry."""
+    plan.work.require_here()
     labels = ids_of(plan.sources, plan.id_column, start, stop)
     if plan.out.has(name):
         _require_whole(plan.out, name)

@@ -74,6 +74,7 @@ def insert(
     labels: np.ndarray,
     keep: Callable[[State, np.ndarray | None], None],
     *,
+    all_or_none: bool,
     threads: int,
     is_stopped: Callable[[], bool],
     advance: Callable[[int], object],
@@ -81,8 +82,9 @@ def insert(
     """Link the new ones of `nodes` (m,), which carry `labels` (m,), and `keep` what came of it.
 
     That is a whole state whatever happens: when `is_stopped()`, or where something was raised,
-    without the labels from the first node on that is not in. `keep` is told too which nodes have
-    other links on layer 0 (None: any may), and `advance` how many nodes were linked.
+    without the labels from the first node on that is not in; with `all_or_none` nothing is kept
+    then. `keep` is told too which nodes have other links on layer 0 (None: any may), and `advance`
+    how many nodes were linked.
     """
     graph, kept = state.graph, state.parameters
     first = state.node_count
@@ -111,21 +113,24 @@ def insert(
             unrepaired = 0
         is_known = is_whole
     finally:  # whatever happened, labels and graph agree on the nodes there are
-        changed = None
-        if is_known:
-            changed = np.concatenate(rewritten.neighbors0)
-            if 2 * len(changed) < count:  # else copying all costs no more than this `add` did
-                state.spare_neighbors0.give(state.room.neighbors0, rewritten.neighbors0)
-                if room.nodes is state.room.nodes:
-                    state.spare_neighbors.give(state.room.neighbors, rewritten.neighbors)
-        if not is_whole:
-            graph = without_unfinished(room, len(graph.neighbors0), graph.top)
-            unrepaired = len(graph.neighbors0)
+        if all_or_none and (not is_known or is_stopped()):
             state.table.clear()
-        state = state._replace(
-            graph=graph, room=room, version=state.version + 1, unrepaired=unrepaired
-        )
-        keep(_labelled(state, nodes, labels), changed)
+        else:
+            changed = None
+            if is_known:
+                changed = np.concatenate(rewritten.neighbors0)
+                if 2 * len(changed) < count:  # else copying all costs no more than this `add` did
+                    state.spare_neighbors0.give(state.room.neighbors0, rewritten.neighbors0)
+                    if room.nodes is state.room.nodes:
+                        state.spare_neighbors.give(state.room.neighbors, rewritten.neighbors)
+            if not is_whole:
+                graph = without_unfinished(room, len(graph.neighbors0), graph.top)
+                unrepaired = len(graph.neighbors0)
+                state.table.clear()
+            state = state._replace(
+                graph=graph, room=room, version=state.version + 1, unrepaired=unrepaired
+            )
+            keep(_labelled(state, nodes, labels), changed)
 
 
 def _repair(state: State, graph: Graph, threads: int) -> np.ndarray:

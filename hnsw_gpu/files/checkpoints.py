@@ -9,6 +9,7 @@ without it nothing there is touched, and with it nothing but files of our own na
 import json
 import logging
 import re
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ class Checkpoints:
 
     def __init__(self, folder: Folder, made_by: str, steps: str) -> None:
         self._folder, self._made_by = folder, made_by
+        self._begun: dict[str, Any] | None = None  # the plan
         self._step = re.compile(steps)
         self._unfinished = re.compile(rf"\.({steps}|{re.escape(PLAN)})\.[0-9a-f]{{16}}\.tmp")
 
@@ -50,7 +52,7 @@ class Checkpoints:
 
     def begin(self, plan: dict[str, Any]) -> None:
         """Begin, or go on; ValueError where the folder is of another plan, or not ours."""
-        plan = json.loads(json.dumps({"made_by": self._made_by} | plan))
+        self._begun = plan = json.loads(json.dumps({"made_by": self._made_by} | plan))
         if self.is_begun():
             there = self._plan() or {}
             if there != plan:
@@ -59,8 +61,17 @@ class Checkpoints:
         self._folder.make()
         self._folder.write(PLAN, json.dumps(plan, indent=1).encode())
 
+    def require_here(self) -> None:
+        """ValueError where the folder is another one than that which was begun, seen from here."""
+        if self._plan() != self._begun:
+            raise ValueError(
+                f"{self._folder} on {socket.gethostname()} is not the folder of this run: every "
+                "node has to see the same one there"
+            )
+
     def do_once(self, step: str, do: Callable[[], dict[str, np.ndarray]]) -> None:
         """Do a step and write its arrays, unless its file is there."""
+        self.require_here()
         path = self._path(step)
         if not path.exists():
             write_arrays(path, do(), {})

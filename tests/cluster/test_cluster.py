@@ -1,6 +1,7 @@
 """A cluster answers as its collection does on one machine, whoever is killed meanwhile."""
 
 import asyncio
+import itertools
 import os
 import pickle
 import re
@@ -190,6 +191,30 @@ def test_nobody_notices_that_actors_are_killed(folder, pair):
     assert same(pair.search(QUERIES, 5), whole)
 
 
+def test_one_that_says_nothing_is_left_for_the_other(folder, pair):
+    """As where its machine hangs; it is asked again once it has said something."""
+    expected = hnsw_gpu.load(folder / "2").search(QUERIES, 5)
+    wait(lambda: all_live(pair))
+    before = [shard["retries"] for shard in pair.status()["shards"]]
+    stopped = [shard["replicas"][0]["pid"] for shard in pair.status()["shards"]]
+    try:
+        for pid in stopped:
+            os.kill(pid, signal.SIGSTOP)
+        assert pair.is_ready()
+        for _ in range(50):
+            assert same(pair.search(QUERIES, 5), expected)
+        after = [shard["retries"] for shard in pair.status()["shards"]]
+        assert [b - a for a, b in zip(before, after, strict=True)] == [1, 1]
+        states = [[replica["state"] for replica in s["replicas"]] for s in pair.status()["shards"]]
+        assert states == [["silent", "live"]] * 2
+    finally:
+        for pid in stopped:
+            os.kill(pid, signal.SIGCONT)
+    wait(lambda: all(one.silent is None for one in itertools.chain(*pair._calls.replicas)))
+    wait(lambda: all_live(pair))
+    assert same(pair.search(QUERIES, 5), expected)
+
+
 def test_one_replica_alone(folder):
     """A lost shard is waited for as long as allowed, whether it is killed or says nothing."""
     expected = hnsw_gpu.load(folder / "2").search(QUERIES, 5)
@@ -341,7 +366,7 @@ def test_an_open_cluster_that_is_forgotten_ends(folder):
     wait(lambda: actors() <= before)
 
 
-def test_map_batches(folder, pair, tmp_path):
+def test_map_batches(folder, pair, tmp_path, monkeypatch):
     pyarrow = pytest.importorskip("pyarrow", reason="needs the extra `io`")
     parquet = pytest.importorskip("pyarrow.parquet", reason="needs the extra `io`")
     pytest.importorskip("ray.data", reason="needs the extra `ray`")
@@ -368,9 +393,16 @@ def test_map_batches(folder, pair, tmp_path):
         ("k=0", files, {"k": 0}),
         ("batch_rows=0", files, {"batch_rows": 0}),
         ("no column 'vector'", files, {"column": "vector"}),
+        ("expected a folder", files, {"out": "s3://bucket/answers"}),
     ):
         with pytest.raises(ValueError, match=words):
             pair.map_batches(given, **how)
+    monkeypatch.chdir(tmp_path)  # the nodes stay where they are
+    pair.map_batches("0.parquet", "relative", k=4)
+    assert parquet.read_table(tmp_path / "relative").num_rows == 100
+    there = ray.data.from_arrow(table.append_column("labels", table.column("id")))
+    with pytest.raises(Exception, match="has a column 'labels' already: rename it"):
+        pair.map_batches(there, k=4).materialize()
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of moto and botocore

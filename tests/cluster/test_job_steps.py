@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -28,7 +29,7 @@ from hnsw_gpu.cluster.job_steps import RETRIES, _do
 from hnsw_gpu.collection.building import build_collection
 from hnsw_gpu.deduplication import Settings, dedup_files, in_files
 from hnsw_gpu.deduplication.checkpoints import WORK
-from hnsw_gpu.files import HERE, UNSEEN, folder_at
+from hnsw_gpu.files import HERE, UNSEEN, Checkpoints, LocalFolder, folder_at
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self").exists(), reason="reads /proc")
 
@@ -350,6 +351,24 @@ def test_a_file_that_a_node_sees_otherwise(path, runner):
     parquet.write_table(parquet.read_table(path).slice(1), path)
     with pytest.raises(ValueError, match=r"rows.parquet was changed while it was read"):
         runner.each(_sees, (opened,), [()], [1], UNSEEN)
+
+
+def _step(work, name, *, advance):
+    work.do_once(name, lambda: {"a": np.arange(3)})
+
+
+def test_a_folder_that_a_node_sees_otherwise(tmp_path, runner):
+    """One of its own, as where every machine has a disk of that name."""
+    work = Checkpoints(LocalFolder(tmp_path / "work"), "a test", "step-[0-9]")
+    work.begin({"seed": 0})
+    runner.each(_step, (work,), [("step-0",)], [1], UNSEEN)
+    (tmp_path / "work").rename(tmp_path / "elsewhere")
+    theirs = Checkpoints(LocalFolder(tmp_path / "work"), "a test", "step-[0-9]")
+    for begin in (lambda: None, lambda: theirs.begin({"seed": 1})):  # none, or another run
+        begin()
+        with pytest.raises(ValueError, match=f"{socket.gethostname()} is not the folder of this"):
+            runner.each(_step, (work,), [("step-1",)], [1], UNSEEN)
+    assert [path.name for path in (tmp_path / "work").iterdir()] == ["plan.json"]
 
 
 @pytest.mark.parametrize(

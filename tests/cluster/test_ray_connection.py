@@ -90,6 +90,25 @@ def test_ours_ends_with_its_last_user(monkeypatch):
     assert not ray.is_initialized()
 
 
+def test_one_that_the_program_made_after_ours_stays():
+    """Ours was ended by somebody else: who leaves it touches no other."""
+    one, other = room.ray_connection(cpus=1), room.ray_connection()
+    first = one.__enter__()
+    assert first.is_there()
+    ray.shutdown()
+    ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False)
+    try:
+        assert not first.is_there()
+        second = other.__enter__()
+        assert (second.is_ours, second.is_there()) == (False, True)
+        one.__exit__(None, None, None)
+        assert second.is_there()
+        other.__exit__(None, None, None)
+        assert second.is_there()
+    finally:
+        ray.shutdown()
+
+
 def test_a_cluster_of_others_stays():
     """A head that another process started: we connect, leave, and it goes on."""
     code = "import ray; print(ray.init('local', num_cpus=1, include_dashboard=False)"

@@ -54,7 +54,8 @@ def main() -> None:
     """Nearest-neighbour search over files of vectors.
 
     Build an index once, then search it, inspect it, and measure its recall.
-    Vectors are read from .npy, .npz, .fbin, .u8bin, .i8bin, .fvecs and .bvecs.
+    Vectors are read from .npy, .npz, .fbin, .u8bin, .i8bin, .fvecs and .bvecs; `build` and `dedup`
+    read parquet, Arrow and safetensors too.
 
     \b
     Example, from vectors to answers:
@@ -148,7 +149,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON i
 @click.option("--shard-rows", type=POSITIVE, help="Build a collection, so many rows a shard.")
 @click.option("--column", help="Of the vectors, in tables.  [default: embedding]")
 @click.option("--id-column", help="Of the labels, in tables.  [default: row numbers]")
-@click.option("--metric", default="cosine", show_default=True, help="l2, ip or cosine.")
+@click.option("--metric", default="cosine", show_default=True, help="cosine, l2, euclidean or ip.")
 @click.option("--dtype", default="fp32", show_default=True, help="fp32, fp16, int8 or int4.")
 @click.option("--M", "M", default=16, show_default=True, help="Links of a node on a layer.")
 @click.option("--ef-construction", default=200, show_default=True, help="Beam capacity of a build.")
@@ -882,12 +883,16 @@ def warm(dtypes: tuple[str, ...], metric: tuple[str, ...]) -> None:
       hnsw-gpu warm fp32 int8 --metric cosine
     """
     from hnsw_gpu import inputs
-    from hnsw_gpu.engine import STORAGE
+    from hnsw_gpu.engine import STORAGE, cache_folder
     from hnsw_gpu.warming import METRICS, warmed
 
     names = [inputs.one_of("dtype", name, STORAGE) for name in dtypes or ("fp32",)]
     for name, seconds in warmed(names, [inputs.metric(name) for name in metric or METRICS]):
         click.echo(f"{name:<5} {seconds:6.1f} s")
+    if cache_folder() is None:
+        raise click.ClickException(
+            "nothing is kept: no folder for compiled code can be written; NUMBA_CACHE_DIR names one"
+        )
 
 
 @main.command()

@@ -141,7 +141,7 @@ def index_of(
     if len(lost):
         logger.warning(
             "%s: %s of %s vectors may never be found, as layer 0 does not lead to them, the first "
-            "is label %s; `check` and `save` link them",
+            "is label %s; `check` and `save` will link them",
             name, f"{len(lost):,}", f"{len(peer.labels):,}", peer.labels[lost[0]],
         )  # fmt: skip
     about = {

@@ -4,7 +4,6 @@ import os
 import platform
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import hnsw_gpu
@@ -79,20 +78,10 @@ def simd() -> str:
 
 
 def compile_cache() -> str:
-    """Where numba keeps compiled code, and whether it can: without, every process compiles."""
-    chosen = os.environ.get("NUMBA_CACHE_DIR")
-    folder = Path(chosen) if chosen else Path(__file__).parent / "engine" / "__pycache__"
-    if _is_writable(folder):
-        return f"{folder} (writable)"
-    if chosen:
-        return f"{folder} (not writable: every process compiles again)"
-    return f"{folder} is not writable; the user's cache folder is used"
+    """Where compiled code is kept, or why every process compiles."""
+    from hnsw_gpu.engine import cache_folder
 
-
-def _is_writable(folder: Path) -> bool:
-    while not folder.exists():
-        folder = folder.parent
-    return os.access(folder, os.W_OK)
+    return str(cache_folder() or "none that can be written: every process compiles again")
 
 
 def gpus() -> list[str]:

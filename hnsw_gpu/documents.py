@@ -136,7 +136,7 @@ class Documents:
         """Add documents with their vectors (m, dim), or replace those whose ids are here.
 
         Of an id that is given twice the last counts. ValueError and TypeError as of `Index.add`;
-        nothing is added then. After KeyboardInterrupt none of the ids is in the store.
+        nothing is added then, nor after KeyboardInterrupt.
         """
         _refuse_string("ids", ids)
         rows = np.asarray(vectors)
@@ -153,15 +153,21 @@ class Documents:
                 if rows.ndim != 2:
                     raise ValueError(f"vectors: shape {rows.shape}, expected (m, dim)")
                 index = Index(rows.shape[1], **self._options)
+            new = [id for id in last if id not in self._records]
+            known = [id for id in last if id in self._records][:1]
+            before = index.vectors(known)
+
+            def keep() -> None:
+                self.index = index
+                self._records.update({id: records[place] for id, place in last.items()})
+
             try:
                 index.add(rows[list(last.values())], list(last), replace=True)
-            except KeyboardInterrupt:  # the first of the vectors are in
-                index.delete([id for id in last if id in index])
-                for id in last:
-                    self._records.pop(id, None)
+            except KeyboardInterrupt:  # of all or nothing, which was it?
+                if new[0] in index if new else (index.vectors(known) != before).any():
+                    keep()
                 raise
-            self.index = index
-            self._records.update({id: records[place] for id, place in last.items()})
+            keep()
 
     def delete(self, ids: Sequence[str]) -> None:
         """Remove documents. Ids that are not here are passed over."""
@@ -297,21 +303,29 @@ def _lines(head: dict[str, Any], records: Mapping[str, Record]) -> Iterator[byte
     yield line
     for id, record in records.items():
         try:
-            line = _line({"id": id} | record._asdict())
-            if not _is_json(record.metadata):
-                raise TypeError("a tuple would come back as a list, and any key as a string")
+            problem = not_json(record.metadata)
+            line = b"" if problem else _line({"id": id} | record._asdict())
         except (TypeError, ValueError, RecursionError) as error:
-            raise TypeError(f"document {id!r}: JSON cannot hold its metadata: {error}") from None
+            problem = str(error)
+        if problem:
+            raise TypeError(f"document {id!r}: JSON cannot hold its metadata: {problem}")
         checksum = zlib.crc32(line, checksum)
         yield line
     yield _line({"checksum": f"{checksum:08x}"})
 
 
-def _is_json(value: Any) -> bool:
-    """Does JSON give the value back as it is?"""
+def not_json(value: Any) -> str:
+    """What in a value JSON cannot hold, or would change; "" where there is nothing."""
     if isinstance(value, dict):
-        return all(isinstance(key, str) and _is_json(part) for key, part in value.items())
-    return all(map(_is_json, value)) if isinstance(value, list) else not isinstance(value, tuple)
+        keys = [key for key in value if not isinstance(key, str)]
+        if keys:
+            return f"the key {keys[0]!r:.60}, which is no string"
+        return next(filter(None, map(not_json, value.values())), "")
+    if isinstance(value, list):
+        return next(filter(None, map(not_json, value)), "")
+    if value is None or isinstance(value, (str, int, float)):
+        return ""
+    return f"{value!r:.60}, a {type(value).__name__}"
 
 
 def _line(value: dict[str, Any]) -> bytes:

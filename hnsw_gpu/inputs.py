@@ -237,6 +237,8 @@ def vectors(name: str, value: ArrayLike, dim: int | None = None) -> np.ndarray:
     if isinstance(value, np.ma.MaskedArray) and value.ndim == 1 and dim is not None:
         value = value[None]  # one vector: what is masked is in row 0
     result = array(name, value)
+    if result.dtype == object and result.ndim == 1 and len(result):
+        result = _stacked(name, result)
     if result.dtype.kind not in "fiub":
         raise TypeError(f"{name}: dtype {result.dtype}, expected real numbers")
     if result.ndim == 1 and (dim is not None and len(result) == dim):
@@ -247,6 +249,15 @@ def vectors(name: str, value: ArrayLike, dim: int | None = None) -> np.ndarray:
         expected = f"(n, {dim})" if dim is not None else "(n, dim)"
         raise ValueError(f"{name}: shape {result.shape}, expected {expected}")
     return result
+
+
+def _stacked(name: str, rows: np.ndarray) -> np.ndarray:
+    """The vectors (n, dim) of an array that holds each as an object, as tables' columns come."""
+    are_vectors = np.array([np.ndim(row) == 1 for row in rows])
+    refuse(name, ~are_vectors, "what is no vector")
+    lengths = np.array([len(row) for row in rows])
+    refuse(name, lengths != lengths[0], f"other lengths than the first's, {lengths[0]},")
+    return np.stack(rows.tolist())
 
 
 def float_vectors(
@@ -260,6 +271,9 @@ def float_vectors(
     if dtype != "fp16" and _are_plain(result, metric):
         return result
     squared = squared_lengths(result)
+    if part.dtype == np.float64:
+        is_beyond = (np.abs(part) > np.finfo(np.float32).max) & (np.abs(part) < np.inf)
+        refuse(name, is_beyond.any(axis=1), "values beyond float32", first, SCALE_THEM)
     refuse(name, ~np.isfinite(squared), "NaN or infinite values", first)
     if metric == "cosine":
         refuse(name, squared == 0, "zero vectors, which have no cosine distance", first)

@@ -61,6 +61,10 @@ def labels(name: str, value: ArrayLike) -> np.ndarray:
         return np.empty(0, np.int64)
     if result.dtype.kind == "T":
         return result
+    if result.dtype == object and result.ndim == 1:
+        are_whole = np.array([isinstance(item, (int, np.integer)) for item in result])
+        refuse(name, ~are_whole, "values that are neither integers nor strings")
+        raise ValueError(f"{name}: labels beyond int64")
     if result.dtype.kind not in "iu":
         raise TypeError(f"{name}: dtype {result.dtype}, expected integers or strings")
     if result.ndim == 0:

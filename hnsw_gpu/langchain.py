@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from hnsw_gpu.documents import Documents, Found, Record, with_ef
+from hnsw_gpu.documents import Documents, Found, Record, not_json, with_ef
 from hnsw_gpu.files import Place
 from hnsw_gpu.index import Index
 
@@ -85,8 +85,8 @@ class HNSWVectorStore(VectorStore):  # type: ignore[misc]
     ) -> list[str]:
         """Add texts, or replace those whose ids are here; returns all ids, new ones where None.
 
-        metadatas: dicts; None is an empty one. ValueError where there are not as many metadatas or
-        ids as texts, TypeError where they are something else.
+        metadatas: dicts of what JSON can hold; None is an empty one. ValueError where there are not
+        as many metadatas or ids as texts, TypeError where they are something else.
         """
         if isinstance(texts, str):
             raise TypeError(f"texts: {texts!r:.80}, expected a list of strings")
@@ -286,6 +286,9 @@ def _named_records(
         if not isinstance(metadata, dict | None):
             told = type(metadata).__name__
             raise TypeError(f"metadatas: {told} in row {row}, expected dicts, or None")
+        problem = not_json(metadata)
+        if problem:  # the store could not be saved
+            raise TypeError(f"metadatas: row {row} has {problem}: expected what JSON can hold")
         records.append(Record(text, copy.deepcopy(metadata or {})))
     return [str(uuid.uuid4()) if id is None else id for id in ids], records
 
@@ -329,7 +332,7 @@ def _part(key: str, wanted: Any) -> Condition:
         inner = _condition(wanted)
         return lambda metadata: not inner(metadata)
     if str(key).startswith("$"):
-        raise ValueError(f"filter: {key} of no key, expected $and, $or or $not")
+        raise ValueError(f"filter: {key}, expected $and, $or, $not or a key of the metadata")
     if isinstance(wanted, list):
         wanted = {"$in": wanted}
     if not (isinstance(wanted, dict) and any(str(name).startswith("$") for name in wanted)):

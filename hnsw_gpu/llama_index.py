@@ -215,10 +215,7 @@ def _of_documents(doc_ids: Sequence[str]) -> Callable[[str, Record], bool]:
 def _condition(filters: MetadataFilters) -> Callable[[Mapping[str, Any]], bool]:
     """Filters as a condition on metadata; each one is LlamaIndex's own."""
     parts = [
-        _condition(part)
-        if isinstance(part, MetadataFilters)
-        # what it looks up by an id is given here in place of the id
-        else build_metadata_filter_fn(lambda given: given, MetadataFilters(filters=[part]))
+        _condition(part) if isinstance(part, MetadataFilters) else _test(part)
         for part in filters.filters
     ]
     if not parts:
@@ -228,6 +225,22 @@ def _condition(filters: MetadataFilters) -> Callable[[Mapping[str, Any]], bool]:
     if filters.condition == FilterCondition.NOT:
         return lambda metadata: not any(part(metadata) for part in parts)
     return lambda metadata: all(part(metadata) for part in parts)
+
+
+def _test(one: Any) -> Callable[[Mapping[str, Any]], bool]:
+    """One filter; ValueError names it where a value does not suit its operator."""
+    # what it looks up by an id is given here in place of the id
+    is_met = build_metadata_filter_fn(lambda given: given, MetadataFilters(filters=[one]))
+
+    def passes(metadata: Mapping[str, Any]) -> bool:
+        try:
+            return bool(is_met(metadata))
+        except TypeError as error:
+            operator = getattr(one.operator, "value", one.operator)
+            told = f"filter: {one.key!r} {operator} {one.value!r:.60}, and there is"
+            raise ValueError(f"{told} {metadata.get(one.key)!r:.60}: {error}") from None
+
+    return passes
 
 
 def _folder(path: str, fs: Any) -> Folder:

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import itertools
 import json
 import os
 import pickle
@@ -91,19 +92,23 @@ def test_bad_input_adds_nothing():
         Documents(ef_constructoin=1)
 
 
-def test_an_interrupted_add_leaves_none_of_its_ids(monkeypatch):
+def test_an_interrupted_add_is_whole_or_nothing(monkeypatch):
     documents = filled()
 
     def interrupted(*given, **how):
-        add(*given, **how)
+        if is_in:
+            add(*given, **how)
         raise KeyboardInterrupt
 
     add = documents.index.add
     monkeypatch.setattr(documents.index, "add", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        documents.add(["d3", "new"], ROWS[:2], records(["d3", "new"]))
-    assert sorted(documents.index) == sorted(set(IDS) - {"d3"})
-    assert documents.records(["d3", "new"]) == [] and len(documents) == COUNT - 1
+    for ids, is_in in itertools.product((["d3", "new"], ["d5"]), (False, True)):
+        before = dict(documents.records([*IDS, "new"]))
+        given = {id: Record(f"changed {id}", {"id": id}) for id in ids}
+        with pytest.raises(KeyboardInterrupt):
+            documents.add(ids, ROWS[: len(ids)], list(given.values()))
+        assert dict(documents.records([*IDS, "new"])) == (before | given if is_in else before)
+        assert set(documents.index) == {id for id, _ in documents.records([*IDS, "new"])}
 
 
 def test_searches_beside_changes_find_whole_documents():
@@ -175,7 +180,10 @@ def test_texts_and_metadata_of_any_kind(tmp_path):
 def test_what_json_would_change_is_refused(tmp_path, metadata):
     documents = filled()
     documents.add(["odd"], ROWS[:1], [Record("text", metadata)])
-    with pytest.raises(TypeError, match="document 'odd': JSON cannot hold its metadata: a tuple"):
+    words = (
+        r"document 'odd': JSON cannot hold its metadata: (\(1, 2\), a tuple|the key (1|None), wh)"
+    )
+    with pytest.raises(TypeError, match=words):
         documents.save(tmp_path / "store")
 
 

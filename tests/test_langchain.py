@@ -69,6 +69,8 @@ class Counting(DeterministicFakeEmbedding):
     [
         ((["a", "b"], [{}, "oops"]), "metadatas: str in row 1, expected dicts"),
         ((["a"], {"lang": "en"}), "metadatas: {'lang': 'en'}, expected a list"),
+        ((["a", "b"], [{}, {"at": [(1, 2)]}]), r"metadatas: row 1 has \(1, 2\), a tuple: expected"),
+        ((["a"], [{"in": {3: "x"}}]), "metadatas: row 0 has the key 3, which is no string"),
         ((["a", "b"], None, "12"), "ids: '12', expected a list"),
         (("abc",), "texts: 'abc', expected a list of strings"),
     ],
@@ -170,7 +172,7 @@ def test_filters(filter, is_met):
         ({"number": {"$gt": 1, "lt": 2}}, "lt of 'number'"),
         ({"number": {"$in": "abc"}}, r"\$in of 'number' takes a list, not 'abc'"),
         ({"$or": {"number": 3}}, r"\$or takes a list of dicts"),
-        ({"$nor": []}, r"\$nor of no key"),
+        ({"$nor": []}, r"\$nor, expected \$and, \$or, \$not or a key"),
         ({"$not": [3]}, "expected a dict or a function"),
         ("lang = 'en'", "expected a dict or a function"),
     ],

@@ -121,6 +121,13 @@ def test_filters_mean_what_they_mean_to_the_simple_store(key, operator, value):
     ]
 
 
+@pytest.mark.parametrize(("operator", "value"), [("in", 5), (">", [1]), (">", 3)])
+def test_a_filter_that_suits_no_value_is_named(operator, value):
+    words = re.escape(f"filter: 'says' {operator} {value!r}, and there is '")
+    with pytest.raises(ValueError, match=words):
+        found(filled(), filters=one("says", FilterOperator(operator), value))
+
+
 def test_conditions_of_filters():
     parts = [
         MetadataFilter(key="legs", value=4),

@@ -267,7 +267,11 @@ NO_STRINGS = r"labels: values that are no strings \(all labels are, or none\) in
         (["a", "\ud800", "c", "\ud800\udc00"], RowsError, "labels: lone surrogates in rows 1, 3"),
         (["a", "b\0", "c", "d"], RowsError, "labels: null characters in row 1"),
         ([b"a", b"b", b"c", b"d"], TypeError, "expected integers or strings"),
-        ([None] * 4, TypeError, "dtype object, expected integers or strings"),
+        (
+            [1, None, 2, 3],
+            RowsError,
+            "labels: values that are neither integers nor strings in row 1",
+        ),
         ({"a", "b"}, TypeError, "labels: set, expected an array or a list"),
         (iter("abcd"), TypeError, "labels: str_.*iterator, expected an array or a list"),
         (["a", "b", "a", "d"], ValueError, "labels: label 'a' is given more than once"),

@@ -328,10 +328,7 @@ def _actors(
 
 
 def _room(ray: Any, gpus: float) -> dict[str, int]:
-    """Of each node that can hold actors, by its id, how many more than of others.
-
-    Where they search on CPUs, as many as of any; else what its GPUs give.
-    """
+    """How many actors the GPUs of each node take, by its id; 0 of CPUs, which take any number."""
     room = {}
     for node in sorted(ray.nodes(), key=lambda node: node["NodeID"]):
         has = node["Resources"]
@@ -341,10 +338,10 @@ def _room(ray: Any, gpus: float) -> dict[str, int]:
 
 
 def _places(room: dict[str, int], replicas: int) -> list[Any]:
-    """Where the replicas of a shard go, on several nodes if there are; takes that from `room`.
+    """Where the replicas of a shard go: on several nodes if there are, then where most room is.
 
-    (Ray's own "SPREAD" puts two that follow each other on one node now and then.) A node that
-    somebody else fills meanwhile is left for another.
+    What they take is taken from `room`. (Ray's own "SPREAD" puts two that follow each other on one
+    node now and then.) A node that somebody else has filled is left for another.
     """
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 

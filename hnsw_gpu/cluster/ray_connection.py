@@ -32,14 +32,14 @@ class RayConnection(NamedTuple):
     ray: Any  # the package
     is_ours: bool  # we connected, rather than the program
     is_started: bool  # and to a Ray that we started
-    session: tuple[str, str] | None  # which connection to which Ray it is
+    job: tuple[str, str] | None  # which connection to which Ray it is
 
     def is_there(self) -> bool:
         """Is this process still connected so? The program may shut Ray down, and begin another."""
-        return _session(self.ray) == self.session
+        return _job(self.ray) == self.job
 
 
-def _session(ray: Any) -> tuple[str, str] | None:
+def _job(ray: Any) -> tuple[str, str] | None:
     """Of the connection that this process has: the node that it came to, and its job there."""
     if not ray.is_initialized():
         return None
@@ -83,12 +83,12 @@ def _enter(ray: Any, address: str | None, cpus: int) -> RayConnection:
         if ray.is_initialized():
             if address is not None:
                 _require_connected_to(ray, address)
-            theirs = RayConnection(ray, False, False, _session(ray))
+            theirs = RayConnection(ray, False, False, _job(ray))
             connection = _users[0] if _users else theirs
         else:
             place = address or os.environ.get("RAY_ADDRESS") or LOCAL
             _connect(ray, place, cpus)
-            connection = RayConnection(ray, True, place == LOCAL, _session(ray))
+            connection = RayConnection(ray, True, place == LOCAL, _job(ray))
         if connection.is_ours:
             _users.append(connection)
     return connection

@@ -47,6 +47,7 @@ from hnsw_gpu.files import (
     list_files,
     open_sources,
     ordered_values,
+    require_pyarrow,
 )
 
 
@@ -92,6 +93,7 @@ def dedup_files(
     """
     settings.check()
     inputs.device(device)
+    require_pyarrow("dedup")  # for its tables: not after all is done
     with held(LocalFolder(out)):
         clock = StageClock()
         checkpoints = checkpoints_in(out)

@@ -212,7 +212,10 @@ def _build(
         try:
             rows, valid = encoded_rows("", parts, shape, settings.metric_name, settings.on_invalid)
         except inputs.RowsError as error:
-            raise ValueError(f"{sources.where(int(error.rows[0]))}: {error.what}") from None
+            raise ValueError(
+                f"{sources.where(int(error.rows[0]))}: {error.what} (on_invalid='drop' leaves such "
+                "rows out)"
+            ) from None
         node_of = np.arange(len(rows))
         if are_copies_one:
             rows, node_of = without_copies(rows)

@@ -1,7 +1,7 @@
 """Arrays in, arrays out: the graph, its search and its building on the CPU."""
 
 from hnsw_gpu.engine.alignment import copy_aligned
-from hnsw_gpu.engine.compiled import jit
+from hnsw_gpu.engine.compiled import cache_folder, jit
 from hnsw_gpu.engine.copies import NodeTable, move_together
 from hnsw_gpu.engine.cpu_engine import CpuEngine
 from hnsw_gpu.engine.exact import block_rows, exact_block, rerank
@@ -59,6 +59,7 @@ __all__ = [
     "are_lengths_within",
     "block_rows",
     "build_graph",
+    "cache_folder",
     "compacted",
     "copy_aligned",
     "count_blurred",

@@ -237,6 +237,17 @@ class DiskCache(NullCache):  # type: ignore[misc]
         raise OSError("; ".join(troubles) or "there is no place for it")
 
 
+def cache_folder() -> Path | None:
+    """Where the code is kept that is compiled next; None: no folder for it can be written."""
+    for place in places(Path(__file__)):
+        there = place
+        while not there.exists():
+            there = there.parent
+        if os.access(there, os.W_OK):
+            return place
+    return None
+
+
 def places(source: Path) -> Iterator[Path]:
     """Folders for the code of one source file: $NUMBA_CACHE_DIR, or beside it, or the user's."""
     folder = f"{source.parent.name}_{_hash(str(source.parent).encode()).hex()[:24]}"

@@ -19,7 +19,7 @@ from hnsw_gpu.files.storage import (
     verify_open,
     write_arrays,
 )
-from hnsw_gpu.files.table_files import rows_of_column
+from hnsw_gpu.files.table_files import require_pyarrow, rows_of_column
 from hnsw_gpu.files.vector_files import read_vectors, write_result
 
 __all__ = [
@@ -52,6 +52,7 @@ __all__ = [
     "read_page",
     "read_some",
     "read_vectors",
+    "require_pyarrow",
     "rows_of_column",
     "taken",
     "texts",

@@ -4,6 +4,7 @@ Arrays are read as `vector_files.py` does, `.safetensors` by its package, tables
 does. A folder is its files in order of their names.
 """
 
+import errno
 import functools
 import os
 import zlib
@@ -338,6 +339,8 @@ def _data_path(path: Path) -> Path:
 
 def _listed(path: Path, except_for: Sequence[Path]) -> list[Path]:
     if not path.is_dir():
+        if not _data_path(path).exists():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
         return [path]
     here = path.resolve()
     left_out = [other for other in map(Path.resolve, except_for) if here in other.parents]

@@ -22,6 +22,14 @@ SUFFIXES = (*PARQUET, ".arrow", ".feather", ".ipc")
 NEEDS = 'needs pyarrow: pip install "hnsw-gpu[io]"'
 
 
+def require_pyarrow(what: str) -> None:
+    """ImportError says how to get what this needs."""
+    try:
+        import pyarrow  # noqa: F401
+    except ImportError:
+        raise ImportError(f"{what} {NEEDS}") from None
+
+
 class TableFile:
     """A file of columns, one of which holds the vectors. It is open only while it is read.
 

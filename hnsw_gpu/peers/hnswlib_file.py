@@ -91,8 +91,8 @@ def _header(given: bytes, size: int) -> Header:
     )
     if not is_plausible:
         raise CorruptIndexError(
-            f"is no index of hnswlib, or damaged, or has more than {MOST_M} links a node: header "
-            f"{header}, {size} bytes"
+            f"is no index of hnswlib, or damaged, or has more than {MOST_M} links a node ({size} "
+            "bytes)"
         )
     return header
 

@@ -215,7 +215,9 @@ class Client:
             except TooLongError as error:
                 raise AnswerError(200, str(error)) from None
             except (OSError, http.client.HTTPException) as error:
-                failure = ConnectionError(f"{self._target.host}: {error!r:.300}")
+                told = str(error) if isinstance(error, OSError) else repr(error)
+                place = f"{self._target.host}:{self._target.port}"
+                failure = ConnectionError(f"{place}: {told:.300}")
                 failure.__cause__ = error
                 can_retry = asked.is_safe or isinstance(error, UnsentError)
             else:

@@ -367,3 +367,11 @@ def test_a_source_without_rows(tmp_path) -> None:
     run(tmp_path / "none.npy", "-o", tmp_path / "out")
     assert parquet.read_table(tmp_path / "out" / "kept.parquet").num_rows == 0
     assert len(sources.open_sources([tmp_path / "none.npy"])) == 0
+
+
+def test_without_pyarrow_nothing_is_begun(tmp_path, monkeypatch) -> None:
+    np.save(tmp_path / "a.npy", np.eye(4, dtype=np.float32))
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ImportError, match=r'dedup needs pyarrow: pip install "hnsw-gpu\[io\]"'):
+        in_files.dedup_files([tmp_path / "a.npy"], tmp_path / "out", in_files.Settings())
+    assert not (tmp_path / "out").exists()

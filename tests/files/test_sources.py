@@ -150,8 +150,12 @@ def test_files_that_cannot_be_read(tmp_path) -> None:
             list(sources.open_sources([tmp_path / name]).vectors(0, 100))
         with pytest.raises(FileNotFoundError, match=name):
             sources.open_sources([tmp_path / "no" / name])
+    (tmp_path / "a.txt").touch()
     with pytest.raises(ValueError, match=r"a.txt: unknown suffix '.txt'"):
         sources.open_sources([tmp_path / "a.txt"])
+    for name in ("folder", "no.txt", "no.npz:name"):
+        with pytest.raises(FileNotFoundError, match=name):
+            sources.list_files([tmp_path / name])
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty: no files of vectors"):
         sources.open_sources([tmp_path / "empty"])

@@ -92,6 +92,41 @@ def test_arrays_that_mask_nothing_are_taken(use) -> None:
     USES[use](np.ma.MaskedArray(ROWS))
 
 
+@pytest.mark.parametrize("use", set(USES) - {"hnsw_gpu.hnswlib"})
+def test_columns_of_vectors(use) -> None:
+    """As tables hold them: each row an object. Rows that are none are named."""
+    column = np.empty(30, object)
+    column[:] = list(ROWS)
+    for value in (column, as_arrow(column), as_polars(column)):
+        USES[use](value)
+    for place, row, words in (
+        (4, None, r": what is no vector in row 4$"),
+        (7, ROWS[0, :3], r": other lengths than the first's, \d+, in row 7$"),
+    ):
+        broken = column.copy()
+        broken[place] = row
+        with pytest.raises(ValueError, match=words):
+            USES[use](broken)
+
+
+def as_arrow(column):
+    return pytest.importorskip("pyarrow").array(list(column))
+
+
+def as_polars(column):
+    return pytest.importorskip("polars").Series(values=[row.tolist() for row in column])
+
+
+def test_numbers_beyond_float32_are_not_called_infinite() -> None:
+    rows = ROWS.astype(np.float64)
+    rows[3, 1], rows[5, 0] = 1e300, np.inf
+    with pytest.raises(ValueError, match=r"values beyond float32 in row 3: multiply all vectors"):
+        filled().add(rows)
+    rows[3, 1] = 0
+    with pytest.raises(ValueError, match=r"NaN or infinite values in row 5$"):
+        filled().add(rows)
+
+
 def test_masked_labels_filters_and_values() -> None:
     index = filled()
     numbers = np.ma.MaskedArray(np.arange(30), mask=np.arange(30) % 10 == 4)

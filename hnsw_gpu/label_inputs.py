@@ -62,9 +62,14 @@ def labels(name: str, value: ArrayLike) -> np.ndarray:
     if result.dtype.kind == "T":
         return result
     if result.dtype == object and result.ndim == 1:
-        are_whole = np.array([isinstance(item, (int, np.integer)) for item in result])
+        kinds = [type(item) for item in result]
+        are_whole = np.array([issubclass(kind, (int, np.integer)) for kind in kinds])
+        are_whole &= np.array([kind is not bool for kind in kinds])
         refuse(name, ~are_whole, "values that are neither integers nor strings")
-        raise ValueError(f"{name}: labels beyond int64")
+        try:
+            result = np.array(result.tolist(), np.int64)
+        except OverflowError:
+            raise ValueError(f"{name}: labels beyond int64") from None
     if result.dtype.kind not in "iu":
         raise TypeError(f"{name}: dtype {result.dtype}, expected integers or strings")
     if result.ndim == 0:

@@ -289,6 +289,14 @@ def test_no_labels(labels, error, words):
     assert empty.add(ROWS[:1]).tolist() == [0]
 
 
+def test_integers_that_are_objects_are_integers():
+    """As a column of pandas may hold them."""
+    index = Index(DIM, "l2")
+    assert index.add(ROWS[:3], np.array([7, np.int64(9), 8], object)).tolist() == [7, 9, 8]
+    with pytest.raises(ValueError, match="labels beyond int64"):
+        index.add(ROWS[:1], np.array([2**63], object))
+
+
 def test_what_is_refused_adds_no_string(tmp_path):
     """The file is as it was, and so is the number of the next string."""
     index = built(NAMES)

@@ -62,10 +62,9 @@ def labels(name: str, value: ArrayLike) -> np.ndarray:
     if result.dtype.kind == "T":
         return result
     if result.dtype == object and result.ndim == 1:
-        kinds = [type(item) for item in result]
-        are_whole = np.array([issubclass(kind, (int, np.integer)) for kind in kinds])
-        are_whole &= np.array([kind is not bool for kind in kinds])
-        refuse(name, ~are_whole, "values that are neither integers nor strings")
+        kinds = map(type, result)
+        are_whole = [issubclass(kind, (int, np.integer)) and kind is not bool for kind in kinds]
+        refuse(name, ~np.array(are_whole), "values that are neither integers nor strings")
         try:
             result = np.array(result.tolist(), np.int64)
         except OverflowError:

@@ -25,6 +25,7 @@ from hnsw_gpu.index import Index
 from hnsw_gpu.results import PartialResult, SearchResult, reported
 
 ON_ERROR = ("raise", "partial")
+ANY_NUMBER = 1 << 40  # of actors on a node
 
 
 class Cluster(Sharded):
@@ -328,17 +329,17 @@ def _actors(
 
 
 def _room(ray: Any, gpus: float) -> dict[str, int]:
-    """How many actors the GPUs of each node take, by its id; 0 of CPUs, which take any number."""
+    """How many actors each node takes, by its id: as its GPUs give; of CPUs any number."""
     room = {}
     for node in sorted(ray.nodes(), key=lambda node: node["NodeID"]):
         has = node["Resources"]
         if node["Alive"] and has.get("CPU") and has.get("GPU", 0) >= gpus:
-            room[node["NodeID"]] = int(has["GPU"] / gpus) if gpus else 0
+            room[node["NodeID"]] = int(has["GPU"] / gpus) if gpus else ANY_NUMBER
     return room
 
 
 def _places(room: dict[str, int], replicas: int) -> list[Any]:
-    """Where the replicas of a shard go: on several nodes if there are, then where most room is.
+    """Where the replicas of a shard go: where there is room, on several nodes, where most room is.
 
     What they take is taken from `room`. (Ray's own "SPREAD" puts two that follow each other on one
     node now and then.) A node that somebody else has filled is left for another.
@@ -347,7 +348,7 @@ def _places(room: dict[str, int], replicas: int) -> list[Any]:
 
     taken: list[str] = []
     for _ in range(replicas if room else 0):
-        place = max(room, key=lambda node: (-taken.count(node), room[node]))
+        place = max(room, key=lambda node: (room[node] > 0, -taken.count(node), room[node]))
         room[place] -= 1
         taken.append(place)
     return [

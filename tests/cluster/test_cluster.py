@@ -23,6 +23,7 @@ from processes import processes, wait
 import hnsw_gpu
 from hnsw_gpu import CorruptIndexError, PartialResult, ShardLostError
 from hnsw_gpu.cluster.answered_batches import _lists_of
+from hnsw_gpu.cluster.cluster import ANY_NUMBER, _places
 from hnsw_gpu.collection.manifest import entry_of, write_manifest
 from hnsw_gpu.files import folders
 
@@ -191,6 +192,22 @@ def test_nobody_notices_that_actors_are_killed(folder, pair):
     assert same(pair.search(QUERIES, 5), whole)
 
 
+@pytest.mark.parametrize(
+    ("room", "replicas", "expected"),
+    [
+        ({"a": 1, "b": 3}, 2, ["ba", "bb"]),  # GPUs
+        ({"a": 2, "b": 2, "c": 2}, 2, ["ab", "ca", "bc"]),
+        (dict.fromkeys("abc", ANY_NUMBER), 2, ["ab", "ca", "bc", "ab"]),
+        (dict.fromkeys("ab", ANY_NUMBER), 3, ["aba", "bab"]),
+    ],
+)
+def test_replicas_go_where_room_is_and_apart(room, replicas, expected):
+    room = {name * 56: count for name, count in room.items()}  # as long as Ray's ids
+    for nodes in expected:
+        assert "".join(place.node_id[0] for place in _places(room, replicas)) == nodes
+    assert _places({}, 2) == ["SPREAD"] * 2
+
+
 def test_one_that_says_nothing_is_left_for_the_other(folder, pair):
     """As where its machine hangs; it is asked again once it has said something."""
     expected = hnsw_gpu.load(folder / "2").search(QUERIES, 5)
@@ -201,8 +218,10 @@ def test_one_that_says_nothing_is_left_for_the_other(folder, pair):
         for pid in stopped:
             os.kill(pid, signal.SIGSTOP)
         assert pair.is_ready()
-        for _ in range(50):
+        for _ in range(5):
             assert same(pair.search(QUERIES, 5), expected)
+            for one in itertools.chain(*pair._calls.replicas):
+                one.failed_at = 0.0  # it was long ago
         after = [shard["retries"] for shard in pair.status()["shards"]]
         assert [b - a for a, b in zip(before, after, strict=True)] == [1, 1]
         states = [[replica["state"] for replica in s["replicas"]] for s in pair.status()["shards"]]

@@ -235,19 +235,25 @@ def test_labels_that_two_shards_have(tmp_path):
     assert str(caught.value) == f"{tmp_path / 'c'}: {said}"
 
 
-def test_labels_are_compared_a_part_at_a_time(tmp_path, monkeypatch):
-    """However unevenly they lie: most of a range may be empty."""
-    labels = np.random.default_rng(1).permutation(len(ROWS)).astype(np.int64)
-    labels[0] = 2**62
-    looked_at, within = Counter(), sharded._labels_within
+def counted(monkeypatch, name):
+    """How many labels a function of (shard, start, stop) gives from now on, by the start."""
+    looked_at, within = Counter(), getattr(sharded, name)
 
-    def counted(shard, start, stop):
+    def counting(shard, start, stop):
         found = within(shard, start, stop)
         looked_at[start] += len(found)
         return found
 
+    monkeypatch.setattr(sharded, name, counting)
+    return looked_at
+
+
+def test_labels_are_compared_a_part_at_a_time(tmp_path, monkeypatch):
+    """However unevenly they lie: most of a range may be empty."""
+    labels = np.random.default_rng(1).permutation(len(ROWS)).astype(np.int64)
+    labels[0] = 2**62
+    looked_at = counted(monkeypatch, "_labels_within")
     monkeypatch.setattr(sharded, "LABELS_AT_A_TIME", 20)
-    monkeypatch.setattr(sharded, "_labels_within", counted)
     make(tmp_path / "c", ROWS, labels)
     assert len(hnsw_gpu.load(tmp_path / "c")) == len(ROWS) == looked_at.total()
     assert max(looked_at.values()) <= 3 * 20
@@ -259,15 +265,8 @@ def test_strings_are_compared_a_part_at_a_time(tmp_path, monkeypatch, doubled):
     labels = [f"text {(7 * i) % 90:02d}" for i in range(90)]
     for place, of in doubled:
         labels[place] = labels[of]
-    looked_at, within = Counter(), sharded._keys_within
-
-    def counted(shard, start, stop):
-        found = within(shard, start, stop)
-        looked_at[start] += len(found)
-        return found
-
+    looked_at = counted(monkeypatch, "_keys_within")
     monkeypatch.setattr(sharded, "STRINGS_AT_A_TIME", 20)
-    monkeypatch.setattr(sharded, "_keys_within", counted)
     make(tmp_path / "c", ROWS, labels)
     if doubled:
         first = min(labels[of] for _, of in doubled)

@@ -429,15 +429,19 @@ def insert_nodes(
     growth: int = 50,
     largest_batch: int = 2048,
     own_factor: float = 1.2,
+    codes: KeyTable | None = None,
 ) -> Graph:
-    """The graph of nodes ..stop, grown from a graph of fewer, in batches of 1/growth of it."""
+    """The graph of nodes ..stop, grown from a graph of fewer, in batches of 1/growth of it.
+
+    codes: the keys by which points walk first, where they walk on codes.
+    """
     M = graph.neighbors.shape[1]
     layers = all_links(graph)
     start = len(graph.neighbors0)
     while start < stop:
         batch = range(start, min(stop, start + max(1, min(start // growth, largest_batch))))
         levels = {point: draw_level(seed, point, M) for point in batch}
-        insert_batch(layers, table, levels, M, ef_construction, own_factor)
+        insert_batch(layers, table, levels, M, ef_construction, own_factor, codes)
         start = batch.stop
     return graph_of(layers, M)
 
@@ -449,11 +453,19 @@ def insert_batch(
     M: int,
     ef_construction: int,
     own_factor: float,
+    codes: KeyTable | None,
 ) -> None:
     """Insert the points `levels` names, one level each, into `layers`."""
     own_links: dict[tuple[int, int], list[int]] = {}
     for point, level in levels.items():  # all see the graph as it was
-        beams = point_beams(layers, table[point], level, ef_construction)
+        beams = point_beams(layers, (codes or table)[point], level, ef_construction)
+        if codes:
+            again = {
+                layer: [table[point][node_of(key)] for key in beam] for layer, beam in beams.items()
+            }
+            if is_rough(again.get(0, [])):
+                again = point_beams(layers, table[point], level, ef_construction)
+            beams = again
         for layer in range(level + 1):
             mates = [mate for mate in levels if mate < point and levels[mate] >= layer]
             candidates = beams.get(layer, []) + [table[point][mate] for mate in mates]
@@ -471,6 +483,13 @@ def insert_batch(
     for (layer, target), points in sources.items():
         width = M if layer else 2 * M
         relink(layers[layer], target, points, table, width, 1.0 if layer else 1.05)
+
+
+def is_rough(keys: list[int]) -> bool:
+    """Are keys, in the order by codes, in a wrong one: over a fifth of pairs, one of each half?"""
+    half = len(keys) // 2
+    pairs = zip(keys[:half], keys[half:], strict=False)
+    return sum(near > far for near, far in pairs) > 0.2 * half
 
 
 def point_beams(

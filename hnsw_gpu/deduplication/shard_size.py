@@ -28,5 +28,5 @@ def shard_rows_within(memory_limit: int | None, rows: int, dim: int, M: int) -> 
 
 
 def built_row_bytes(dim: int, M: int) -> int:
-    """Held of a row while its shard is built: encoded, with links and their distances."""
-    return 4 * row_length(dim, "fp32") + 2 * 8 * M + 100
+    """Held of a row while its shard is built: encoded, its codes, links and their distances."""
+    return 4 * row_length(dim, "fp32") + row_length(dim, "int8") + 2 * 8 * M + 100

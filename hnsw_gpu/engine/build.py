@@ -30,12 +30,12 @@ import numpy as np
 
 from hnsw_gpu.engine.alignment import empty_aligned, taken_aligned
 from hnsw_gpu.engine.beam import TOGETHER, insert, insert_some, size
+from hnsw_gpu.engine.candidates import Codes, codes_pay, find_candidates, layer_node
 from hnsw_gpu.engine.compiled import jit
 from hnsw_gpu.engine.distance import IP, as_query, distance
 from hnsw_gpu.engine.exact import rerank
 from hnsw_gpu.engine.graph import Graph
 from hnsw_gpu.engine.keys import KEY_NONE, key_node, make_key
-from hnsw_gpu.engine.search import Task, walk
 from hnsw_gpu.engine.vectors import METRICS, empty_queries, engine_view, rows_as_queries
 from hnsw_gpu.engine.workers import run_chunks
 
@@ -109,11 +109,23 @@ class Rewritten(NamedTuple):
     neighbors: list[np.ndarray]
 
 
-def insert_nodes(graph, room, rows, levels, metric, *, ef_construction, threads, rewritten=None):
+def insert_nodes(
+    graph,
+    room,
+    rows,
+    levels,
+    metric,
+    *,
+    ef_construction,
+    threads,
+    rewritten=None,
+    by_codes=None,
+):
     """Insert rows[n:] of `levels` (m,) into a graph of n nodes; yields it, grown, after each batch.
 
     `rows` (n + m, row) are encoded. `room` is what `with_room` gave for the graph and the levels:
     its links are written, and no search may read them meanwhile. `rewritten` is told which.
+    `by_codes` says whether walks read int8 codes of rows of floats, None: where that is quicker.
     After a stop in the middle, `without_unfinished` gives the last graph again, mended.
     """
     start, stop = len(graph.neighbors0), len(rows)
@@ -124,12 +136,15 @@ def insert_nodes(graph, room, rows, levels, metric, *, ef_construction, threads,
         rewritten.neighbors.append(own_rows)
     has_many = (stop - start) * BATCH_DIVISOR > stop  # else few nodes are linked to twice
     selected = np.zeros(stop if has_many else 0, np.int16)
+    if by_codes is None:
+        by_codes = codes_pay(rows, start)
+    codes = Codes(rows, threads) if by_codes else None
     growth = GrowingGraph(room, engine_view(rows), METRICS[metric], selected)
     while start < stop:
         end = min(stop, start + max(1, min(start // BATCH_DIVISOR, BATCH)))
         batch_levels = levels[: end - start]
         levels = levels[end - start :]
-        targets = _insert_batch(graph, growth, batch_levels, ef_construction, threads)
+        targets = _insert_batch(graph, growth, codes, batch_levels, ef_construction, threads)
         if rewritten is not None:
             split = np.searchsorted(targets, stop)
             rewritten.neighbors0.append(targets[:split])
@@ -237,30 +252,19 @@ def _drop_links_from(neighbors, count):
                 kept += 1
 
 
-def _insert_batch(graph, growth, levels, ef_construction, threads):
+def _insert_batch(graph, growth, codes, levels, ef_construction, threads):
     """Steps 1 to 3 for the nodes that follow `graph`'s, one level each; returns the targets."""
     first, count = len(graph.neighbors0), len(levels)
     M = graph.neighbors.shape[1]
-    ends = np.cumsum(levels + 1, dtype=np.int64)
-    task = Task(
-        metric=growth.metric,
-        queries=rows_as_queries(growth.rows[first : first + count]),
-        levels=levels,
-        own=np.empty(0, np.int32),
-        allowed=np.empty((0, 0), np.uint32),
-        ef=ef_construction,
-        ef_upper=1,
-        keys_start=ends - levels - 1,
-        keys=np.full((ends[-1], ef_construction), KEY_NONE, np.uint64),
-        counts=np.empty((count, 3), np.int32),
-    )
-    if first:
-        walk(graph, growth.rows, task, threads=threads)
+    task = find_candidates(
+        graph, growth.rows, codes, growth.metric, levels,
+        ef_construction=ef_construction, threads=threads,
+    )  # fmt: skip
     # One row a point and layer. Targets are numbered through all layers: first the rows of
     # `neighbors0`, then those of `neighbors`.
     own_links = M + M // 2
-    targets = np.full((ends[-1], own_links), -1, np.int64)
-    sources = np.empty((ends[-1], own_links), np.uint64)
+    targets = np.full((len(task.keys), own_links), -1, np.int64)
+    sources = np.empty((len(task.keys), own_links), np.uint64)
 
     def link(start, stop):
         selection = _new_selection(growth, 0)
@@ -324,12 +328,6 @@ def _group(targets, sources):
     changes = np.flatnonzero(targets[1:] != targets[:-1]) + 1
     ends = [len(targets)] if len(targets) else []
     return targets, sources, np.concatenate([[0], changes, ends]).astype(np.int64)
-
-
-@jit(is_inlined=True)
-def _node(graph, layer, number):
-    """Id of a number on a layer."""
-    return np.int64(graph.nodes[graph.layer_offsets[layer - 1] + number]) if layer else number
 
 
 @jit(is_inlined=True)
@@ -409,7 +407,7 @@ def _select(growth, layer, keys, row, candidates, limit, factor, mark, selection
     count, rejected, share = np.int64(0), np.int64(0), np.float32(1) / factor
     for i in range(candidates):
         key = keys[row, i]
-        node = _node(growth.graph, layer, key_node(key))
+        node = layer_node(growth.graph, layer, key_node(key))
         is_kept = True
         for j in range(count):
             if key & selection.kept_keys[j] & mark:
@@ -480,13 +478,13 @@ def _relink(growth, layer, neighbors, row, sources, selection):
             neighbors[row, count + i] = key_node(candidates[0, i])
         return
     number = row - graph.layer_offsets[layer - 1] if layer else row
-    as_query(growth.rows, _node(graph, layer, number), selection.own, np.int64(0))
+    as_query(growth.rows, layer_node(graph, layer, number), selection.own, np.int64(0))
     is_told = layer == 0 and len(growth.selected) > 0
     selected = np.int64(growth.selected[row]) if is_told else np.int64(0)  # nearest first
     # Distances that were kept, 4 bytes a link, would save no time: the rows are read all the same.
     for j in range(count):
         link = np.int64(neighbors[row, j])
-        node = _node(graph, layer, link)
+        node = layer_node(graph, layer, link)
         key = make_key(distance(growth.metric, selection.own, np.int64(0), growth.rows, node), link)
         if j < selected:
             candidates[0, j] = key | SELECTED

@@ -318,14 +318,19 @@ def build_graph(
     seed: int,
     threads: int,
     advance: Callable[[int], object],
+    by_codes: bool | None = None,
 ) -> Graph:
-    """The graph of distinct encoded rows (n, row). `advance` is told how many nodes were linked."""
+    """The graph of distinct encoded rows (n, row). `advance` is told how many nodes were linked.
+
+    by_codes: whether walks read int8 codes of rows of floats; None: where that is quicker.
+    """
     graph, levels = empty_graph(M), draw_levels(seed, 0, len(rows), M)
     room = with_room(graph, 0, levels)
     room = room._replace(neighbors0=empty_aligned((len(rows), 2 * M), np.int32))
     insertion = insert_nodes(
-        graph, room, rows, levels, metric, ef_construction=ef_construction, threads=threads
-    )
+        graph, room, rows, levels, metric,
+        ef_construction=ef_construction, threads=threads, by_codes=by_codes,
+    )  # fmt: skip
     for grown in insertion:
         advance(len(grown.neighbors0) - len(graph.neighbors0))
         graph = grown

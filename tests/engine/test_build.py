@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import reference
 
-from hnsw_gpu.engine import build, graph, repair
+from hnsw_gpu import Index
+from hnsw_gpu.engine import build, candidates, graph, repair
 from hnsw_gpu.engine.graph import Graph
 from hnsw_gpu.engine.search import search_graph
 from hnsw_gpu.engine.vectors import encode, encode_queries
@@ -35,13 +36,15 @@ def built(
     seed: int = 0,
     threads: int = 1,
     stops: tuple[int, ...] = (),
+    by_codes: bool | None = None,
 ) -> Graph:
     """The engine's graph of `rows`, added in one call, or in calls that end at `stops`."""
     made = build.empty_graph(M)
     for stop in (*stops, len(rows)):
         for grown in inserted(
-            made, rows[:stop], metric, ef_construction=ef_construction, seed=seed, threads=threads
-        ):
+            made, rows[:stop], metric, ef_construction=ef_construction, seed=seed, threads=threads,
+            by_codes=by_codes,
+        ):  # fmt: skip
             made = grown
     return build.packed(made)
 
@@ -67,6 +70,7 @@ def twin(
     growth: int = 50,
     largest_batch: int = 2048,
     metric: str = "l2",
+    codes: reference.KeyTable | None = None,
 ) -> Graph:
     """The oracle's graph."""
     made = reference.empty_graph(M)
@@ -80,6 +84,7 @@ def twin(
             growth=growth,
             largest_batch=largest_batch,
             own_factor=1.1 if metric == "ip" else 1.2,
+            codes=codes,
         )
     return made
 
@@ -199,6 +204,94 @@ def test_orders_that_are_hard_on_batches(order: str) -> None:
     wanted = twin(reference.node_table(vectors, "l2", "fp32"), M=4, ef_construction=16)
     for threads in (1, 2):
         assert_same(built(rows, "l2", M=4, ef_construction=16, threads=threads), wanted)
+
+
+# --- walks on codes -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+@pytest.mark.parametrize("metric", ["l2", "ip"])
+def test_walks_on_codes_equal_the_oracle(
+    metric: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vectors = integer_vectors(400, 16, metric, dtype, seed=28)
+    vectors[::2] += 600  # codes do not tell these apart
+    rows = encode(vectors, metric, dtype)
+    table, codes = (reference.node_table(vectors, metric, name) for name in (dtype, "int8"))
+    answers = []
+    is_rough = reference.is_rough
+    monkeypatch.setattr(
+        reference, "is_rough", lambda keys: (answers.append(is_rough(keys)), answers[-1])[1]
+    )
+    for M, ef_construction in ((2, 5), (4, 24), (6, 40)):
+        settings: dict[str, Any] = {"M": M, "ef_construction": ef_construction}
+        wanted = twin(table, **settings, metric=metric, codes=codes)
+        for threads in (1, 2):
+            made = built(rows, metric, **settings, threads=threads, by_codes=True)
+            assert_same(made, wanted, settings)
+    assert len(answers) / 10 < sum(answers) < len(answers) * 0.9
+
+
+def test_codes_that_mislead_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(29)
+    rows = encode((1000 + rng.normal(size=(3000, 8))).astype(np.float32), "l2", "fp32")
+    walks = []
+    real = candidates.walk
+
+    def recorded(made, walked, *rest, **settings):
+        walks.append((len(made.neighbors0), walked.dtype))
+        return real(made, walked, *rest, **settings)
+
+    monkeypatch.setattr(candidates, "walk", recorded)
+    queries = encode_queries(rows[:500, :8] + np.float32(0.1), "l2", "fp32")
+    found = {}
+    for by_codes in (False, True):
+        walks.clear()
+        made = built(rows, "l2", M=6, ef_construction=40, by_codes=by_codes)
+        found[by_codes] = search_graph(made, rows, queries, "l2", k=10, ef=20).keys
+        last = max([0] + [count for count, dtype in walks if dtype == np.int8])
+        assert last == 0 if not by_codes else 900 < last < 1100
+        assert any(count < 900 for count, dtype in walks if dtype == np.float32)
+    same = np.mean([len(np.intersect1d(*pair)) for pair in zip(*found.values(), strict=True)])
+    assert same > 9.8
+
+
+@pytest.mark.parametrize(
+    ("count", "length", "start", "dtype", "is_quicker"),
+    [
+        (100_000, 96, 0, np.float32, True),
+        (100_000, 96, 0, np.float16, True),
+        (100_000, 96, 0, np.int8, False),
+        (100_000, 96, 87_500, np.float32, True),
+        (100_000, 96, 87_501, np.float32, False),
+        (200_000, 88, 0, np.float32, False),
+        (1 << 13, 1024, 0, np.float32, True),
+        ((1 << 13) - 1, 1024, 0, np.float32, False),
+    ],
+)
+def test_codes_pay_where_many_long_rows_are_added(
+    count: int, length: int, start: int, dtype: type, is_quicker: bool
+) -> None:
+    rows = np.broadcast_to(np.zeros((), dtype), (count, length))
+    assert candidates.codes_pay(rows, start) is is_quicker
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_index_is_built_by_codes(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(candidates, "LEAST_NUMBERS", 0)
+    made = []
+    real = candidates.Codes.__init__
+    monkeypatch.setattr(
+        candidates.Codes, "__init__", lambda *given: (made.append(given), real(*given))[1]
+    )
+    vectors = np.random.default_rng(30).normal(size=(1000, 100)).astype(np.float32)
+    index = Index(100, "cosine", dtype)
+    index.add(vectors[:500])
+    index.add(vectors[500:])
+    index.add(vectors[:9] + 1)  # few
+    assert len(made) == (2 if dtype in ("fp32", "fp16") else 0)
+    index.check()
+    assert (index.search(vectors, 1)[0][:, 0] == np.arange(1000)).mean() > 0.99
 
 
 # --- selection ------------------------------------------------------------------------------------

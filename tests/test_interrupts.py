@@ -9,7 +9,7 @@ import pytest
 
 import hnsw_gpu
 from hnsw_gpu import index as index_module
-from hnsw_gpu.engine import build, growth
+from hnsw_gpu.engine import build, candidates, growth
 from hnsw_gpu.engine.graph import check_graph
 from hnsw_gpu.engine.workers import Stopped, run_to_a_stop
 
@@ -17,13 +17,15 @@ DIM = 16
 
 
 @pytest.mark.parametrize("failing_call", (1, 2, 60))
-@pytest.mark.parametrize("step", ("_group", "_new_selection", "walk"))
-def test_an_error_in_the_middle_of_a_batch(step, failing_call, monkeypatch):
+@pytest.mark.parametrize(
+    ("module", "step"), [(build, "_group"), (build, "_new_selection"), (candidates, "walk")]
+)
+def test_an_error_in_the_middle_of_a_batch(module, step, failing_call, monkeypatch):
     rows = oracle.gaussian(2000, DIM, seed=1)
     index = hnsw_gpu.Index(DIM, "l2", M=4, ef_construction=20)
     index.add(rows[:500])
     calls = 0
-    original = getattr(build, step)
+    original = getattr(module, step)
 
     def fail(*given, **named):
         nonlocal calls
@@ -33,7 +35,7 @@ def test_an_error_in_the_middle_of_a_batch(step, failing_call, monkeypatch):
         return original(*given, **named)
 
     with monkeypatch.context() as patch:
-        patch.setattr(build, step, fail)
+        patch.setattr(module, step, fail)
         with pytest.raises(MemoryError, match="no more"):
             index.add(rows[500:], threads=1)
     assert 500 <= len(index) < 2000

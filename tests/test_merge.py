@@ -7,7 +7,7 @@ import oracle
 import pytest
 
 import hnsw_gpu
-from hnsw_gpu.engine import build
+from hnsw_gpu.engine import candidates
 
 DIM = 24
 ROWS = oracle.gaussian(1200, DIM, seed=1)
@@ -32,13 +32,13 @@ def halves(split=700, **how):
 @pytest.mark.parametrize("metric", ["l2", "ip"])
 def test_as_good_as_built_at_once_for_a_third_of_the_distances(metric, split, monkeypatch):
     counted = []
-    walk = build.walk
+    walk = candidates.walk
 
     def counting(graph, rows, task, *rest, **how):
         walk(graph, rows, task, *rest, **how)
         counted.append(int(task.counts[:, 1].sum()))
 
-    monkeypatch.setattr(build, "walk", counting)
+    monkeypatch.setattr(candidates, "walk", counting)
     rows, queries = oracle.gaussian(5000, 24, seed=3), oracle.gaussian(500, 24, seed=4)
 
     def made(first, stop):

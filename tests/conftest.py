@@ -29,7 +29,7 @@ def pytest_configure(config: pytest.Config) -> None:
     is_first = not hasattr(config, "workerinput")
     if is_first and config.getoption("numprocesses", None):
         warm = "import sys, hnsw_gpu; hnsw_gpu.warm(sys.argv[1:])"
-        halves = (("fp32", "fp16"), ("int8", "int4"))
+        halves = (("int8", "fp32"), ("int4", "fp16"))  # floats need what int8 needs, too
         for one in [subprocess.Popen([sys.executable, "-c", warm, *half]) for half in halves]:
             one.wait()
 

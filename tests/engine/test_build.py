@@ -129,7 +129,7 @@ def test_mix_is_splitmix64() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("metric", METRICS)
 def test_graph_equals_the_oracle(metric: str, dtype: str) -> None:
-    vectors = integer_vectors(300, 16, metric, dtype, seed=21)
+    vectors = integer_vectors(220, 16, metric, dtype, seed=21)
     rows = encode(vectors, metric, dtype)
     table = reference.node_table(vectors, metric, dtype)
     for M, ef_construction in itertools.product((2, 4, 8), (1, 5, 40)):
@@ -214,7 +214,7 @@ def test_orders_that_are_hard_on_batches(order: str) -> None:
 def test_walks_on_codes_equal_the_oracle(
     metric: str, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    vectors = integer_vectors(400, 16, metric, dtype, seed=28)
+    vectors = integer_vectors(250, 16, metric, dtype, seed=28)
     vectors[::2] += 600  # codes do not tell these apart
     rows = encode(vectors, metric, dtype)
     table, codes = (reference.node_table(vectors, metric, name) for name in (dtype, "int8"))

@@ -108,7 +108,8 @@ def answers(tmp_path_factory):
     return ask
 
 
-@pytest.mark.parametrize("cpu", LEVELS)
+# v2 has nothing that the engine asks for.
+@pytest.mark.parametrize("cpu", [name for name in LEVELS if name != "x86-64-v2"])
 def test_answers_and_graphs_are_those_of_this_processor(answers, cpu):
     mine, other = answers("host"), answers(cpu)
     assert mine.files == other.files

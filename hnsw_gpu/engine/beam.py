@@ -14,7 +14,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from hnsw_gpu.engine.compiled import jit
+from hnsw_gpu.engine.compiled import has_feature, jit
 from hnsw_gpu.engine.keys import KEY_NONE
 
 LANES = 8  # keys that are moved at once
@@ -43,11 +43,6 @@ def _between(builder, compare, before, key, value):
     return builder.select(compare("<", value, larger), value, larger)
 
 
-def _has(context, feature):
-    """Has the processor that is compiled for "avx2", "avx512f", ...?"""
-    return f"+{feature}" in context.codegen().magic_tuple()[2].split(",")
-
-
 @intrinsic
 def _push(typingctx, beam, row, start, capacity, keys):
     """Push a tuple of keys into the sorted `beam[row, start:capacity]`; the largest fall out."""
@@ -57,7 +52,7 @@ def _push(typingctx, beam, row, start, capacity, keys):
         pointer, _ = _row(context, builder, beam, array, row)
         entering = cgutils.unpack_tuple(builder, keys)
         # AVX2 compares signed keys only: with their sign flipped they are in the same order.
-        is_flipped = _has(context, "avx2") and not _has(context, "avx512f")
+        is_flipped = has_feature(context, "avx2") and not has_feature(context, "avx512f")
         smallest = ir.Constant(KEYS, [I64(-(2**63) if is_flipped else 0)] * LANES)
         compare = builder.icmp_signed if is_flipped else builder.icmp_unsigned
 
@@ -136,7 +131,7 @@ def _most_passed(typingctx):
     """The capacity up to which a pass is quicker than a merge, as measured."""
 
     def codegen(context, builder, signature, arguments):
-        return I64(768 if _has(context, "avx512f") else 96)
+        return I64(768 if has_feature(context, "avx512f") else 96)
 
     return types.int64(), codegen
 

@@ -30,7 +30,7 @@ import numpy as np
 
 from hnsw_gpu.engine.alignment import empty_aligned, taken_aligned
 from hnsw_gpu.engine.beam import TOGETHER, insert, insert_some, size
-from hnsw_gpu.engine.candidates import Codes, codes_pay, find_candidates, layer_node
+from hnsw_gpu.engine.candidates import RowCodes, codes_pay, find_candidates, layer_node
 from hnsw_gpu.engine.compiled import jit
 from hnsw_gpu.engine.distance import IP, as_query, distance
 from hnsw_gpu.engine.exact import rerank
@@ -138,7 +138,7 @@ def insert_nodes(
     selected = np.zeros(stop if has_many else 0, np.int16)
     if by_codes is None:
         by_codes = codes_pay(rows, start)
-    codes = Codes(rows, threads) if by_codes else None
+    codes = RowCodes(rows, threads) if by_codes else None
     growth = GrowingGraph(room, engine_view(rows), METRICS[metric], selected)
     while start < stop:
         end = min(stop, start + max(1, min(start // BATCH_DIVISOR, BATCH)))

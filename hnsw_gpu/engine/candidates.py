@@ -28,7 +28,7 @@ MOST_ROUGH = 0.3  # of the points that walked; two walks cost more than one by r
 ENOUGH = 1000  # points to judge by
 
 
-class Codes:
+class RowCodes:
     """int8 rows (n, row) that walks read in place of `rows`, until they mislead too many."""
 
     def __init__(self, rows, threads):

@@ -126,6 +126,11 @@ def jit(
     return compiled
 
 
+def has_feature(context: Any, name: str) -> bool:
+    """Has the processor that an intrinsic is compiled for "avx2", "f16c", ...?"""
+    return f"+{name}" in context.codegen().magic_tuple()[2].split(",")
+
+
 @functools.cache
 def _outer(kind: type) -> type:
     """A kind of compiled function that the main thread has another one compile, and waits for it.

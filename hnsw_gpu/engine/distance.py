@@ -15,7 +15,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
-from hnsw_gpu.engine.compiled import INNER, jit
+from hnsw_gpu.engine.compiled import INNER, has_feature, jit
 from hnsw_gpu.engine.halves import half_to_float
 
 L2, IP, COSINE = 0, 1, 2
@@ -130,11 +130,10 @@ class Codes:
     """
 
     def __init__(self, context, builder, is_int4):
-        features = context.codegen().magic_tuple()[2]
         self.builder, self.is_int4 = builder, is_int4
-        self.has_avx2 = "+avx2" in features
-        is_wide = "+avx512vnni" in features and "+avx512vl" in features
-        self.has_vnni = is_wide or "+avxvnni" in features
+        self.has_avx2 = has_feature(context, "avx2")
+        is_wide = has_feature(context, "avx512vnni") and has_feature(context, "avx512vl")
+        self.has_vnni = is_wide or has_feature(context, "avxvnni")
         # AVX2 multiplies 8 bits by 8 only where 2 * 127 * 127 fits 16 bits: the query's offset goes
         self.is_signed = self.has_avx2 and not self.has_vnni and not is_int4
         self.has_offset = not is_int4 and not self.is_signed  # in the sums: 128 each

@@ -5,6 +5,8 @@ Without one LLVM would call a function of a C library that is not there, which e
 
 from llvmlite import ir
 
+from hnsw_gpu.engine.compiled import has_feature
+
 HALF = ir.HalfType()
 SIGN, MAGNITUDE, SMALLEST_NORMAL, INFINITY = 0x8000, 0x7FFF, 0x0400, 0x7C00
 SHIFT = 13  # a float32 has this many more bits of mantissa ...
@@ -41,8 +43,8 @@ def half_to_float(context, builder, bits):
 
 
 def _converts_halves(context):
-    triple, _, features = context.codegen().magic_tuple()
-    return triple.startswith(("aarch64", "arm64")) or "+f16c" in features.split(",")
+    triple = context.codegen().magic_tuple()[0]
+    return triple.startswith(("aarch64", "arm64")) or has_feature(context, "f16c")
 
 
 def _like(bits, element):

@@ -280,9 +280,9 @@ def test_codes_pay_where_many_long_rows_are_added(
 def test_an_index_is_built_by_codes(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(candidates, "LEAST_NUMBERS", 0)
     made = []
-    real = candidates.Codes.__init__
+    real = candidates.RowCodes.__init__
     monkeypatch.setattr(
-        candidates.Codes, "__init__", lambda *given: (made.append(given), real(*given))[1]
+        candidates.RowCodes, "__init__", lambda *given: (made.append(given), real(*given))[1]
     )
     vectors = np.random.default_rng(30).normal(size=(1000, 100)).astype(np.float32)
     index = Index(100, "cosine", dtype)

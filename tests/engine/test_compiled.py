@@ -397,7 +397,9 @@ event.register("numba:compile", Compiled())
 import hnsw_gpu
 
 vectors = np.random.default_rng(1).normal(size=(500, 40)).astype(np.float32)
-index = hnsw_gpu.Index(40, "l2", "int8", refine=True)
+from hnsw_gpu.engine import candidates
+candidates.LEAST_LENGTH = candidates.LEAST_NUMBERS = 0  # so that builds walk on codes
+index = hnsw_gpu.Index(40, "l2", "fp16", refine=True)
 index.add(vectors[:400])
 index.add(vectors[400:])
 allow = np.arange(500) % 2 == 0
@@ -414,7 +416,7 @@ index.compact()
 index.save("i.hnsw")
 hnsw_gpu.load("i.hnsw", device="cpu").check()
 hnsw_gpu.load("i.hnsw", device="cpu", mmap=True).search(vectors[:9], 5)
-other = hnsw_gpu.Index(40, "l2", "int8", refine=True)
+other = hnsw_gpu.Index(40, "l2", "fp16", refine=True)
 other.add(vectors[:100] + 2, np.arange(1000, 1100))
 index.merge(other)
 print(names)
@@ -423,9 +425,9 @@ print(names)
 
 def test_nothing_is_compiled_after_warm(copy):
     """The command line, which calls the library."""
-    warm = "hnsw_gpu.cli.main(['warm', 'int8', '--metric', 'l2'], standalone_mode=False)"
+    warm = "hnsw_gpu.cli.main(['warm', 'fp16', '--metric', 'l2'], standalone_mode=False)"
     printed, said = copy.run(f"import hnsw_gpu.cli\n{warm}")
-    assert re.search(r"int8\b.* \d", printed), printed
+    assert re.search(r"fp16\b.* \d", printed), printed
     assert said == ""
     assert copy.run(WARMED) == ("[]", "")
 

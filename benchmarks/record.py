@@ -80,7 +80,11 @@ def cpuinfo() -> tuple[str, list[str]]:
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         field, _, value = line.partition(":")
         facts.setdefault(field.strip(), value.strip())
-    return facts.get("model name", platform.machine()), facts.get("flags", "").split()
+    words = [facts.get("model name", platform.machine())]
+    # Names such as "AMD EPYC" do not say which.
+    numbers = {"family": facts.get("cpu family"), "model": facts.get("model")}
+    words += [f"{name} {number}" for name, number in numbers.items() if number]
+    return ", ".join(words), facts.get("flags", "").split()
 
 
 def rounded(value: Any) -> Any:

@@ -31,7 +31,7 @@ CACHE_LINE = 64
 COMPILED = {"_nrt": False, **INNER}
 CODES_AT_ONCE = 32  # bytes of a row, whose length is a multiple
 TAIL_BYTES = 12  # end of a row of codes: float32 scale, float32 norm, int32 sum of codes
-PREFETCH_LINES = 16  # of one row; the hardware prefetcher follows a longer one by itself
+PREFETCH_LINES = 256  # of one row; those of longer ones would drive each other out
 
 
 def row_pointer(context, builder, array_type, array, index):
@@ -294,14 +294,20 @@ def _fused(typingctx, a, b, c):
 
 @intrinsic
 def prefetch_row(typingctx, rows, i):
-    """Ask for the cache lines of row `i`, the first PREFETCH_LINES of them."""
+    """Ask for the cache lines of row `i`, the first PREFETCH_LINES of them.
+
+    They come into the second cache: the first one waits for few lines at a time (24 on Zen 4), and
+    what it cannot take holds up the walk; a hop asks for a hundred.
+    """
 
     def codegen(context, builder, signature, arguments):
         pointer, row_bytes = row_pointer(context, builder, rows, *arguments)
+        read, second_cache, data = I32(0), I32(2), I32(1)
 
         def prefetch(offset):
             address = builder.gep(pointer, [offset])
-            call(builder, "llvm.prefetch.p0", ir.VoidType(), [address, I32(0), I32(3), I32(1)])
+            operands = [address, read, second_cache, data]
+            call(builder, "llvm.prefetch.p0", ir.VoidType(), operands)
 
         most = I64(PREFETCH_LINES * CACHE_LINE)
         is_short = builder.icmp_signed("<", row_bytes, most)

@@ -231,7 +231,7 @@ def test_damaged_files(copy):
     job = FP32 + 'encode(vectors, "l2", "int8")'
     copy.run(job)
     kept = sorted(copy.kept())
-    assert len(kept) == 2
+    assert len(kept) > 1
     for name, damage in DAMAGES.items():
         contents = [path.read_bytes() for path in kept]
         for path, content, other in zip(kept, contents, contents[1:] + contents[:1], strict=True):

@@ -296,8 +296,8 @@ def _fused(typingctx, a, b, c):
 def prefetch_row(typingctx, rows, i):
     """Ask for the cache lines of row `i`, the first PREFETCH_LINES of them.
 
-    They come into the second cache: the first one waits for few lines at a time (24 on Zen 4), and
-    what it cannot take holds up the walk; a hop asks for a hundred.
+    They come into the second cache: the first one waits for few lines at a time, and what it cannot
+    take holds up the walk. A hop asks for a hundred.
     """
 
     def codegen(context, builder, signature, arguments):

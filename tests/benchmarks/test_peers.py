@@ -92,6 +92,14 @@ def test_of_two_ladders_the_faster_is_raced(tiny, monkeypatch):
     assert side.fastest([b, a], 0.49, 1) == b
 
 
+def test_a_processor_is_named_with_its_family(monkeypatch):
+    text = "cpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD X\nflags\t\t: fma avx2\n\n"
+    monkeypatch.setattr(record.Path, "read_text", lambda path: text + text.replace("17", "18"))
+    assert record.cpuinfo() == ("AMD X, family 25, model 17", ["fma", "avx2"])
+    monkeypatch.setattr(record.Path, "read_text", lambda path: "Features\t: asimd\n")
+    assert record.cpuinfo() == (record.platform.machine(), [])
+
+
 @pytest.mark.parametrize(
     "model, flags, allowed, kind, file",
     [

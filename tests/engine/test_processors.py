@@ -81,6 +81,23 @@ for columns, at in ((16, 3), (32, 3), (32, 30), (48, 40)):
 print("done")
 """
 
+INSTRUCTIONS = """
+import numpy as np
+from numba import njit
+from hnsw_gpu.engine.distance import L2, distance, prefetch_row
+from hnsw_gpu.engine.vectors import encode, encode_queries, engine_view
+
+@njit
+def one(queries, rows):
+    prefetch_row(rows, 0)
+    return distance(L2, queries, 0, rows, 0)
+
+vectors = np.ones((1, 64), np.float32)
+one(encode_queries(vectors, "l2", "int8"), engine_view(encode(vectors, "l2", "int8")))
+(text,) = one.inspect_asm().values()
+print(*(name for name in ("prefetcht1", "vpmaddubsw", "vpdpbusd") if name in text))
+"""
+
 
 def run(cpu, cache, *command):
     """A job in a process that compiles for `cpu`, or as all others do."""
@@ -124,3 +141,15 @@ def same(a, b):
 @pytest.mark.parametrize("cpu", ("host", *LEVELS))
 def test_every_half_is_converted_exactly(cpu, tmp_path):
     assert run(cpu, tmp_path, HALVES) == "done"
+
+
+@pytest.mark.parametrize("cpu", LEVELS)
+def test_instructions(cpu, tmp_path):
+    """Rows come into the second cache; AVX2 multiplies bytes. Answers would be the same without."""
+    expected = ["prefetcht1"] + ["vpmaddubsw"] * (cpu == "x86-64-v3")
+    assert run(cpu, tmp_path, INSTRUCTIONS).split() == expected
+
+
+@pytest.mark.skipif(not get_host_cpu_features().get("avx512vnni"), reason="no AVX-512 VNNI")
+def test_instructions_of_this_processor(tmp_path):
+    assert "vpdpbusd" in run("host", tmp_path, INSTRUCTIONS)

@@ -1,4 +1,4 @@
-"""The tables of figures in the README and the manual, made from `benchmarks/results`.
+"""The tables of figures in the READMEs and the manual, made from `benchmarks/results`.
 
 python -m benchmarks.tables
 
@@ -36,7 +36,8 @@ NOT_MEASURED = "not measured yet on such a processor"
 
 
 def pages() -> list[Path]:
-    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    own = [ROOT / "README.md", ROOT / "benchmarks" / "README.md"]
+    return [*own, *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def rendered(text: str) -> str:
@@ -201,7 +202,7 @@ def memory() -> str:
     found = section["results"]
     first = next(iter(found.values()))
     return table(
-        ["GloVe words", "MiB", "over rows and layer 0", "most while building, MiB"],
+        ["GloVe words", "MiB", "over fp32 rows and layer 0's links", "most while building, MiB"],
         [
             [
                 f"hnsw_gpu {OURS[side]}" if side in OURS else name(side),
@@ -359,18 +360,18 @@ def adding() -> str:
 
 
 def tuning() -> str:
-    """What `tune` said, and what queries that it had not seen then got."""
+    """The recall that `tune` found, and that of queries which it had not seen."""
     found = results("tuning")
     return table(
         [
             "",
             "asked",
             "ef by stored vectors",
-            "said",
-            "delivered",
+            "found",
+            "unseen queries",
             "ef by queries",
-            "said",
-            "delivered",
+            "found",
+            "unseen queries",
         ],
         [
             [
@@ -389,7 +390,7 @@ def tuning() -> str:
             for name, targets in found["results"].items()
             for asked, of in targets.items()
         ],
-    ) + source("tuning", found["about"], "python -m benchmarks.cpu.tuning", "Recall@10.")
+    ) + source("tuning", found["about"], "python -m benchmarks.cpu.tuning", "Recall@10, int4.")
 
 
 def one_query() -> str:
@@ -525,33 +526,62 @@ def serving() -> str:
     )
 
 
+def bounded(card: dict) -> str:
+    """Thousand queries/s, and what forbids more."""
+    bound = card["bound_by"]
+    return f"{card['queries_per_s'][bound] / 1000:,.0f} {bound}"
+
+
+def modelled(stem: str, options: str = "") -> str:
+    """Where the figures of a model come from."""
+    about = results(stem)["about"]
+    return (
+        f"\nThousand queries/s, and what forbids more. `benchmarks/results/{stem}.json` "
+        f"({about['date'][:10]}, a model: no GPU was asked): "
+        f"`python -m benchmarks.gpu.roofline{options}`\n"
+    )
+
+
 def roofline() -> str:
     """What cannot be exceeded on a GPU: a model."""
-    found = results("roofline")
-    about = found["about"]
-    cards = list(found["points"][0]["cards"])
-
-    def cell(card: dict) -> str:
-        bound = card["bound_by"]
-        return f"{card['queries_per_s'][bound] / 1000:,.0f} {bound}"
-
-    return (
-        table(
-            ["rows", "ef", "distances", "forgotten and computed again", *cards],
+    points = results("roofline")["points"]
+    cards = list(points[0]["cards"])
+    return table(
+        ["rows", "ef", "distances", "forgotten and computed again", *cards],
+        [
             [
-                [
-                    point["dtype"],
-                    str(point["ef"]),
-                    f"{point['distances']:,.0f}",
-                    f"{100 * point['forgotten']:.1f} %",
-                    *(cell(point["cards"][card]) for card in cards),
-                ]
-                for point in found["points"]
-            ],
-        )
-        + f"\nThousand queries/s, and what forbids more. `benchmarks/results/roofline.json` "
-        f"({about['date'][:10]}, a model: no GPU was asked): `python -m benchmarks.gpu.roofline`\n"
-    )
+                point["dtype"],
+                str(point["ef"]),
+                f"{point['distances']:,.0f}",
+                f"{100 * point['forgotten']:.1f} %",
+                *(bounded(point["cards"][card]) for card in cards),
+            ]
+            for point in points
+        ],
+    ) + modelled("roofline")
+
+
+def counted(stem: str, options: str) -> str:
+    """The same, with all that is counted by executing PTX."""
+    points = results(stem)["points"]
+    cards = list(points[0]["cards"])
+    heads = ["rows", "recall", "ef", "distances", "steps", "kB read"]
+    return table(
+        [*heads, "instructions: a distance, a step", *cards],
+        [
+            [
+                point["dtype"],
+                f"{point['recall']:.3f}",
+                str(point["ef"]),
+                f"{point['distances']:,.0f}",
+                f"{point['steps']:.0f}",
+                f"{sum(point['bytes'].values()) / 1000:,.0f}",
+                ", ".join(f"{point['instructions'][of]:,.0f}" for of in ("distance", "step")),
+                *(bounded(point["cards"][card]) for card in cards),
+            ]
+            for point in points
+        ],
+    ) + modelled(stem, options)
 
 
 # ---------------------------------------------------------------- clusters
@@ -690,6 +720,13 @@ TABLES: dict[str, Callable[[], str]] = {
     "dedup-thresholds": dedup_thresholds,
     "serving": serving,
     "roofline": roofline,
+    "roofline-glove": lambda: counted("roofline", ""),
+    "roofline-verses768": lambda: counted(
+        "roofline-verses768", " --dataset verses768 --rows 50000"
+    ),
+    "roofline-synthetic-128": lambda: counted(
+        "roofline-synthetic-128", " --dataset synthetic-128 --recall 0.97"
+    ),
     "sizes": sizes,
     "workers": workers,
     "driver": driver,

@@ -317,7 +317,8 @@ class Index(StateSearching):
             if state.node_count - live > live + len(given):
                 self._compact(threads, progress is True, is_stopped, keep_deleted)
                 state, new_labels = choose(self._state, len(given))
-            state, nodes, rounded = with_vectors(state, len(given), self._checked_parts(given))
+            parts = self._checked_parts(given, is_stopped)
+            state, nodes, rounded = with_vectors(state, len(given), parts, threads=threads)
             self._tell(rounded, len(given))
             new = max(int(nodes.max(initial=-1)) + 1, state.node_count) - state.node_count
             with bar(progress is True, new, "build", "vectors") as shown:
@@ -369,9 +370,13 @@ class Index(StateSearching):
                 dtype, f"{rounded.merged:,}", f"{count:,}",
             )  # fmt: skip
 
-    def _checked_parts(self, given: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """The vectors (m, dim) as they are and as float32, a block at a time."""
+    def _checked_parts(
+        self, given: np.ndarray, is_stopped: Callable[[], bool]
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The vectors (m, dim) as they are and as float32, a block at a time, until a stop."""
         for start in range(0, len(given), ENCODE_ROWS):
+            if is_stopped():
+                raise Stopped
             part = given[start : start + ENCODE_ROWS]
             yield part, self.checked_rows(part, start)
 

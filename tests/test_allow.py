@@ -1,5 +1,7 @@
 """Which labels may be returned: `allow`, delete, add again, compact."""
 
+import threading
+
 import numpy as np
 import oracle
 import pytest
@@ -367,6 +369,18 @@ def test_neighbour_graph_of_the_survivors_of_a_deleted_cluster(refine):
     for i in range(10):
         order = np.argsort(np.square(kept - own[i]).sum(axis=1), kind="stable")
         assert set(labels[i, :9]) == set((order[1:10] + 990).tolist())
+
+
+def test_a_label_given_again_that_is_half_seen_is_looked_up_again():
+    """Where a processor shows the slot of an entry before what the entry leads to."""
+    table = label_table.LabelTable(np.array([7, 8, 7]))
+    known, wanted = np.array([7, 8]), np.array([7])
+    assert table.find(known, wanted, None).tolist() == [0]
+    table._before[2] = label_table.NOT_SEEN
+    seen = threading.Timer(0.2, table._before.__setitem__, [2, 0])
+    seen.start()
+    assert table.find(known, wanted, None).tolist() == [0]
+    assert not seen.is_alive()
 
 
 def test_labels_of_any_integers_are_the_same_labels():

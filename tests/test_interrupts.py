@@ -1,6 +1,8 @@
 """An `add` that ends early, by an error or by Ctrl-C, keeps whole batches and a sound index."""
 
 import contextlib
+import signal
+import threading
 import time
 
 import numpy as np
@@ -176,3 +178,27 @@ def test_three_interrupts_wait_for_the_work(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         run_to_a_stop(work)
     assert ended == [True]
+
+
+def test_an_interrupt_while_vectors_are_encoded(monkeypatch):
+    """The next part is not begun, and the index is as it was."""
+    rows = oracle.gaussian(600, DIM, seed=4)
+    index = hnsw_gpu.Index(DIM, "l2", M=4, ef_construction=20)
+    index.add(rows[:500])
+    monkeypatch.setattr(index_module, "ENCODE_ROWS", 10)
+    checked, checked_rows = [], index.checked_rows
+
+    def interrupted(part, first):
+        checked.append(first)
+        if first == 20:
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            time.sleep(0.5)  # for the signal to be seen
+        return checked_rows(part, first)
+
+    monkeypatch.setattr(index, "checked_rows", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        index.add(rows[500:])
+    assert checked == [0, 10, 20] and len(index) == 500
+    monkeypatch.undo()
+    index.add(rows[500:])
+    check_prefix(index, rows)

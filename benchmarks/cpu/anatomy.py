@@ -17,10 +17,11 @@ from statistics import median
 import numpy as np
 
 from benchmarks.cpu.counting import trace
-from hnsw_gpu.engine.beam import LANES, first_unexpanded, insert
+from hnsw_gpu.engine.beam import LANES, TOGETHER, first_unexpanded, insert_some
+from hnsw_gpu.engine.block import EIGHT, write_keys
 from hnsw_gpu.engine.compiled import jit
 from hnsw_gpu.engine.distance import distance, prefetch_row
-from hnsw_gpu.engine.keys import EXPANDED, KEY_NONE, make_key
+from hnsw_gpu.engine.keys import EXPANDED, KEY_NONE
 from hnsw_gpu.engine.search import SLOTS, search_graph
 from hnsw_gpu.engine.vectors import METRICS, encode_queries, engine_view
 
@@ -77,16 +78,20 @@ def shares(graph, rows, vectors: np.ndarray, dtype: str, ef: int, rounds: int) -
 @jit(allocates=True)
 def replay(parts, neighbors0, rows, queries, metric, ef, found):
     """Repeat the recorded walks, doing `parts` of the work; the sum keeps it from being skipped."""
-    count = len(found.seeds)
+    walks = len(found.seeds)
     links_ready = np.zeros(SLOTS, np.bool_)
     query = np.full(SLOTS, -1, np.int64)
     hop, row = np.zeros(SLOTS, np.int64), np.zeros(SLOTS, np.int64)
+    picked_at = np.zeros(SLOTS, np.int64)
     capacity = (ef + LANES - 1) & -LANES
     beam = np.empty((SLOTS, capacity), np.uint64)
-    entering = np.empty(neighbors0.shape[1], np.uint64)
+    keys = np.empty(neighbors0.shape[1] + max(EIGHT, TOGETHER), np.uint64)
+    ids = np.zeros((1, len(found.nodes) + EIGHT), np.int32)
+    for i in range(len(found.nodes)):
+        ids[0, i] = found.nodes[i] if parts >= MEMORY else found.nodes[i] & 15
     visited = np.zeros((SLOTS, (len(neighbors0) + 31) >> 5), np.uint32)
     following, ended, total = 0, 0, np.int64(0)
-    while ended < count:
+    while ended < walks:
         for s in range(SLOTS):
             q = query[s]
             if q < 0 or hop[s] == found.query_hops[q + 1]:
@@ -94,12 +99,13 @@ def replay(parts, neighbors0, rows, queries, metric, ef, found):
                     forget(parts, found, q, visited[s])
                     ended += 1
                 query[s] = -1
-                if following < count:
+                if following < walks:
                     q = query[s] = following
                     following += 1
                     hop[s], row[s] = found.query_hops[q], found.query_nodes[q]
                     beam[s] = KEY_NONE
                     beam[s, 0] = found.seeds[q] | EXPANDED
+                    picked_at[s] = 0
                     node = np.int64(found.seeds[q] & np.uint64(0xFFFFFFFF)) >> 1
                     visited[s, node >> 5] |= np.uint32(1) << np.uint32(node & 31)
                     prefetch_row(neighbors0, found.expanded[hop[s]])
@@ -113,28 +119,36 @@ def replay(parts, neighbors0, rows, queries, metric, ef, found):
                         prefetch_row(rows, found.nodes[i])
                 links_ready[s] = False
                 continue
-            enter, worst = 0, beam[s, ef - 1]
-            for i in range(row[s], end):
-                node = np.int64(found.nodes[i])
-                if parts >= ARITHMETIC:
-                    read = node if parts >= MEMORY else node & 15
-                    near = distance(metric, queries, q, rows, read)
-                    total += near > np.float32(1)
-                    if parts == BEAM:
-                        entering[enter] = make_key(near, node)
-                        enter += entering[enter] < worst
+            count = end - row[s]
+            if parts >= ARITHMETIC:
+                write_keys(metric, queries, q, rows, ids, 0, row[s], count, keys)
+                total += keys[0] > keys[1]
             if parts == BEAM:
-                for i in range(enter):
-                    insert(beam, s, capacity, entering[i])
-                first = first_unexpanded(beam, s, 0, ef)
-                if first < ef:
-                    beam[s, first] |= EXPANDED
+                merge(beam, s, ef, capacity, keys, count, picked_at)
             row[s] = end
             hop[s] += 1
             if hop[s] < found.query_hops[q + 1]:
                 prefetch_row(neighbors0, found.expanded[hop[s]])
             links_ready[s] = True
     return total
+
+
+@jit(allocates=True)
+def merge(beam, s, ef, capacity, keys, count, picked_at):
+    """Merge keys into a beam as a search does, and mark the next one to be expanded."""
+    worst, last_picked, enter = beam[s, ef - 1], beam[s, picked_at[s]], 0
+    for i in range(count):
+        key = keys[i]
+        keys[enter] = key
+        enter += key < worst
+    for i in range(enter):
+        if keys[i] < last_picked:
+            picked_at[s] = 0
+    insert_some(beam, s, capacity, keys, enter)
+    first = first_unexpanded(beam, s, picked_at[s] & -LANES, ef)
+    if first < ef:
+        beam[s, first] |= EXPANDED
+        picked_at[s] = first
 
 
 @jit(allocates=True)

@@ -1,7 +1,7 @@
 """The beam (rule R4): one sorted array of the smallest keys seen, empty slots (KEY_NONE) last.
 
 A key enters a small one by a pass over the array, eight keys at a time and without a branch: with
-`beam` as it was and -1 below the first slot, slot i becomes min(beam[i], max(beam[i - 1], key)).
+`beam` as it was and 0 below the first slot, slot i becomes min(beam[i], max(beam[i - 1], key)).
 Keys that enter in one pass do so one after the other at each eight.
 
 Keys enter a large one at places that a binary search finds, from the last to the first: the slots
@@ -138,7 +138,7 @@ def _most_passed(typingctx):
 
 @intrinsic
 def _unexpanded(typingctx, beam, row, position):
-    """Bits of the LANES keys from `position` that are not expanded; empty slots count as such."""
+    """Bits of the LANES keys from `position` that are not expanded, nor empty."""
 
     def codegen(context, builder, signature, arguments):
         array, row, position = arguments

@@ -84,16 +84,18 @@ def _eight_keys(typingctx, metric, queries, q, rows, ids, s, start, first, keys)
             return vector
 
         if is_int4:
-            dots = builder.sub(builder.add(dots, dots), of_query(I32, 4))
+            dots = builder.sub(builder.add(dots, dots), of_query(I32, one.SUM_AT))
         elif codes.has_offset:
-            dots = builder.sub(dots, builder.shl(of_rows(I32, 4), one.splat(I32(7), EIGHT)))
+            dots = builder.sub(
+                dots, builder.shl(of_rows(I32, one.SUM_AT), one.splat(I32(7), EIGHT))
+            )
         values = builder.sitofp(dots, FLOATS)
-        scales = builder.fmul(of_query(F32, 12), of_rows(F32, 12))
+        scales = builder.fmul(of_query(F32, one.SCALE_AT), of_rows(F32, one.SCALE_AT))
         result = cgutils.alloca_once(builder, FLOATS)
         is_l2 = builder.icmp_signed("==", metric, metric.type(L2))
         with builder.if_else(is_l2) as (then, otherwise):
             with then:
-                norms = builder.fadd(of_query(F32, 8), of_rows(F32, 8))
+                norms = builder.fadd(of_query(F32, one.NORM_AT), of_rows(F32, one.NORM_AT))
                 if is_int4:
                     twice = builder.fmul(one.splat(F32(-2), EIGHT), scales)
                     found = one.call(builder, "llvm.fma.v8f32", FLOATS, [twice, values, norms])

@@ -18,8 +18,8 @@ Selection is algorithm 4 of Malkov & Yashunin in its strict form: a candidate is
 nearer to the point than to every neighbour kept before it; a tie is rejected. On layer 0 a factor
 relaxes that (the alpha of DiskANN, Subramanya et al. 2019), RELAXED_OWN for a point's own links and
 RELAXED for a target's, whose free slots take the nearest that were rejected, unless they are near
-copies of a neighbour. Under inner product, whose distances may be negative, nothing fills them:
-what a kept neighbour rejects there is often near to nearly all.
+copies of a neighbour. Under inner product hardly anything fills them, only what has a negative
+product with the neighbour that rejects it: the others are often near to nearly all.
 Afterwards `repair` sees to it that layer 0 leads from every node to every other.
 """
 
@@ -121,8 +121,9 @@ def insert_nodes(
     rewritten=None,
     by_codes=None,
 ):
-    """Insert rows[n:] of `levels` (m,) into a graph of n nodes; yields it, grown, after each batch.
+    """Insert rows[n:] of `levels` (m,) into a graph of n nodes.
 
+    Yields it, grown, after each batch, and before as it is, while codes are made of the rows.
     `rows` (n + m, row) are encoded. `room` is what `with_room` gave for the graph and the levels:
     its links are written, and no search may read them meanwhile. `rewritten` is told which.
     `by_codes` says whether walks read int8 codes of rows of floats, None: where that is quicker.
@@ -138,8 +139,11 @@ def insert_nodes(
     selected = np.zeros(stop if has_many else 0, np.int16)
     if by_codes is None:
         by_codes = codes_pay(rows, start)
-    codes = RowCodes(rows, threads) if by_codes else None
+    codes = RowCodes(rows) if by_codes else None
     growth = GrowingGraph(room, engine_view(rows), METRICS[metric], selected)
+    if codes is not None:
+        for _ in codes.encode(rows, threads):
+            yield graph
     while start < stop:
         end = min(stop, start + max(1, min(start // BATCH_DIVISOR, BATCH)))
         batch_levels = levels[: end - start]

@@ -12,6 +12,7 @@ from hnsw_gpu.engine.beam import TOGETHER, insert_some, size
 from hnsw_gpu.engine.compiled import jit
 from hnsw_gpu.engine.distance import distance, prefetch_row
 from hnsw_gpu.engine.eight_bits import encode_int8
+from hnsw_gpu.engine.exact import AHEAD
 from hnsw_gpu.engine.keys import KEY_NONE, key_node, make_key
 from hnsw_gpu.engine.search import Task, walk
 from hnsw_gpu.engine.vectors import empty_rows, rows_as_queries
@@ -21,8 +22,8 @@ LEAST_LENGTH = 96  # numbers in a row; shorter ones are compared as quickly
 LEAST_NUMBERS = 1 << 23  # in all rows; with fewer, compiling another walk takes what is saved
 LEAST_SHARE = 8  # one row of so many is new at least, for the others are encoded again
 ENCODED = 4096  # rows that a thread encodes at a time
+PART = 64 * ENCODED  # rows that are encoded before a caller may stop
 COMPARED = 64  # points that a thread takes at a time
-AHEAD = 8  # rows asked for before they are needed
 MOST_INVERTED = 0.2  # of pairs of a candidate and one of the farther half, by codes: rough
 MOST_ROUGH = 0.3  # of the points that walked; two walks cost more than one by rows
 ENOUGH = 1000  # points to judge by
@@ -31,13 +32,21 @@ ENOUGH = 1000  # points to judge by
 class RowCodes:
     """int8 rows (n, row) that walks read in place of `rows`, until they mislead too many."""
 
-    def __init__(self, rows, threads):
+    def __init__(self, rows):
         self.rows = empty_rows(len(rows), rows.shape[1], "int8")
         self.walked = self.rough = 0  # points
-        run_chunks(lambda start, stop: self._write(rows, start, stop), len(rows), ENCODED, threads)
 
-    def _write(self, rows, start, stop):
-        encode_int8(rows[start:stop].astype(np.float32, copy=False), self.rows[start:stop])
+    def encode(self, rows, threads):
+        """Write the codes of all rows; yields now and then, for it may take long."""
+        for first in range(0, len(rows), PART):
+            count = min(PART, len(rows) - first)
+
+            def write(start, stop, first=first):
+                place = slice(first + start, first + stop)
+                encode_int8(rows[place].astype(np.float32, copy=False), self.rows[place])
+
+            run_chunks(write, count, ENCODED, threads)
+            yield
 
     def are_good(self):
         return self.walked < ENOUGH or self.rough < MOST_ROUGH * self.walked

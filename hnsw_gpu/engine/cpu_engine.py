@@ -38,7 +38,7 @@ class CpuEngine(NamedTuple):
         found = search_graph(
             self.graph,
             self.rows,
-            self._encoded(queries, self.rows, self.dtype),
+            self._encoded(queries, self.rows, self.dtype, walk.threads),
             self.metric,
             k=walk.kept(self.refine),
             ef=walk.capacity,
@@ -54,23 +54,23 @@ class CpuEngine(NamedTuple):
 
     def reranked(self, keys: np.ndarray, queries: Queries, walk: Walk) -> np.ndarray:
         """Keys (q, k) of the nearest nodes in keys (q, m), by the finest rows."""
-        fine = self._encoded(queries, self.finest, self.refine or self.dtype)
+        fine = self._encoded(queries, self.finest, self.refine or self.dtype, walk.threads)
         found: np.ndarray = exact.rerank(
             keys, self.finest, fine, self.metric, k=walk.k, threads=walk.threads
         )
         return found
 
     def compare(self, queries: Queries, ids: np.ndarray, k: int, threads: int = 1) -> np.ndarray:
-        fine = self._encoded(queries, self.finest, self.refine or self.dtype)
+        fine = self._encoded(queries, self.finest, self.refine or self.dtype, threads)
         return exact.exact_ids(self.finest, ids, fine, self.metric, k=k, threads=threads)
 
     def own_keys(self, ids: np.ndarray) -> np.ndarray:
         return exact.own_keys(self.finest, ids, self.metric)
 
-    def _encoded(self, queries: Queries, rows: np.ndarray, dtype: str) -> np.ndarray:
+    def _encoded(self, queries: Queries, rows: np.ndarray, dtype: str, threads: int) -> np.ndarray:
         """The queries encoded for `rows` of a dtype; of a stored node, its own row."""
         if queries.encoded is not None:
             return queries.encoded
         if queries.vectors is None:
             return rows_as_queries(rows[queries.own])
-        return encode_queries(queries.vectors, self.metric, dtype)
+        return encode_queries(queries.vectors, self.metric, dtype, threads)

@@ -15,6 +15,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
+from hnsw_gpu.engine.alignment import CACHE_LINE
 from hnsw_gpu.engine.compiled import INNER, has_feature, jit
 from hnsw_gpu.engine.halves import half_to_float
 
@@ -27,10 +28,10 @@ F32, I8, I16, I32, I64 = (
     ir.IntType(32),
     ir.IntType(64),
 )
-CACHE_LINE = 64
 COMPILED = {"_nrt": False, **INNER}
 CODES_AT_ONCE = 32  # bytes of a row, whose length is a multiple
-TAIL_BYTES = 12  # end of a row of codes: float32 scale, float32 norm, int32 sum of codes
+TAIL_BYTES = 12  # end of a row of codes, or of a query for them
+SCALE_AT, NORM_AT, SUM_AT = 12, 8, 4  # bytes from its end: float32, float32, int32 sum of codes
 PREFETCH_LINES = 256  # of one row; those of longer ones would drive each other out
 
 
@@ -275,7 +276,7 @@ def _codes(typingctx, queries, q, rows, i):
         total = call(builder, "llvm.vector.reduce.add.v8i32", I32, [total])
         if not codes.has_offset:
             return total
-        address = builder.gep(row, [builder.sub(row_bytes, I64(4))])
+        address = builder.gep(row, [builder.sub(row_bytes, I64(SUM_AT))])
         row_sum = builder.load(builder.bitcast(address, I32.as_pointer()), align=1)
         return builder.sub(total, builder.shl(row_sum, I32(7)))
 
@@ -374,13 +375,13 @@ def _distance_of_dtype(metric, queries, q, rows, i):
     if rows.dtype == types.int8:
 
         def int8_distance(metric, queries, q, rows, i):
-            row_end, query_end = rows.shape[1], queries.shape[1]
+            end, query_end = rows.shape[1], queries.shape[1]
             code_dot = _codes(queries, q, rows, i)
-            scale = _float_at(queries, q, query_end - 12) * _float_at(rows, i, row_end - 12)
+            scale = _float_at(queries, q, query_end - SCALE_AT) * _float_at(rows, i, end - SCALE_AT)
             dot = scale * np.float32(np.int32(code_dot))
             if metric != L2:
                 return np.float32(metric == COSINE) - dot
-            norms = _float_at(queries, q, query_end - 8) + _float_at(rows, i, row_end - 8)
+            norms = _float_at(queries, q, query_end - NORM_AT) + _float_at(rows, i, end - NORM_AT)
             return max(np.float32(0), norms - np.float32(2) * dot)
 
         return int8_distance
@@ -388,13 +389,15 @@ def _distance_of_dtype(metric, queries, q, rows, i):
     if rows.dtype == types.uint8:
 
         def int4_distance(metric, queries, q, rows, i):
-            row_end, query_end = rows.shape[1], queries.shape[1]
-            dot = np.int32(2) * _codes(queries, q, rows, i) - _int_at(queries, q, query_end - 4)
+            end, query_end = rows.shape[1], queries.shape[1]
+            dot = np.int32(2) * _codes(queries, q, rows, i) - _int_at(
+                queries, q, query_end - SUM_AT
+            )
             dot = np.float32(np.int32(dot))
-            scale = _float_at(queries, q, query_end - 12) * _float_at(rows, i, row_end - 12)
+            scale = _float_at(queries, q, query_end - SCALE_AT) * _float_at(rows, i, end - SCALE_AT)
             if metric != L2:
                 return _fused(-scale, dot, np.float32(metric == COSINE))
-            norms = _float_at(queries, q, query_end - 8) + _float_at(rows, i, row_end - 8)
+            norms = _float_at(queries, q, query_end - NORM_AT) + _float_at(rows, i, end - NORM_AT)
             return _fused(np.float32(-2) * scale, dot, norms)
 
         return int4_distance
@@ -477,9 +480,11 @@ def _as_query_of_dtype(rows, i, queries, q):
             _write_codes(rows, i, queries, q)
             _write_zeros(queries, q, end - TAIL_BYTES, end)  # what meets no code meets a zero
             _write_zeros(queries, q, 2 * end - TAIL_BYTES, query_end - TAIL_BYTES)
-            _store_float(queries, q, query_end - 12, _float_at(rows, i, end - 12))
-            _store_float(queries, q, query_end - 8, _float_at(rows, i, end - 8))
-            _store_int(queries, q, query_end - 4, np.int32(15) * _int_at(rows, i, end - 4))
+            _store_float(queries, q, query_end - SCALE_AT, _float_at(rows, i, end - SCALE_AT))
+            _store_float(queries, q, query_end - NORM_AT, _float_at(rows, i, end - NORM_AT))
+            _store_int(
+                queries, q, query_end - SUM_AT, np.int32(15) * _int_at(rows, i, end - SUM_AT)
+            )
 
         return int4_as_query
 

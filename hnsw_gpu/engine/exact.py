@@ -123,7 +123,8 @@ def _rerank(result, keys, rows, queries, metric, begin, end):
                 prefetch_row(rows, key_node(keys[q, j + AHEAD]))
             node = key_node(keys[q, j])
             key = make_key(distance(metric, queries, q, rows, node), node)
-            insert(result, q, k, key)
+            if key < result[q, k - 1]:
+                insert(result, q, k, key)
 
 
 def own_keys(rows, nodes, metric):

@@ -26,7 +26,8 @@ from hnsw_gpu.engine.labels import Labels
 from hnsw_gpu.engine.repair import repair
 from hnsw_gpu.engine.rounding import Rounded, count_blurred, count_worn
 from hnsw_gpu.engine.state import State, empty_state
-from hnsw_gpu.engine.vectors import empty_rows, encode
+from hnsw_gpu.engine.vectors import ENCODED, empty_rows, encode_scaled, scaled
+from hnsw_gpu.engine.workers import run_chunks
 
 # Of the beam of a build, where halves are joined, which so costs less than a third of its
 # distances; 0.2 loses recall under ip. A smaller part is inserted with a larger beam.
@@ -35,7 +36,7 @@ REPAIR_SHARE = 2048  # new nodes a repair: it then takes about as long as adding
 
 
 def with_vectors(
-    state: State, count: int, parts: Iterator[tuple[np.ndarray, np.ndarray]]
+    state: State, count: int, parts: Iterator[tuple[np.ndarray, np.ndarray]], *, threads: int
 ) -> tuple[State, np.ndarray, Rounded]:
     """The state with `count` vectors behind its nodes, the node of each, and what rounding did.
 
@@ -50,14 +51,8 @@ def with_vectors(
     for raw, part in parts:
         blurred += count_blurred(raw, part, kept.metric)
         place = slice(start, start + len(part))
-        state.rows[place] = encode(part, kept.metric, kept.dtype)
-        if state.refine_rows is not None:
-            state.refine_rows[place] = encode(part, kept.metric, kept.refine)
-        stored = state.rows[place]
-        exact = stored if kept.dtype == "fp32" else encode(part, kept.metric, "fp32")
-        worn += count_worn(exact, stored, kept.metric, kept.dim, kept.dtype)
-        if len(given):
-            given[place.start - first : place.stop - first] = copies.hash_rows(exact)
+        exact = _write_rows(state, place, part, given[place.start - first :], threads)
+        worn += count_worn(exact, state.rows[place], kept.metric, kept.dtype, threads=threads)
         start += len(part)
     nodes, sources = state.table.assign(finest, first, start)
     merged = state.table.count_unlike(nodes, sources, first, given) if len(given) else 0
@@ -66,6 +61,29 @@ def with_vectors(
             if rows is not None:
                 copies.move_together(rows, sources, first)
     return state, nodes, Rounded(worn, merged, blurred)
+
+
+def _write_rows(
+    state: State, place: slice, vectors: np.ndarray, hashes: np.ndarray, threads: int
+) -> np.ndarray:
+    """Encode vectors (m, dim) into a place of the state's rows; the vectors, scaled.
+
+    hashes: what gets those of fp32 rows, where the rows kept are others, else empty.
+    """
+    kept, exact = state.parameters, np.empty(vectors.shape, np.float32)
+
+    def write(begin: int, end: int) -> None:
+        some = exact[begin:end]
+        some[:] = scaled(vectors[begin:end], kept.metric)
+        rows = slice(place.start + begin, place.start + end)
+        state.rows[rows] = encode_scaled(some, kept.dtype)
+        if state.refine_rows is not None:
+            state.refine_rows[rows] = encode_scaled(some, kept.refine)
+        if len(hashes):
+            hashes[begin:end] = copies.hash_rows(encode_scaled(some, "fp32"))
+
+    run_chunks(write, len(vectors), ENCODED, threads)
+    return exact
 
 
 def insert(

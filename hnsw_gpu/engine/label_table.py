@@ -6,6 +6,7 @@ from hnsw_gpu.engine.bits import is_on
 from hnsw_gpu.engine.compiled import jit
 
 NO_BITS = np.empty(0, np.uint32)
+NOT_SEEN = -2  # what another thread writes, and this one does not see yet
 
 
 class LabelTable:
@@ -18,7 +19,8 @@ class LabelTable:
     def __init__(self, labels):
         size = 2 << len(labels).bit_length()
         self._slots = np.full(size, -1, np.int64)  # the last entry of a label
-        self._before = np.full(2 * size // 3, -1, np.int64)  # of each entry, the last one before it
+        # Of each entry, the last one before it, or -1.
+        self._before = np.full(2 * size // 3, NOT_SEEN, np.int64)
         _enter(self._slots, self._before, labels, 0)
 
     @property
@@ -40,7 +42,8 @@ class LabelTable:
         """
         entries = np.empty(len(wanted), np.int64)
         bits = NO_BITS if bits is None else bits
-        _find(self._slots, self._before, labels, wanted, bits, entries)
+        while not _find(self._slots, self._before, labels, wanted, bits, entries):
+            pass  # the processor shows a slot that was written before what was written before it
         return entries
 
 
@@ -63,6 +66,7 @@ def _enter(slots, before, labels, first):
 
 @jit
 def _find(slots, before, labels, wanted, bits, entries):
+    """Write `entries`; False where not all is seen yet that another thread wrote."""
     for i in range(len(wanted)):
         slot = _slot(slots, wanted[i])
         entries[i] = -1
@@ -70,8 +74,11 @@ def _find(slots, before, labels, wanted, bits, entries):
             entry = slots[slot]
             while entry >= len(labels):
                 entry = before[entry]
+            if entry == NOT_SEEN:
+                return False
             if entry >= 0 and labels[entry] == wanted[i]:
                 if not len(bits) or is_on(bits, entry):
                     entries[i] = entry
                 break
             slot = (slot + 1) & (len(slots) - 1)
+    return True

@@ -7,7 +7,7 @@ Where that is not all of them, after each two rounds, which leave none out, pair
 are turned by 45 degrees (Kac's walk). Turned after every round, a number that the first round left
 out would in part come back to where the second one leaves it out.
 
-Sums of two float32 numbers and nothing else: there is no order of summation to differ.
+Sums and products of two float32 numbers and nothing else: there is no order of summation to differ.
 """
 
 import functools

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import numpy as np
 
 from hnsw_gpu.engine.compiled import jit
-from hnsw_gpu.engine.vectors import decode
+from hnsw_gpu.engine.vectors import ENCODED, decode
+from hnsw_gpu.engine.workers import run_chunks
 
 LOST_SHARE = 0.25  # of what tells a vector apart; normal: 0.0005 (fp16), 0.01 (int8), 0.09 (int4)
 LEAST_ROWS = 32  # of fewer, the mean is close to each
@@ -64,19 +65,28 @@ def _squares(rows: np.ndarray) -> np.ndarray:
     return np.einsum("ij,ij->i", rows, rows)
 
 
-def count_worn(exact: np.ndarray, rows: np.ndarray, metric: str, dim: int, dtype: str) -> int:
-    """How many of fp32 rows (m, ...) lost more than LOST_SHARE when they became `rows` (m, ...).
+def count_worn(
+    exact: np.ndarray, rows: np.ndarray, metric: str, dtype: str, *, threads: int = 1
+) -> int:
+    """How many of vectors (m, dim) lost more than LOST_SHARE when they became `rows` (m, ...).
 
-    What tells a row apart is its difference to their mean, or itself without its largest number,
+    What tells a vector apart is its difference to their mean, or itself without its largest number,
     whichever is shorter. Under cosine half the square of that is a distance, which an error along
-    the row changes by as much as the error; and so does the rounding of a product, fp32 or not.
+    the vector changes by as much as the error; and so does the rounding of a product, fp32 or not.
+    exact: what `scaled` gave.
     """
     if not len(rows) or (dtype == "fp32" and metric != "cosine"):
         return 0
-    exact = exact[:, :dim]
     mean = exact.mean(axis=0, dtype=np.float64).astype(np.float32)
-    stored = decode(rows, dim, dtype)
-    return _count_worn(exact, stored, mean, len(rows) >= LEAST_ROWS, metric == "cosine")
+    counts: list[int] = []
+
+    def count(start: int, stop: int) -> None:
+        stored = decode(rows[start:stop], exact.shape[1], dtype)
+        has_mean = len(rows) >= LEAST_ROWS
+        counts.append(_count_worn(exact[start:stop], stored, mean, has_mean, metric == "cosine"))
+
+    run_chunks(count, len(rows), ENCODED, threads)
+    return sum(counts)
 
 
 @jit

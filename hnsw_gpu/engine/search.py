@@ -54,10 +54,12 @@ SLOTS = 4  # queries that one thread walks in turn
 CHUNK = 256  # queries that a thread takes at a time
 LEAST_CHUNK = 8  # fewer are not worth another thread
 KEPT_BYTES = 1 << 22  # of a Scratch, in visited bits and keys, that waits for the next search
-REMEMBERED = 1 << 15  # visits a query by which its visited set is cleared; beyond, all of it is
+# Words of the visited set for each visit that is remembered: a query that visits more has all of
+# the set cleared, in place of what it visited.
+WORDS_A_VISIT = 32
 # int64 fields of a slot; all keys before PICKED_AT, where the last was picked, are expanded
 QUERY, LAYER, PHASE, CAPACITY, PICKED, PENDING = range(6)
-VISITS, HAS_FORGOTTEN, HOPS, READ, PICKED_AT = range(6, 11)
+VISITS, HAS_WRAPPED, HOPS, READ, PICKED_AT = range(6, 11)
 IDLE, FREE, GATHER, COMPUTE = range(4)
 EMPTY = 255  # each byte of KEY_NONE
 
@@ -84,7 +86,8 @@ class Scratch(NamedTuple):
     beam: np.ndarray  # (SLOTS, ef or ef_upper, rounded up to LANES) uint64
     allowed_keys: np.ndarray  # (SLOTS, k) uint64, the k smallest (R8); (SLOTS, 0): all are
     visited: np.ndarray  # (SLOTS, words) uint32
-    visits: np.ndarray  # (SLOTS, REMEMBERED, expand * M0 and EIGHT) int32, the last are pending
+    # (SLOTS, words / WORDS_A_VISIT, expand * M0 and EIGHT more) int32, the last are pending
+    visits: np.ndarray
     picked: np.ndarray  # (SLOTS, expand) int32
     keys: np.ndarray  # (expand * M0 and EIGHT more,) uint64 of the pending nodes
     entering: np.ndarray  # (expand * M0 and TOGETHER more,) uint64, those of them that enter
@@ -187,13 +190,13 @@ def _scratch(shape):
 
 
 def _new_scratch(shape):
-    slots, width = shape.slots, shape.width
+    slots, width, words = shape.slots, shape.width, (shape.nodes + 31) >> 5
     return Scratch(
         slots=np.zeros((slots, 11), np.int64),
         beam=np.empty((slots, -(-shape.capacity // LANES) * LANES), np.uint64),
         allowed_keys=np.empty((slots, shape.allowed), np.uint64),
-        visited=np.zeros((slots, (shape.nodes + 31) >> 5), np.uint32),
-        visits=np.zeros((slots, REMEMBERED + width + EIGHT), np.int32),
+        visited=np.zeros((slots, words), np.uint32),
+        visits=np.zeros((slots, words // WORDS_A_VISIT + width + EIGHT), np.int32),
         picked=np.empty((slots, shape.expand), np.int32),
         keys=np.empty(width + EIGHT, np.uint64),
         entering=np.empty(width + TOGETHER, np.uint64),
@@ -232,31 +235,32 @@ def _walk_chunk(graph, rows, task, scratch, start, stop):
 @jit(is_inlined=True)
 def _visit(scratch, s, node):
     """Mark a node visited, known to be new."""
-    count = _room_for_visits(scratch.slots, s)
+    count = _room_for_visits(scratch, s)
     scratch.visited[s, node >> 5] |= np.uint32(1) << np.uint32(node & 31)
     scratch.visits[s, count] = node
     scratch.slots[s, VISITS] = count + 1
 
 
 @jit(is_inlined=True)
-def _room_for_visits(slots, s):
+def _room_for_visits(scratch, s):
     """Where the next visits are written: at the beginning again when there is no more room."""
-    if slots[s, VISITS] > REMEMBERED:
+    slots = scratch.slots
+    if slots[s, VISITS] + scratch.keys.shape[0] > scratch.visits.shape[1]:
         slots[s, VISITS] = 0
-        slots[s, HAS_FORGOTTEN] = 1
+        slots[s, HAS_WRAPPED] = 1
     return slots[s, VISITS]
 
 
 @jit(is_inlined=True)
 def _clear_visited(scratch, s):
     """Clear the visited set."""
-    if scratch.slots[s, HAS_FORGOTTEN]:
+    if scratch.slots[s, HAS_WRAPPED]:
         set_bytes(scratch.visited, s, 0, 0)
     else:
         for i in range(scratch.slots[s, VISITS]):
             scratch.visited[s, np.uintp(scratch.visits[s, i]) >> np.uintp(5)] = 0
     scratch.slots[s, VISITS] = 0
-    scratch.slots[s, HAS_FORGOTTEN] = 0
+    scratch.slots[s, HAS_WRAPPED] = 0
 
 
 @jit(is_inlined=True)
@@ -352,7 +356,7 @@ def _list_unvisited(links, row, visited, visits, s, count):
 def _gather(graph, rows, scratch, s):
     """Second half of a step: list the unvisited neighbours and ask for their rows (R5, R7)."""
     slots, visits, visited = scratch.slots, scratch.visits, scratch.visited
-    layer, first = slots[s, LAYER], _room_for_visits(slots, s)
+    layer, first = slots[s, LAYER], _room_for_visits(scratch, s)
     count = first
     if layer == 0:
         for p in range(slots[s, PICKED]):

@@ -16,10 +16,12 @@ from hnsw_gpu.engine.four_bits import (
     encode_int4,
     encode_int4_queries,
 )
+from hnsw_gpu.engine.workers import run_chunks
 
 METRICS = {"l2": L2, "ip": IP, "cosine": COSINE}
 STORAGE = {"fp32": np.float32, "fp16": np.float16, "int8": np.int8, "int4": np.uint8}
 BLOCK_BYTES = 32
+ENCODED = 512  # vectors that a thread encodes at a time
 
 
 def row_length(dim, dtype):
@@ -78,7 +80,10 @@ def _write_padded(vectors, is_unit, rows):
             rows[i, j] = 0
 
 
-def _unit(vectors):
+def scaled(vectors, metric):
+    """float32 (m, dim) vectors as rows stand for them: under cosine of unit length."""
+    if metric != "cosine":
+        return vectors
     result = np.empty(vectors.shape, np.float32)
     _write_padded(vectors, True, result)
     return result
@@ -86,8 +91,11 @@ def _unit(vectors):
 
 def encode(vectors, metric, dtype):
     """Encoded rows of float32 vectors (m, dim), C order, already validated."""
-    if metric == "cosine":
-        vectors = _unit(vectors)
+    return encode_scaled(scaled(vectors, metric), dtype)
+
+
+def encode_scaled(vectors, dtype):
+    """Encoded rows of vectors (m, dim) that `scaled` gave."""
     count, dim = vectors.shape
     rows = empty_rows(count, dim, dtype)
     if dtype == "int4":
@@ -96,8 +104,9 @@ def encode(vectors, metric, dtype):
         encode_int8(vectors, rows)
     else:
         rows[:, :dim] = vectors
-        rows[:, :dim] += 0  # -0.0 becomes 0.0: equal vectors are equal bytes
         rows[:, dim:] = 0
+        bits = rows.view(f"u{rows.itemsize}")
+        bits[bits == 1 << 8 * rows.itemsize - 1] = 0  # -0.0: equal vectors are equal bytes
     return rows
 
 
@@ -110,31 +119,34 @@ def decode(rows, dim, dtype):
     return rows[:, :dim].astype(np.float32)
 
 
-def encode_queries(vectors, metric, dtype):
+def encode_queries(vectors, metric, dtype, threads=1):
     """Encoded queries of float32 vectors (q, dim): float32 for float rows, codes for codes."""
-    if dtype == "int8":
-        return rows_as_queries(encode(vectors, metric, dtype))
-    count, length = len(vectors), row_length(vectors.shape[1], dtype)
-    if dtype == "int4":
-        queries = _empty_int4_queries(count, length)
-        encode_int4_queries(_unit(vectors) if metric == "cosine" else vectors, queries)
-        return queries
-    queries = empty_aligned((count, length), np.float32)
-    _write_padded(vectors, metric == "cosine", queries)
+    queries = _empty_queries(len(vectors), row_length(vectors.shape[1], dtype), STORAGE[dtype])
+
+    def write(start, stop):
+        some, place = vectors[start:stop], queries[start:stop]
+        if dtype == "int4":
+            encode_int4_queries(scaled(some, metric), place)
+        elif dtype == "int8":
+            _rows_as_queries(encode(some, metric, dtype), place)
+        else:
+            _write_padded(some, metric == "cosine", place)
+
+    run_chunks(write, len(vectors), ENCODED, threads)
     return queries
 
 
 def empty_queries(count, rows):
     """Uninitialised encoded queries (count, ...) for searching `rows`."""
-    if rows.dtype == np.uint8:
-        return _empty_int4_queries(count, rows.shape[1])
-    if rows.dtype == np.int8:
-        return empty_aligned((count, rows.shape[1] + BLOCK_BYTES), np.uint8)
-    return empty_aligned((count, rows.shape[1]), np.float32)
+    return _empty_queries(count, rows.shape[1], rows.dtype)
 
 
-def _empty_int4_queries(count, row_bytes):
-    return empty_aligned((count, 2 * row_bytes + QUERY_TAIL_BYTES), np.int8)
+def _empty_queries(count, length, storage):
+    if storage == np.uint8:
+        return empty_aligned((count, 2 * length + QUERY_TAIL_BYTES), np.int8)
+    if storage == np.int8:
+        return empty_aligned((count, length + BLOCK_BYTES), np.uint8)
+    return empty_aligned((count, length), np.float32)
 
 
 def rows_as_queries(rows):

@@ -10,7 +10,8 @@ class Queries(NamedTuple):
 
     vectors: np.ndarray | None = None  # (q, dim) float32, valid
     own: np.ndarray | None = None  # (q,) int ids
-    encoded: np.ndarray | None = None  # (q, ...) vectors as `rows_as_queries` has them
+    # (q, ...) vectors as `rows_as_queries` has them, of rows that no others refine
+    encoded: np.ndarray | None = None
 
     @property
     def size(self) -> int:

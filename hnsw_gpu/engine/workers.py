@@ -114,9 +114,20 @@ def run_chunks(run: Callable[[int, int], None], count: int, chunk: int, threads:
         failed.append(error)
     for job in jobs:
         if not job.withdraw():  # one that has not begun has nothing left to do
-            job.wait()
+            _wait_for(job, failed)
     if failed:
         _raise(failed)
+
+
+def _wait_for(job: Job, failed: list[BaseException]) -> None:
+    """Wait for its end, also after what a signal handler raises meanwhile."""
+    is_over = False
+    while not is_over:
+        try:
+            job.wait()
+            is_over = True
+        except BaseException as error:
+            failed.append(error)
 
 
 def _raise(errors: list[BaseException]) -> None:

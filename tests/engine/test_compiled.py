@@ -21,22 +21,21 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 DOUBLED = (
-    "return _squares(queries, q, rows, i)",
-    "return np.float32(2) * _squares(queries, q, rows, i)",
+    "- _products(queries, q, rows, i)",
+    "- np.float32(2) * _products(queries, q, rows, i)",
 )
 
-# The squared distance of (3, 4, 0, ...) to the origin; `exact.py` inlines `distance.py` for it.
+# The product of (3, 4, 0, ...) with itself; `exact.py` inlines `distance.py` for it.
 JOB = """
 import numpy as np
-from hnsw_gpu.engine.exact import exact_ids
+from hnsw_gpu.engine.exact import own_keys
 from hnsw_gpu.engine.keys import key_distances
-from hnsw_gpu.engine.vectors import encode, encode_queries
+from hnsw_gpu.engine.vectors import encode
 vectors = np.zeros((2, 20), np.float32)
 vectors[1, :2] = 3, 4
 for dtype in {dtypes}:
-    rows, queries = encode(vectors, "l2", dtype), encode_queries(vectors[:1], "l2", dtype)
-    keys = exact_ids(rows, [1], queries, "l2", k=1, threads=1)
-    print(round(key_distances(keys)[0, 0]))
+    keys = own_keys(encode(vectors, "ip", dtype), np.array([1]), "ip")
+    print(round(-key_distances(keys)[0]))
 """
 FP32 = JOB.format(dtypes=["fp32"])
 

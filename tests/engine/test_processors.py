@@ -23,29 +23,32 @@ AVX2 = "+avx,+avx2,+bmi,+bmi2,+f16c,+fma,+lzcnt,+movbe,+xsave"
 if set(get_host_cpu_features().flatten().split(",")) >= set(AVX2.split(",")):
     LEVELS["x86-64-v3"] = f"{LEVELS['x86-64-v2']},{AVX2}"
 
+# Rows of one, two and three 32-byte blocks of codes (int4), of two, three and six (int8).
+DIMS = (40, 84, 168)
 JOB = """
 import sys
 import numpy as np
 import hnsw_gpu
 from hnsw_gpu.engine import encode_queries, search_graph
 random = np.random.default_rng(0)
-whole = random.integers(-8, 9, size=(500, 40)).astype(np.float32)
-real = random.standard_normal((500, 40)).astype(np.float32)
 found = {}
-for dtype in ("fp32", "fp16", "int8", "int4"):
-    for metric in ("l2", "ip", "cosine"):
-        for name, rows in (("whole", whole), ("real", real)):
-            index = hnsw_gpu.Index(40, metric, dtype)
-            index.add(rows[:450])
-            labels, distances = index.search(rows, 10)
-            near = index.neighbor_graph(5)
-            state, asked = index._state, encode_queries(rows, metric, dtype)
-            codes = state.rows[:state.node_count]
-            walked = search_graph(state.graph, codes, asked, metric, k=9, ef=30)
-            parts = (labels, distances, near.labels, near.distances, *state.graph, state.rows)
-            parts += (*walked, *([] if dtype == "int8" else [asked]))  # which has bytes not in use
-            for i, part in enumerate(parts):
-                found[f"{name} {dtype} {metric} {i}"] = part
+for dim in map(int, sys.argv[2:]):
+    whole = random.integers(-8, 9, size=(500, dim)).astype(np.float32)
+    real = random.standard_normal((500, dim)).astype(np.float32)
+    for dtype in ("fp32", "fp16", "int8", "int4"):
+        for metric in ("l2", "ip", "cosine"):
+            for name, rows in (("whole", whole), ("real", real)):
+                index = hnsw_gpu.Index(dim, metric, dtype)
+                index.add(rows[:450])
+                labels, distances = index.search(rows, 10)
+                near = index.neighbor_graph(5)
+                state, asked = index._state, encode_queries(rows, metric, dtype)
+                codes = state.rows[:state.node_count]
+                walked = search_graph(state.graph, codes, asked, metric, k=9, ef=30)
+                parts = (labels, distances, near.labels, near.distances, *state.graph, state.rows)
+                parts += (*walked, *([] if dtype == "int8" else [asked]))  # int8: not all in use
+                for i, part in enumerate(parts):
+                    found[f"{name} {dim} {dtype} {metric} {i}"] = part
 np.savez(sys.argv[1], **found)
 """
 
@@ -84,6 +87,7 @@ print("done")
 INSTRUCTIONS = """
 import numpy as np
 from numba import njit
+from hnsw_gpu.engine.block import write_keys
 from hnsw_gpu.engine.distance import L2, distance, prefetch_row
 from hnsw_gpu.engine.vectors import encode, encode_queries, engine_view
 
@@ -92,10 +96,20 @@ def one(queries, rows):
     prefetch_row(rows, 0)
     return distance(L2, queries, 0, rows, 0)
 
+@njit
+def several(queries, rows, ids, keys):
+    prefetch_row(rows, 0)
+    write_keys(L2, queries, 0, rows, ids, 0, 0, 8, keys)
+
 vectors = np.ones((1, 64), np.float32)
-one(encode_queries(vectors, "l2", "int8"), engine_view(encode(vectors, "l2", "int8")))
-(text,) = one.inspect_asm().values()
-print(*(name for name in ("prefetcht1", "vpmaddubsw", "vpdpbusd") if name in text))
+ids, keys = np.zeros((1, 16), np.int32), np.zeros(16, np.uint64)
+for dtype in ("int8", "int4"):
+    rows, queries = engine_view(encode(vectors, "l2", dtype)), encode_queries(vectors, "l2", dtype)
+    one(queries, rows)
+    several(queries, rows, ids, keys)
+for function in (one, several):
+    for text in function.inspect_asm().values():
+        print(*(name for name in ("prefetcht1", "vpmaddubsw", "vpdpbusd") if name in text))
 """
 
 
@@ -118,7 +132,7 @@ def answers(tmp_path_factory):
 
     def ask(cpu):
         if cpu not in made:
-            run(cpu, folder / cpu, JOB, folder / f"{cpu}.npz")
+            run(cpu, folder / cpu, JOB, folder / f"{cpu}.npz", *DIMS)
             made[cpu] = np.load(folder / f"{cpu}.npz")
         return made[cpu]
 
@@ -146,10 +160,10 @@ def test_every_half_is_converted_exactly(cpu, tmp_path):
 @pytest.mark.parametrize("cpu", LEVELS)
 def test_instructions(cpu, tmp_path):
     """Rows come into the second cache; AVX2 multiplies bytes. Answers would be the same without."""
-    expected = ["prefetcht1"] + ["vpmaddubsw"] * (cpu == "x86-64-v3")
-    assert run(cpu, tmp_path, INSTRUCTIONS).split() == expected
+    expected = "prefetcht1" + " vpmaddubsw" * (cpu == "x86-64-v3")
+    assert run(cpu, tmp_path, INSTRUCTIONS).splitlines() == [expected] * 4
 
 
 @pytest.mark.skipif(not get_host_cpu_features().get("avx512vnni"), reason="no AVX-512 VNNI")
 def test_instructions_of_this_processor(tmp_path):
-    assert "vpdpbusd" in run("host", tmp_path, INSTRUCTIONS)
+    assert run("host", tmp_path, INSTRUCTIONS).splitlines() == ["prefetcht1 vpdpbusd"] * 4

@@ -13,7 +13,7 @@ import reference
 from hnsw_gpu.engine import search
 from hnsw_gpu.engine import vectors as vectors_module
 from hnsw_gpu.engine.graph import Graph, check_graph
-from hnsw_gpu.engine.search import REMEMBERED, search_graph
+from hnsw_gpu.engine.search import WORDS_A_VISIT, search_graph
 
 METRICS = ["l2", "ip", "cosine"]
 DTYPES = ["fp32", "fp16", "int8", "int4"]
@@ -228,6 +228,18 @@ def test_unreachable_part_stays_unseen() -> None:
     assert_parity(made, k=5, ef=50, own=np.full(5, 40, dtype=np.int32))
 
 
+@pytest.mark.parametrize("expand", [1, 4])
+@pytest.mark.parametrize("ef", [97, 800, 1200])
+def test_large_beams(ef: int, expand: int) -> None:
+    # Keys enter them sorted, at places that a binary search finds, beyond 96 of them or 768.
+    made = random_case(1500, 6, queries=6, metric="l2", dtype="int4", seed=9)
+    is_allowed = np.random.default_rng(9).random(1500) < 0.5
+    for allowed in (None, is_allowed):
+        for k in (10, ef):
+            assert_parity(made, k=k, ef=ef, expand=expand, allowed=allowed)
+    assert_parity(made, k=ef, ef=ef, expand=expand, own=np.arange(6, dtype=np.int32))
+
+
 def test_many_queries_share_scratch() -> None:
     # More than one chunk of queries: slots and scratch go from query to query.
     made = random_case(200, 8, queries=700, metric="ip", dtype="int8", seed=5)
@@ -237,10 +249,10 @@ def test_many_queries_share_scratch() -> None:
     assert_parity(made, k=5, ef=12, own=np.arange(700, dtype=np.int32) % 200)
 
 
-def wide_tree(visited: int, width: int) -> Graph:
-    """A tree of `visited` nodes under id 0, ids 1..31 not in it; leaves link to 0 and 32."""
+def wide_tree(visited: int, width: int, count: int) -> Graph:
+    """A tree of `visited` of `count` nodes under id 0, without ids 1..31; leaves link to 0, 32."""
     ids = np.concatenate([[0], np.arange(32, 31 + visited)]).astype(np.int32)
-    rows = np.full((31 + visited, width), -1, dtype=np.int32)
+    rows = np.full((count, width), -1, dtype=np.int32)
     rows[ids, :2] = 0, 32
     for parent in range(-(-(visited - 1) // width)):
         children = ids[1 + parent * width : 1 + (parent + 1) * width]
@@ -254,21 +266,22 @@ def wide_tree(visited: int, width: int) -> Graph:
     )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("visited", [REMEMBERED, REMEMBERED + 1])
-def test_forgetting_around_the_undo_list(visited: int) -> None:
+@pytest.mark.parametrize("beyond", [0, 1, 60])
+def test_visits_around_those_that_are_remembered(beyond: int) -> None:
     # The first queries visit everything from node 0, alone in its word of the visited set. Those
     # that follow in the same scratch come to node 0 by a link: it must be new to them.
-    graph = wide_tree(visited, width=200)
-    n = len(graph.neighbors0)
-    digits = np.random.default_rng(6).permutation(n)
+    remembered = 40
+    count, visited = 32 * WORDS_A_VISIT * remembered, remembered + beyond
+    graph = wide_tree(visited, width=20, count=count)
+    digits = np.random.default_rng(6).permutation(count)
     vectors = np.stack([digits % 35, digits // 35 % 35, digits // 1225], axis=1).astype(np.float32)
-    vectors[:400] = 17  # what has children is near every query: it is expanded
+    vectors[:60] = 17  # what has children is near every query: it is expanded
     queries = np.full((10, 3), 17, dtype=np.float32) + np.eye(10, 3, dtype=np.float32)
     made = make_case(graph, vectors, queries, "l2", "fp32")
-    own = np.array([0] * 8 + [n - 1, n - 2], dtype=np.int32)
-    assert_parity(made, k=2, ef=450, expand=8, own=own)
-    counts = reference.search(graph, made.table[:1], k=2, ef=450, own=own[:1].tolist()).distances
+    last = 30 + visited
+    own = np.array([0] * 8 + [last, last - 1], dtype=np.int32)
+    assert_parity(made, k=2, ef=50, expand=8, own=own)
+    counts = reference.search(graph, made.table[:1], k=2, ef=50, own=own[:1].tolist()).distances
     assert counts.tolist() == [visited]
 
 

@@ -1,5 +1,6 @@
 """Threads and processes: searching at once, adding while others search, forking."""
 
+import signal
 import subprocess
 import sys
 import threading
@@ -149,6 +150,25 @@ def test_an_error_in_one_chunk_stops_the_rest(threads):
     seen = []
     workers.run_chunks(lambda start, stop: seen.extend(range(start, stop)), 1000, 7, threads)
     assert sorted(seen) == list(range(1000))
+
+
+def test_an_interrupt_while_others_end_waits_for_them():
+    """What is raised while the caller waits for the other threads is raised when they are done."""
+    begun, ended = threading.Event(), []
+
+    def run(start, stop):
+        if threading.current_thread() is threading.main_thread():
+            begun.wait(timeout=60)
+        else:
+            begun.set()
+            threading.Event().wait(0.2)
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            threading.Event().wait(0.5)
+            ended.append(start)
+
+    with pytest.raises(KeyboardInterrupt):
+        workers.run_chunks(run, 2, 1, threads=2)
+    assert len(ended) == 1
 
 
 def test_two_threads_add_at_once(rows, queries):

@@ -502,8 +502,8 @@ def tune(
 ) -> None:
     """Find the smallest ef that reaches a recall, and keep it in INDEX, a file or a collection.
 
-    From then on `search(..., recall=0.95)` uses it. QUERIES are some hundred of those that will
-    come; without them, stored vectors are asked for.
+    From then on `search(..., recall=0.95)` uses it. QUERIES are a few hundred like those to come;
+    without them, stored vectors are searched for.
 
     \b
     Example:

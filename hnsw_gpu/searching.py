@@ -171,14 +171,14 @@ class Searching:
     ) -> SearchResult:
         """The k nearest labels of each query (q, dim), or of one query (dim,): a SearchResult.
 
-        ef: beam capacity, raised recall for time; a beam holds max(ef, k).
+        ef: beam capacity; a larger one finds more and takes longer; a beam holds max(ef, k).
         recall: in place of ef, the one that `tune` found for this recall and k.
         allow: what may be returned: bool (n,) or (q, n) indexed by label; the same packed, uint8
             (`np.packbits(mask, axis=-1, bitorder="little")`); or labels (m,).
         expand: nodes expanded in one step, 1 to 32. None: 1 on the CPU; on a GPU 4, below ef 48 it
             is 2. Devices answer alike at the same `expand`. ef_upper: beam capacity above layer 0.
         rerank: how many of the nearest in the beam the refine rows compare, where the index has
-            them; at least k are. "auto": of int4 the most of 2 k, 20 and ef / 4, else all ef, as
+            them; at least k are. "auto": of int4 the largest of 2 k, 20 and ef / 4, else all ef, as
             None.
         stream: of a GPU, for queries that lie there; None: CuPy's current one.
         out: arrays (labels int64, or StringDType; distances float32), each (q, k), that take the
@@ -256,7 +256,7 @@ class Searching:
         """Find the smallest ef whose recall@k is `recall` on queries (q, dim), and keep it.
 
         `search(..., k, recall=recall)` uses it from then on; an index saves it. Truth is
-        `exact_search`, so vectors as they are kept. queries: some hundred of those that will come.
+        `exact_search`, so vectors as they are kept. queries: a few hundred like those to come.
         None: up to a thousand stored vectors, in the index without them, on the CPU; queries that
         lie elsewhere than the vectors need more. Tune again when the index has grown: the logger
         says when that is.

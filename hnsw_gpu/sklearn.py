@@ -38,7 +38,7 @@ class HNSWTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         holds one more.
     metric: "euclidean" ("l2"), "sqeuclidean" or "cosine", as scikit-learn defines them.
     M, ef_construction, dtype, device: see `hnsw_gpu.Index`.
-    ef: beam capacity of searches, raised recall for time.
+    ef: beam capacity of searches; a larger one finds more and takes longer.
     n_jobs: threads, as scikit-learn counts them: None is 1, -1 all processors. The graph does not
         depend on it.
     random_state: of the levels: an int for the same graph every time, a RandomState, or None.

@@ -99,8 +99,8 @@ def _search(limits: dict[str, int]) -> dict[str, Any]:
                     ],
                     "default": "auto",
                 },
-                "nearest of the beam that refine rows compare; auto: of int4 the most of "
-                "2 k, 20 and ef / 4, else all",
+                "nearest of the beam that refine rows compare; auto: of int4 the largest "
+                "of 2 k, 20 and ef / 4, else all",
             ),
             parameter("allow", {"type": "string"}, "name of a registered filter"),
             parameter(

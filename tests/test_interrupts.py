@@ -180,6 +180,13 @@ def test_three_interrupts_wait_for_the_work(monkeypatch):
     assert ended == [True]
 
 
+def press_ctrl_c():
+    """On a thread that works, while the main one waits for it, and has time to see it."""
+    time.sleep(0.3)
+    signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+    time.sleep(0.5)
+
+
 def test_an_interrupt_while_vectors_are_encoded(monkeypatch):
     """The next part is not begun, and the index is as it was."""
     rows = oracle.gaussian(600, DIM, seed=4)
@@ -191,8 +198,7 @@ def test_an_interrupt_while_vectors_are_encoded(monkeypatch):
     def interrupted(part, first):
         checked.append(first)
         if first == 20:
-            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
-            time.sleep(0.5)  # for the signal to be seen
+            press_ctrl_c()
         return checked_rows(part, first)
 
     monkeypatch.setattr(index, "checked_rows", interrupted)
@@ -201,4 +207,27 @@ def test_an_interrupt_while_vectors_are_encoded(monkeypatch):
     assert checked == [0, 10, 20] and len(index) == 500
     monkeypatch.undo()
     index.add(rows[500:])
+    check_prefix(index, rows)
+
+
+def test_an_interrupt_while_a_build_makes_codes(monkeypatch):
+    """The next part is not begun, and no vector is in."""
+    rows = oracle.gaussian(500, 100, seed=5)
+    index = hnsw_gpu.Index(100, "l2", M=4, ef_construction=20)
+    monkeypatch.setattr(candidates, "LEAST_NUMBERS", 0)
+    monkeypatch.setattr(candidates, "PART", 50)
+    parts, encode = [], candidates.encode_int8
+
+    def interrupted(vectors, codes):
+        parts.append(len(vectors))
+        if len(parts) == 2:
+            press_ctrl_c()
+        encode(vectors, codes)
+
+    monkeypatch.setattr(candidates, "encode_int8", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        index.add(rows)
+    assert parts == [50, 50] and len(index) == 0
+    monkeypatch.undo()
+    index.add(rows, np.arange(500))  # labels that were drawn do not come again
     check_prefix(index, rows)
